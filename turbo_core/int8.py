@@ -1,0 +1,140 @@
+"""W8A8 linears: 128x128-block and row-wise int8 quantization and the matrix product on it.
+
+Weights are [N, K], activations [..., K]. Two formats, told apart by the shape of the scale:
+block, scale [ceil(M/128), ceil(K/128)] (the published *-quant.pth); row, scale [M, 1] (ComfyUI's int8_tensorwise).
+"""
+
+import torch
+
+from .errors import TurboError
+
+BLOCK = 128
+_TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+def _matrix(x, name):
+    if x.ndim != 2 or not x.is_floating_point():
+        raise TurboError(f"{name} needs a float matrix [M, K], got {x.dtype} {list(x.shape)}")
+    return x.float()
+
+
+def _check_scale(q, scale, name):
+    rows, cols = q.shape[0], q.shape[1]
+    if scale.ndim == 2 and tuple(scale.shape) in (block_scale_shape(rows, cols), (rows, 1)):
+        return
+    raise TurboError(
+        f"{name}: scale of an int8 [{rows}, {cols}] matrix must be {list(block_scale_shape(rows, cols))} (128x128 "
+        f"blocks) or [{rows}, 1] (rows), got {list(scale.shape)}"
+    )
+
+
+def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Shape of the scale of an int8 [rows, cols] matrix in the block format."""
+    return _cdiv(rows, BLOCK), _cdiv(cols, BLOCK)
+
+
+def is_row_scale(q, scale) -> bool:
+    """True for the row format. Where both shapes agree (one block column, one row) the formats coincide."""
+    return scale.shape[1] == 1 and scale.shape[0] == q.shape[0]
+
+
+def _blocks(x):
+    """[M, K] -> [ceil(M/128), 128, ceil(K/128), 128], zero-padded."""
+    m, k = x.shape
+    mb, kb = block_scale_shape(m, k)
+    x = torch.nn.functional.pad(x, (0, kb * BLOCK - k, 0, mb * BLOCK - m))
+    return x.view(mb, BLOCK, kb, BLOCK)
+
+
+def quantize_block(x):
+    """Quantize in 128x128 blocks; ragged edge blocks use what is there.
+
+    x: float [M, K]. Returns (int8 [M, K], float32 scale [ceil(M/128), ceil(K/128)]) with
+    scale = max(amax, 1e-8) / 128 and q = saturate(round_half_even(x / amax * 128)): +amax becomes 127.
+    Source: TurboDiffusion ops/quant.
+    """
+    m, k = x.shape
+    blocks = _blocks(_matrix(x, "quantize_block"))
+    amax = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(_TINY)
+    q = (blocks / amax).mul_(128.0).round_().clamp_(-128, 127).to(torch.int8)
+    q = q.reshape(q.shape[0] * BLOCK, q.shape[2] * BLOCK)[:m, :k].contiguous()
+    return q, (amax / 128.0).view(blocks.shape[0], blocks.shape[2])
+
+
+def dequantize_block(q, scale, dtype=torch.float32):
+    """int8 [M, K] and scale [ceil(M/128), ceil(K/128)] -> float [M, K]."""
+    _check_scale(q, scale, "dequantize_block")
+    m, k = q.shape
+    x = _blocks(q.float()) * scale[:, None, :, None]
+    return x.reshape(x.shape[0] * BLOCK, x.shape[2] * BLOCK)[:m, :k].to(dtype).contiguous()
+
+
+def quantize_rows(x):
+    """Quantize each row by itself: scale = max(amax, 1e-8) / 127, symmetric, round half to even.
+
+    x: float [M, K]. Returns (int8 [M, K], float32 scale [M, 1]). Source: ComfyUI int8_tensorwise, per-row.
+    """
+    x = _matrix(x, "quantize_rows")
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127.0
+    return (x / scale).round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+def dequantize_rows(q, scale, dtype=torch.float32):
+    """int8 [M, K] and scale [M, 1] -> float [M, K]."""
+    _check_scale(q, scale, "dequantize_rows")
+    return (q.float() * scale).to(dtype)
+
+
+def dequantize(q, scale, dtype=torch.float32):
+    """Either format, by the shape of the scale."""
+    return (dequantize_rows if is_row_scale(q, scale) else dequantize_block)(q, scale, dtype)
+
+
+def _int_mm(a, b):
+    """Exact int8 [M, K] x int8 [N, K]^T -> int32 or integer-valued float32 [M, N], whichever the device has."""
+    if a.device.type == "cpu" or (a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0):
+        return torch._int_mm(a, b.t())
+    # float32 holds every partial sum of 1024 products exactly (128 * 128 * 1024 = 2^24)
+    a, b = a.float(), b.float()
+    return sum(x @ y.t() for x, y in zip(a.split(1024, 1), b.split(1024, 1)))
+
+
+def _mm_rows(x_q, x_scale, w_q, w_scale):
+    return _int_mm(x_q, w_q).float().mul_(x_scale).mul_(w_scale.t())
+
+
+def _mm_block(x_q, x_scale, w_q, w_scale):
+    m, n = x_q.shape[0], w_q.shape[0]
+    x_scale = x_scale.repeat_interleave(BLOCK, 0)[:m]
+    w_scale = w_scale.repeat_interleave(BLOCK, 0)[:n]
+    y = x_scale.new_zeros(m, n)
+    for b, (x_b, w_b) in enumerate(zip(x_q.split(BLOCK, 1), w_q.split(BLOCK, 1))):
+        dot = _int_mm(x_b.contiguous(), w_b.contiguous()).float()
+        y.addcmul_(dot.mul_(x_scale[:, b, None]), w_scale[:, b][None, :])
+    return y
+
+
+def int8_linear(x, weight_q, weight_scale, bias=None):
+    """x @ dequantize(weight).T + bias with x quantized on the fly in the weight's own format.
+
+    x: float [..., K]; all leading axes count as rows, so in the block format 128 consecutive tokens share a scale.
+    weight_q: int8 [N, K]. weight_scale: float32 [ceil(N/128), ceil(K/128)] or [N, 1]. bias: [N] or None.
+    Returns [..., N] in x's dtype; accumulated in float32. Raises TurboError when shapes or dtypes do not fit.
+    """
+    if weight_q.dtype != torch.int8 or weight_q.ndim != 2:
+        raise TurboError(f"int8_linear: weight must be int8 [N, K], got {weight_q.dtype} {list(weight_q.shape)}")
+    if x.shape[-1] != weight_q.shape[1]:
+        raise TurboError(f"int8_linear: x has {x.shape[-1]} channels, the weight {weight_q.shape[1]}")
+    _check_scale(weight_q, weight_scale, "int8_linear")
+    rows = x.reshape(-1, x.shape[-1])
+    if is_row_scale(weight_q, weight_scale):
+        y = _mm_rows(*quantize_rows(rows), weight_q, weight_scale)
+    else:
+        y = _mm_block(*quantize_block(rows), weight_q, weight_scale)
+    if bias is not None:
+        y += bias.to(y)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)

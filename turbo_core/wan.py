@@ -1,0 +1,275 @@
+"""A plain Wan 2.1 / 2.2 diffusion transformer with the official parameter names.
+
+Dense or sparse-linear self-attention, float or int8 linears. Matrices compute in their own dtype; norms, RoPE,
+modulation, the timestep path and the head in float32, as in the reference.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import TurboError
+from .int8 import int8_linear
+from .sla import sparse_linear_attention
+
+PATCH = (1, 2, 2)
+# the ten linears of a block that W8A8 replaces
+QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8 with block or row scales, see turbo_core.int8."""
+
+    def __init__(self, weight, weight_scale, bias=None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        return int8_linear(x, self.weight, self.weight_scale, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def _layer_norm(x, eps, weight=None, bias=None):
+    """LayerNorm over the last axis, computed and returned in float32."""
+    weight, bias = (None if p is None else p.float() for p in (weight, bias))
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+
+
+def timestep_embedding(timestep, dim: int):
+    """Sinusoidal embedding, cosines first. timestep [B] (0 to 1000) -> float32 [B, dim]."""
+    frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
+    angle = timestep.double()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1).float()
+
+
+def rope_angles(grid, head_dim: int, device=None):
+    """Angles of the three-axis rotary embedding for a grid of (frames, height, width) patches.
+
+    Returns float32 [T * H * W, head_dim / 2]: channel pairs for time first, then height, then width, which get
+    head_dim // 6 pairs each. Any grid size.
+    """
+    spatial = 2 * (head_dim // 6)
+    axes = []
+    for size, dim in zip(grid, (head_dim - 2 * spatial, spatial, spatial)):
+        frequency = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        axes.append(torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequency))
+    t, h, w = grid
+    time, height, width = axes
+    return torch.cat(
+        [
+            time[:, None, None].expand(t, h, w, -1),
+            height[None, :, None].expand(t, h, w, -1),
+            width[None, None].expand(t, h, w, -1),
+        ],
+        -1,
+    ).reshape(t * h * w, -1).float()
+
+
+def apply_rope(x, angles):
+    """Rotate neighbouring channel pairs of x [B, L, H, D] by angles [L, D / 2], in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name."""
+
+    def __init__(self, dim, num_heads, eps, sla=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if sla:
+            head_dim = dim // num_heads
+            proj_l = nn.Linear(head_dim, head_dim)
+            self.attn_op = nn.ModuleDict({"local_attn": nn.ModuleDict({"proj_l": proj_l})})
+
+    @property
+    def proj_l(self):
+        return self.attn_op["local_attn"]["proj_l"] if hasattr(self, "attn_op") else None
+
+    def forward(self, x, context=None, angles=None, topk=None, precision="bf16"):
+        """x [B, L, dim]; context [B, keys, dim] makes it cross-attention; angles [L, head_dim / 2] are RoPE's."""
+        source = x if context is None else context
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k = self.norm_k(self.k(source)).unflatten(-1, heads)
+        v = self.v(source).unflatten(-1, heads)
+        if angles is not None:
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if topk is None:
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        else:
+            proj = self.proj_l
+            weight, bias = (None, None) if proj is None else (proj.weight, proj.bias)
+            out = sparse_linear_attention(q, k, v, weight, bias, topk, precision=precision)
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, ffn_dim, num_heads, eps, sla):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(dim, num_heads, eps, sla)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = Attention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
+        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).chunk(6, 1)
+
+        def modulated(shift, scale):
+            return torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale).to(x.dtype)
+
+        y = self.self_attn(modulated(shift1, scale1), angles=angles, topk=topk, precision=precision)
+        x = torch.addcmul(x, y, gate1.to(x.dtype))
+        x = x + self.cross_attn(_layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype), context)
+        y = self.ffn(modulated(shift2, scale2))
+        return torch.addcmul(x, y, gate2.to(x.dtype))
+
+
+class Head(nn.Module):
+    def __init__(self, dim, out_dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, math.prod(PATCH) * out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x, time):
+        """x [B, L, dim], time float32 [B, dim] -> float32 [B, L, patch * out_dim]."""
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
+        return _float_linear(self.head, torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale))
+
+
+def _float_linear(layer, x):
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+class WanModel(nn.Module):
+    """Wan diffusion transformer, text-to-video (in_dim 16) or image-to-video by channels (in_dim 36).
+
+    dim 1536 / ffn 8960 / 12 heads / 30 layers is 1.3B; 5120 / 13824 / 40 / 40 is 14B and each A14B expert.
+    sla: every self-attention has the trained projection proj_l.
+    """
+
+    def __init__(
+        self,
+        dim,
+        ffn_dim,
+        num_heads,
+        num_layers,
+        in_dim=16,
+        out_dim=16,
+        text_dim=4096,
+        freq_dim=256,
+        eps=1e-6,
+        sla=False,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise TurboError(f"dim {dim} does not divide into {num_heads} heads")
+        self.dim, self.num_heads, self.freq_dim = dim, num_heads, freq_dim
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps, sla) for _ in range(num_layers))
+        self.head = Head(dim, out_dim, eps)
+
+    @property
+    def has_sla(self) -> bool:
+        return self.blocks[0].self_attn.proj_l is not None
+
+    @classmethod
+    def from_state_dict(cls, sd, dtype=None, device="cpu", num_heads=None):
+        """Build the model that a canonical state dict describes (turbo_core.checkpoint.load) and load it.
+
+        dtype: of the float matrices, default as stored; int8 weights stay int8, norms, modulation and proj_l become
+        float32. num_heads: default from proj_l, else heads of 128. Raises TurboError when keys or shapes do not fit.
+        """
+        dim, in_dim = sd["patch_embedding.weight"].shape[:2]
+        proj_l = sd.get("blocks.0.self_attn.attn_op.local_attn.proj_l.weight")
+        num_heads = num_heads or dim // (128 if proj_l is None else proj_l.shape[0])
+        with torch.device("meta"):
+            model = cls(
+                dim,
+                sd["blocks.0.ffn.0.weight"].shape[0],
+                num_heads,
+                1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks.")),
+                in_dim,
+                sd["head.head.weight"].shape[0] // math.prod(PATCH),
+                sd["text_embedding.0.weight"].shape[1],
+                sd["time_embedding.0.weight"].shape[1],
+                sla=proj_l is not None,
+            )
+        for name, scale in sd.items():
+            if name.endswith(".weight_scale"):
+                layer = name.removesuffix(".weight_scale")
+                weight, bias = sd[f"{layer}.weight"], sd.get(f"{layer}.bias")
+                model.set_submodule(layer, Int8Linear(weight, scale, bias))
+
+        def place(name, t):
+            if t.is_floating_point():
+                keep_float = name.endswith(("norm_q.weight", "norm_k.weight", "modulation", "weight_scale"))
+                keep_float = keep_float or ".proj_l." in name or ".norm3." in name
+                t = t.float() if keep_float else t.to(dtype or t.dtype)
+            return t.to(device)
+
+        missing, unexpected = model.load_state_dict({k: place(k, v) for k, v in sd.items()}, strict=False, assign=True)
+        if missing or unexpected:
+            raise TurboError(
+                f"state dict does not fit a Wan model: {len(missing)} keys missing {missing[:3]}, "
+                f"{len(unexpected)} unknown {unexpected[:3]}"
+            )
+        return model.eval().requires_grad_(False)
+
+    def forward(self, x, timestep, context, y=None, topk=None, precision="bf16"):
+        """Velocity of the rectified flow.
+
+        x [B, 16, T, H, W] latent (H and W even); timestep [B], 0 to 1000; context [B, tokens, text_dim];
+        y [B, in_dim - 16, T, H, W] for image-to-video: 4 mask channels, then the 16 of the encoded clip.
+        topk None: dense attention; else sparse-linear attention, see turbo_core.sla.
+        Returns [B, 16, T, H, W] in x's dtype.
+        """
+        if y is not None:
+            x = torch.cat([x, y.to(x)], 1)
+        if x.shape[1] != self.in_dim:
+            cure = "give it an image" if self.in_dim > x.shape[1] else "this is not an image-to-video model"
+            raise TurboError(f"this model takes {self.in_dim} latent channels, got {x.shape[1]}: {cure}")
+        if x.shape[3] % PATCH[1] or x.shape[4] % PATCH[2]:
+            raise TurboError(f"latent height and width must be even, got {list(x.shape[3:])}: sizes divide by 16")
+        dtype, out_dtype = self.patch_embedding.weight.dtype, x.dtype
+        tokens = self.patch_embedding(x.to(dtype))
+        grid = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2)
+        embed, silu, project = self.time_embedding
+        time = _float_linear(project, silu(_float_linear(embed, timestep_embedding(timestep, self.freq_dim))))
+        modulation = _float_linear(self.time_projection[1], F.silu(time)).unflatten(1, (6, self.dim))
+        context = self.text_embedding(context.to(dtype))
+        angles = rope_angles(grid, self.dim // self.num_heads, tokens.device)
+        for block in self.blocks:
+            tokens = block(tokens, modulation, context, angles, topk, precision)
+        out = self.head(tokens, time)
+        b, (t, h, w) = out.shape[0], grid
+        out = out.view(b, t, h, w, *PATCH, self.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return out.reshape(b, self.out_dim, t * PATCH[0], h * PATCH[1], w * PATCH[2]).to(out_dtype)
