@@ -1,6 +1,7 @@
 """The rCM timestep schedule: pure mathematics."""
 
 import math
+from numbers import Real
 
 import torch
 
@@ -15,6 +16,10 @@ def default_sigma_max(in_dim: int) -> float:
     return 200.0 if in_dim == 36 else 80.0
 
 
+def _is_finite_number(x):
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
 def rcm_sigmas(steps: int, sigma_max: float = 80.0) -> torch.Tensor:
     """Rectified-flow sigmas of an rCM-distilled model.
 
@@ -25,14 +30,14 @@ def rcm_sigmas(steps: int, sigma_max: float = 80.0) -> torch.Tensor:
     Returns [steps + 1] float64, descending, last one 0. Raises TurboError outside those ranges.
     Source: TurboDiffusion inference scripts; rCM, arXiv 2510.08431.
     """
-    if isinstance(steps, bool) or int(steps) != steps or not 1 <= steps <= MAX_STEPS:
+    if not _is_finite_number(steps) or steps not in range(1, MAX_STEPS + 1):
         raise TurboError(
             f"TurboWan models are distilled for 1 to {MAX_STEPS} steps, got {steps}: set steps to 4 (best) down to 1."
         )
-    if not math.isfinite(sigma_max) or sigma_max <= math.tan(_MID_TIMES[0]):
+    if not _is_finite_number(sigma_max) or sigma_max <= math.tan(_MID_TIMES[0]):
         raise TurboError(
             f"sigma_max must be a finite number above {math.tan(_MID_TIMES[0]):.1f}, got {sigma_max}: "
             "use 80 for text-to-video, 200 for image-to-video, up to 1600."
         )
-    angles = torch.tensor([math.atan(sigma_max), *_MID_TIMES[: steps - 1], 0.0], dtype=torch.float64)
+    angles = torch.tensor([math.atan(sigma_max), *_MID_TIMES[: int(steps) - 1], 0.0], dtype=torch.float64)
     return angles.sin() / (angles.cos() + angles.sin())
