@@ -1,0 +1,42 @@
+"""How much memory this process and its device have taken at most, and how much there is."""
+
+import sys
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the device's peak anew; the process's own peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: "process" (resident, mapped files included; absent on Windows) and "device" (CUDA and ROCm)."""
+    peak = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def available_memory() -> tuple[int, int] | None:
+    """(available, total) bytes of main memory, or None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError):
+        pass
+    try:
+        from psutil import virtual_memory
+    except ImportError:
+        return None
+    memory = virtual_memory()
+    return memory.available, memory.total

@@ -1,0 +1,298 @@
+"""Prompt, and image, to video without ComfyUI: text encoder, VAE, few-step sampling with one or two experts.
+
+Only one of the large networks is in memory at a time: the text encoder is gone before the DiT is read, the high-noise
+expert before the low-noise one. Files are validated before the first of them computes anything.
+"""
+
+import gc
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, sizes
+from .errors import TurboError
+from .memory import peak_memory, reset_peak_memory
+from .sampler import sample_rcm
+from .schedule import default_sigma_max, rcm_sigmas
+from .sla import PRECISIONS
+from .text import encode_text, load_text_encoder
+from .vae import LATENT_CHANNELS, decode_video, encode_video, load_vae
+from .video import prepare_image, read_image, to_frames
+from .wan import WanModel
+
+DEFAULT_TOPK = 0.1  # what the published models were trained with; 0.15 is a little better and slower
+
+
+@dataclass
+class Result:
+    """A finished video and how it came about; times in seconds, memory in bytes."""
+
+    frames: torch.Tensor  # uint8 [T, H, W, 3]
+    latents: torch.Tensor  # float32 [1, 16, (T-1)/4+1, H/8, W/8], normalized
+    settings: dict
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def generate(
+    prompt: str,
+    dit,
+    vae,
+    text_encoder,
+    *,
+    dit_low=None,
+    tokenizer=None,
+    image=None,
+    size=(832, 480),
+    adaptive=False,
+    frames=81,
+    steps=4,
+    seed=0,
+    sigma_max=None,
+    topk="auto",
+    precision="bf16",
+    ode=False,
+    boundary=0.9,
+    device=None,
+    dtype=None,
+    noise_device="cpu",
+    tiled=False,
+    progress=None,
+) -> Result:
+    """Make one video.
+
+    dit, dit_low, vae, text_encoder, tokenizer, image: paths; dit_low is the low-noise expert, used from the first
+    sigma below boundary. size: (width, height), multiples of 16; adaptive keeps its area and takes the image's aspect
+    ratio. frames: 4n + 1. steps: 1 to 4. sigma_max: default 80 (T2V) or 200 (I2V). topk: fraction of key blocks for
+    sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint was trained so and dense
+    elsewhere. precision: of sparse attention, "bf16" or "int8". device: default CUDA, then MPS, then CPU. dtype:
+    default bfloat16, on a CPU float32. noise_device: where noise is drawn; "cpu" gives the same video on every
+    machine, "cuda" the noise of the reference. tiled: decode in tiles. progress: callable (stage, done, total).
+    Raises TurboError for anything that does not fit together.
+    """
+    device, dtype = pick_device(device), dtype
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model = check_models(dit, dit_low, image)
+    sigmas = rcm_sigmas(steps, default_sigma_max(model.in_dim) if sigma_max is None else sigma_max)
+    topk = check_sampling(model, dit_low, sigmas, boundary, topk, precision)
+    picture = None if image is None else read_image(image)
+    width, height = sizes.adaptive_size(*picture.shape[:0:-1], *size) if adaptive and image is not None else size
+    shape = (1, LATENT_CHANNELS, *sizes.latent_shape(width, height, frames))
+    progress = progress or (lambda stage, done, total: None)
+    seconds, step_seconds = {}, []
+    stage = _stages(seconds, progress)
+    reset_peak_memory(device)
+
+    with stage("load VAE"):
+        vae = load_vae(vae, "cpu", dtype)
+    with stage("text encoder"):
+        context = encode_prompt(prompt, text_encoder, tokenizer, device, dtype)
+    if context.shape[-1] != model.text_dim:
+        raise TurboError(
+            f"text encoder {text_encoder} gives {context.shape[-1]} numbers a token, {dit} expects {model.text_dim}: "
+            "use umT5-xxl with the published models."
+        )
+    y = None
+    if picture is not None:
+        with stage("encode image"):
+            y = encode_image(vae.to(device), prepare_image(picture, width, height), frames).to(dtype)
+            vae.to("cpu")
+            _release(device)
+    experts = _Experts(dit, dit_low, boundary, device, dtype, stage)
+    with stage("sampling", steps):
+        latents = sample(
+            experts.at, context, shape, sigmas, y=y, seed=seed, topk=topk, precision=precision, ode=ode, device=device,
+            noise_device=noise_device, step_seconds=step_seconds, progress=lambda i: progress("sampling", i, steps),
+        )  # fmt: skip
+    experts.free()
+    seconds["sampling"] -= seconds.get("load DiT", 0.0)
+    if not torch.isfinite(latents).all():
+        raise TurboError(f"Sampling gave NaN or infinity in {dtype}. Use --dtype bfloat16 or float32, or another file.")
+    with stage("decode"):
+        video = to_frames(decode_video(vae.to(device), latents, tiled)[0])
+    settings = {
+        "prompt": prompt, "model": model.family, "size": f"{width}x{height}", "frames": frames, "steps": steps,
+        "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()], "rule": "ode" if ode else "sde", "seed": seed,
+        "topk": topk, "precision": precision, "boundary": boundary if dit_low else None, "weights": model.format,
+        "device": str(device), "dtype": str(dtype).removeprefix("torch."), "noise_device": str(noise_device),
+    }  # fmt: skip
+    return Result(video, latents.cpu(), settings, seconds, step_seconds, peak_memory(device))
+
+
+def pick_device(device=None) -> torch.device:
+    """The torch device of this name, or the best one there is. Raises TurboError when it is not available."""
+    if device is None:
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(accelerator)
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TurboError(f"Device {device!s} cannot be used ({reason}). Leave --device out, or use cpu.") from error
+    return device
+
+
+def check_models(dit, dit_low=None, image=None) -> checkpoint.Description:
+    """The description of dit, after checking that the experts belong together and an image is there when needed."""
+    model = checkpoint.inspect(dit)
+    if model.in_dim not in (16, 36) or model.out_dim != 16 or model.family.startswith("Wan2.1-I2V"):
+        raise TurboError(
+            f"{dit} is {model.family}, which the standalone pipeline does not run. It runs TurboWan2.1-T2V, "
+            "TurboWan2.2-I2V-A14B (two files) and plain Wan 2.1 T2V; load others in ComfyUI."
+        )
+    if model.task == "i2v" and image is None:
+        raise TurboError(f"{dit} is an image-to-video model ({model.family}): pass --image, or use a T2V model.")
+    if model.task == "t2v" and image is not None:
+        raise TurboError(f"{dit} is a text-to-video model ({model.family}): leave --image out, or use the I2V models.")
+    if dit_low is None:
+        return model
+    if Path(dit).resolve() == Path(dit_low).resolve():
+        raise TurboError(f"--dit and --dit-low are the same file {dit}: give the high- and the low-noise expert.")
+    low = checkpoint.inspect(dit_low)
+    fields = "task", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "has_sla"
+    if any(getattr(model, name) != getattr(low, name) for name in fields):
+        raise TurboError(
+            f"The two experts differ: {dit} is {model.family}, {dit_low} is {low.family}. Use the high- and "
+            "low-noise file of one release."
+        )
+    if "low" in Path(dit).name.lower() and "high" in Path(dit_low).name.lower():
+        raise TurboError(f"The experts look swapped: --dit is {Path(dit).name}. --dit takes the high-noise file.")
+    return model
+
+
+def check_sampling(model, dit_low, sigmas, boundary: float, topk, precision: str) -> float | None:
+    """The top-k to use (None is dense), after checking the settings against the model."""
+    if not 0.0 < boundary < 1.0:
+        raise TurboError(f"boundary is a sigma between 0 and 1, got {boundary}: use 0.9, as the reference does.")
+    if model.in_dim == 36 and dit_low is None and any(0 < sigma < boundary for sigma in sigmas.tolist()):
+        raise TurboError(
+            f"{model.path} is one of two experts ({model.family}) and {len(sigmas) - 1} steps pass the boundary "
+            f"{boundary}: give the high-noise file as --dit and the low-noise file as --dit-low."
+        )
+    if precision not in PRECISIONS:
+        raise TurboError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if topk == "auto":
+        return DEFAULT_TOPK if model.has_sla else None
+    if topk is not None and not 0.0 < topk <= 1.0:
+        raise TurboError(f"topk is the fraction of key blocks to keep, above 0 and up to 1, got {topk}: use 0.1.")
+    return topk
+
+
+def encode_prompt(prompt: str, text_encoder, tokenizer=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
+    """Embeddings [1, 512, text_dim]; the text encoder is loaded and freed again."""
+    model, tokenize = load_text_encoder(text_encoder, tokenizer, device, dtype)
+    context = encode_text(model, tokenize, [prompt])
+    del model
+    _release(torch.device(device))
+    return context
+
+
+def encode_image(vae, image: torch.Tensor, frames: int) -> torch.Tensor:
+    """Conditioning [1, 20, T, H/8, W/8] float32 for a 36-channel model from an image [3, H, W] in [-1, 1].
+
+    4 mask channels, one on the first latent frame, then the latents of a clip that is the image and then grey (0).
+    """
+    clip = image.new_zeros(1, 3, frames, *image.shape[1:])
+    clip[0, :, 0] = image
+    latent = encode_video(vae, clip)
+    mask = torch.zeros_like(latent[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent], 1)
+
+
+def sample(
+    model_at,
+    context: torch.Tensor,
+    shape,
+    sigmas: torch.Tensor,
+    *,
+    y=None,
+    seed=0,
+    topk=None,
+    precision="bf16",
+    ode=False,
+    device="cpu",
+    noise_device="cpu",
+    step_seconds=None,
+    progress=None,
+) -> torch.Tensor:
+    """Latents float32 of this shape [B, 16, T, H, W]; one generator supplies all noise, through expert changes too.
+
+    model_at: callable (sigma) -> WanModel. The state is float64 (float32 on MPS). The network gets the timestep
+    1000 * sigma rounded to bfloat16 in every dtype: that is the value the distilled student was trained to see.
+    step_seconds: a list that takes the time of each network evaluation. progress: callable (steps done).
+    """
+    generator = torch.Generator(noise_device).manual_seed(seed)
+    device = torch.device(device)
+
+    def noise(*_):
+        return torch.randn(shape, generator=generator, device=noise_device).to(device)
+
+    def denoise(x, sigma):
+        model = model_at(sigma[0].item())
+        start = time.perf_counter()
+        timestep = (sigma.float() * 1000).to(torch.bfloat16).float()
+        velocity = model(x.float(), timestep, context, y=y, topk=topk, precision=precision)
+        _synchronize(device)
+        if step_seconds is not None:
+            step_seconds.append(time.perf_counter() - start)
+        return x - sigma.view(-1, 1, 1, 1, 1) * velocity.to(x.dtype)
+
+    state_dtype = torch.float32 if device.type == "mps" else torch.float64
+    callback = (lambda event: progress(event["i"] + 1)) if progress else None
+    x = noise().to(state_dtype) * sigmas[0].item()
+    return sample_rcm(denoise, x, sigmas, ode=ode, noise_sampler=noise, callback=callback).float()
+
+
+class _Experts:
+    """Reads the expert that a sigma asks for, after letting go of the other one."""
+
+    def __init__(self, high, low, boundary, device, dtype, stage):
+        self.high, self.low, self.boundary = high, low, boundary
+        self.device, self.dtype, self.stage = device, dtype, stage
+        self.path = self.model = None
+
+    def at(self, sigma: float) -> WanModel:
+        path = self.high if self.low is None or sigma >= self.boundary else self.low
+        if path != self.path:
+            self.free()
+            with self.stage("load DiT"):
+                state, described = checkpoint.load(path)
+                self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=described.num_heads)
+            self.path = path
+        return self.model
+
+    def free(self):
+        self.path = self.model = None
+        _release(self.device)
+
+
+def _stages(seconds: dict, progress):
+    """A context manager that times a named stage (summed when it comes twice) and reports its start and end."""
+
+    @contextmanager
+    def stage(name: str, total: int = 1):
+        progress(name, 0, total)
+        start = time.perf_counter()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        progress(name, total, total)
+
+    return stage
+
+
+def _synchronize(device: torch.device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def _release(device: torch.device):
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
