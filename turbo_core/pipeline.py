@@ -75,13 +75,15 @@ def generate(
     machine, "cuda" the noise of the reference. tiled: decode in tiles. progress: callable (stage, done, total).
     Raises TurboError for anything that does not fit together.
     """
-    device, dtype = pick_device(device), dtype
+    device = pick_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = check_models(dit, dit_low, image)
     sigmas = rcm_sigmas(steps, default_sigma_max(model.in_dim) if sigma_max is None else sigma_max)
     topk = check_sampling(model, dit_low, sigmas, boundary, topk, precision)
     picture = None if image is None else read_image(image)
-    width, height = sizes.adaptive_size(*picture.shape[:0:-1], *size) if adaptive and image is not None else size
+    width, height = size
+    if adaptive and picture is not None:
+        width, height = sizes.adaptive_size(picture.shape[2], picture.shape[1], width, height)
     shape = (1, LATENT_CHANNELS, *sizes.latent_shape(width, height, frames))
     progress = progress or (lambda stage, done, total: None)
     seconds, step_seconds = {}, []

@@ -1,0 +1,108 @@
+"""What this machine can run, which path each part takes, and why a faster one is not taken."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+
+import torch
+
+from . import __version__
+from .console import human_bytes
+from .memory import available_memory
+from .pipeline import pick_device
+
+# import name, distributions that carry it, what it is for
+LIBRARIES = (
+    ("triton", ("triton", "triton-windows", "pytorch-triton-rocm"), "compiled kernels on NVIDIA and AMD cards"),
+    ("comfy_kitchen", ("comfy-kitchen",), "int8 layouts inside ComfyUI"),
+    ("sageattention", ("sageattention",), "not used: the low-bit attention here is its own"),
+    ("av", ("av",), "writing MP4"),
+    ("diffusers", ("diffusers",), "the Wan VAE outside ComfyUI"),
+    ("transformers", ("transformers",), "the text encoder outside ComfyUI"),
+    ("sentencepiece", ("sentencepiece",), "the tokenizer, make-tiny"),
+    ("PIL", ("pillow",), "images and contact sheets"),
+    ("rich", ("rich",), "progress bars"),
+    ("ftfy", ("ftfy",), "mending wrongly decoded prompts"),
+)
+PIPELINE = ("av", "diffusers", "transformers", "sentencepiece", "PIL")
+
+
+def examine() -> dict[str, list[tuple[str, str]]]:
+    """{section: [(item, finding)]} for "machine", "libraries" and "paths"; reads the machine, changes nothing."""
+    return {"machine": _machine(), "libraries": _libraries(), "paths": _paths()}
+
+
+def _machine():
+    rows = [
+        ("turbo-core", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    memory = available_memory()
+    if memory:
+        rows.append(("memory", f"{human_bytes(memory[0])} free of {human_bytes(memory[1])}"))
+    return rows + [("card", text) for text in _cards()]
+
+
+def _cards() -> list[str]:
+    if torch.cuda.is_available():
+        kind = "ROCm" if torch.version.hip else "CUDA"
+        runtime = torch.version.hip or torch.version.cuda
+        cards = []
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            size, capability = human_bytes(card.total_memory), f"{card.major}.{card.minor}"
+            cards.append(f"{card.name}, {size}, {kind} {runtime}, compute capability {capability}")
+        return cards
+    if torch.backends.mps.is_available():
+        return ["Apple GPU (MPS)"]
+    if torch.version.cuda or torch.version.hip:
+        return [f"none: torch {torch.__version__} is built for cards, but no card and driver answers"]
+    if shutil.which("nvidia-smi"):
+        return ["none: there is an NVIDIA driver, but this torch is built for CPUs; install one from pytorch.org"]
+    return ["none: this torch is built for CPUs"]
+
+
+def _libraries():
+    return [(name, f"{_version(name, distributions)} ({purpose})") for name, distributions, purpose in LIBRARIES]
+
+
+def _version(name: str, distributions) -> str:
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "present" if importlib.util.find_spec(name) else "not installed"
+
+
+def _paths():
+    device = pick_device()
+    bf16 = device.type != "cpu"
+    missing = [name for name in PIPELINE if importlib.util.find_spec(name) is None]
+    cure = 'pip install "comfyui-turbowan[pipeline]"'
+    generate = f"no: {', '.join(missing)} missing. Cure: {cure}" if missing else "yes"
+    return [
+        ("device", f"{device}, {'bfloat16' if bf16 else 'float32 (bfloat16 is slower on a CPU)'}"),
+        ("int8 linear", _int8_path(device)),
+        ("sparse attention", "PyTorch, block by block, any device; int8 precision is emulated"),
+        ("dense attention", "torch scaled_dot_product_attention"),
+        ("text encoder", _library_path("transformers", device)),
+        ("VAE", _library_path("diffusers", device)),
+        ("generate", generate),
+        ("inspect, convert, quantize", "yes"),
+    ]
+
+
+def _int8_path(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "torch._int_mm (exact int32)"
+    if device.type == "cuda":
+        return "torch._int_mm (exact int32), float32 for at most 16 rows or sides that are not multiples of 8"
+    return f"float32 matrix products: torch has no int8 product on {device.type}"
+
+
+def _library_path(name: str, device: torch.device) -> str:
+    return f"{name} on {device}" if importlib.util.find_spec(name) else f"none: {name} is not installed"
+
