@@ -1,0 +1,103 @@
+"""What a Wan checkpoint is and whether it is whole, from the names, shapes and dtypes of its tensors alone."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import TurboError
+from .formats import PROJ_L, declared_formats, is_quantizable, layer_format
+from .validate import block_count, check_names, check_shapes, read_sizes
+
+_SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # by (dim, blocks)
+_MARKERS = {  # keys that only one kind of Wan model has
+    "vace_patch_embedding.weight": "VACE",
+    "control_adapter.conv.weight": "Camera",
+    "casual_audio_encoder.encoder.final_linear.weight": "S2V",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Animate",
+    "patch_embedding_mask.weight": "SCAIL-2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "ref_conv.weight": "Fun-Control",
+    "img_emb.emb_pos": "FLF2V",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds; sizes in channels, `bytes` of the file, `tensors` as stored."""
+
+    path: str
+    container: str  # "pth" or "safetensors"
+    family: str  # "TurboWan2.1-T2V-1.3B", "Wan2.1-VACE-14B", "Wan (dim 256, 2 blocks)"
+    task: str  # "t2v" or "i2v"
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    format: str  # of the ten linears per block: int8_block, int8_row, bf16, fp16, fp32, fp8 or mixed
+    has_sla: bool
+    tensors: int
+    bytes: int
+    metadata: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what reading it involved: a prefix removed, a training dump entered, keys left out
+
+
+def describe(path, container: str, metadata: dict, stored: int, tensors: dict, notes=()) -> Description:
+    """Describe and validate tensors under their official names (formats.canonical); no data is read.
+
+    Wan 2.1 T2V-14B and the experts of Wan 2.2 T2V-A14B have the same shapes, as have the two A14B I2V experts: a file
+    does not tell which it is. Raises TurboError naming what is missing, extra, of another shape or another family.
+    """
+    blocks = block_count(tensors, path)
+    declared = declared_formats(tensors, metadata, path)
+    has_sla = any(name.endswith(f"{PROJ_L}.weight") for name in tensors)
+    variant = next((kind for key, kind in _MARKERS.items() if key in tensors), None)
+    check_names(tensors, blocks, has_sla, variant, path)
+    sizes = read_sizes(tensors, metadata, path)
+    check_shapes(tensors, blocks, has_sla, sizes, path)
+    formats = {name: layer_format(name, tensors, path) for name in tensors if f"{name}_scale" in tensors}
+    formats |= {name: layer_format(name, tensors, path) for name in tensors if is_quantizable(name)}
+    for name, kind in declared.items():
+        if formats.get(name, kind) != kind:
+            raise TurboError(f"{path}: {name} is stated to be {kind} and stored as {formats[name]}. Save it again.")
+    used = {kind for name, kind in formats.items() if is_quantizable(name)}
+    image_branch = "img_emb.proj.0.weight" in tensors
+    return Description(
+        path=str(path),
+        container=container,
+        family=_family(sizes, blocks, has_sla, variant, image_branch),
+        task="i2v" if image_branch or sizes.in_dim == sizes.out_dim + 20 else "t2v",
+        dim=sizes.dim,
+        ffn_dim=sizes.ffn_dim,
+        num_heads=sizes.dim // sizes.head_dim,
+        head_dim=sizes.head_dim,
+        num_layers=blocks,
+        in_dim=sizes.in_dim,
+        out_dim=sizes.out_dim,
+        text_dim=sizes.text_dim,
+        format=used.pop() if len(used) == 1 else "mixed",
+        has_sla=has_sla,
+        tensors=stored,
+        bytes=Path(path).stat().st_size,
+        metadata=dict(metadata),
+        notes=tuple(notes),
+    )
+
+
+def _family(sizes, blocks, has_sla, variant, image_branch) -> str:
+    wan, size = ("TurboWan" if has_sla else "Wan"), _SIZES.get((sizes.dim, blocks))
+    if size is None:
+        return f"{wan}{f' {variant}' if variant else ''} (dim {sizes.dim}, {blocks} blocks)"
+    if variant:
+        return f"{wan}{'2.2' if variant in ('S2V', 'Animate') else '2.1'}-{variant}-{size}"
+    if size == "5B":
+        return f"{wan}2.2-TI2V-5B"
+    if image_branch:
+        return f"{wan}2.1-I2V-{size}"
+    if sizes.in_dim == 36:
+        return f"{wan}2.2-I2V-A{size}"
+    return f"{wan}2.1-T2V-{size}" if sizes.in_dim == 16 else f"{wan}-{size} ({sizes.in_dim} input channels)"

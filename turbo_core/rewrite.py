@@ -1,0 +1,127 @@
+"""The middle of a conversion: what each tensor becomes, and making it so, one tensor at a time."""
+
+import json
+
+import torch
+
+from .errors import TurboError
+from .formats import FLOATS, INTEGERS, canonical, decode, is_delicate, is_helper, is_quantizable, layer_format
+from .int8 import block_scale_shape, quantize_block, quantize_rows
+from .stream_safetensors import Layout
+from .tensor_file import open_tensors
+
+_SLAB = 2048  # rows quantized at once, a multiple of 128: bounds the float32 copies
+_REMAP = 1 << 30  # bytes read before the source is mapped anew, which gives the pages back
+_QUANTIZERS = {"int8_block": quantize_block, "int8_row": quantize_rows}
+_COMFY_QUANT = {
+    kind: torch.frombuffer(bytearray(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+    for kind, name in INTEGERS.items()
+}
+Plan = dict[str, str | torch.dtype]
+
+
+def stored_formats(tensors: dict, path) -> dict[str, str]:
+    """{name: layer_format} of the weights that are, or can be, quantized."""
+    return {n: layer_format(n, tensors, path) for n in tensors if is_quantizable(n) or f"{n}_scale" in tensors}
+
+
+def plan(tensors: dict, stored: dict[str, str], format: str) -> Plan:
+    """{name: "int8_block", "int8_row" or a dtype} of every tensor that a file of the given format gets."""
+    result = {}
+    for name, tensor in tensors.items():
+        if is_helper(name) or is_scale(name, tensors):
+            continue
+        was, isfloat = stored.get(name), tensor.is_floating_point()
+        dtype = tensor.dtype if isfloat and tensor.dtype.itemsize > 1 else torch.bfloat16
+        if is_quantizable(name) and format in INTEGERS:
+            result[name] = format
+        elif was in INTEGERS and format in INTEGERS:
+            result[name] = was  # a quantized layer outside the ten: left as it is
+        elif was is None and not isfloat:
+            result[name] = tensor.dtype
+        elif format in INTEGERS:
+            result[name] = dtype
+        else:
+            result[name] = torch.promote_types(dtype, FLOATS[format]) if is_delicate(name) else FLOATS[format]
+    return result
+
+
+def is_scale(name: str, tensors: dict) -> bool:
+    """True for the weight_scale of a layer whose weight is there."""
+    return name.endswith(".weight_scale") and name.removesuffix("_scale") in tensors
+
+
+def on_disk(plan: Plan, tensors: dict) -> Layout:
+    """{name: (dtype, shape)} of every tensor on disk."""
+    result = {}
+    for name, kind in plan.items():
+        shape = tuple(tensors[name].shape)
+        if isinstance(kind, torch.dtype):
+            result[name] = kind, shape
+            continue
+        result[name] = torch.int8, shape
+        result[f"{name}_scale"] = torch.float32, block_scale_shape(*shape) if kind == "int8_block" else (shape[0], 1)
+        result[_comfy_quant_name(name)] = torch.uint8, tuple(_COMFY_QUANT[kind].shape)
+    return result
+
+
+def _comfy_quant_name(name):
+    return name.removesuffix("weight") + "comfy_quant"
+
+
+def rewritten(source, plan: Plan, stored: dict[str, str], count):
+    """Yield (name, tensor) as planned; calls count(bytes) after each has been taken.
+
+    Raises TurboError naming the first tensor that holds NaN or infinity, or does not fit into float16.
+    """
+    file, read = None, 0
+    for name, kind in plan.items():
+        if file is None or (file.mapped and read > _REMAP):
+            file = tensors = weight = scale = None
+            file, read = open_tensors(source), 0
+            tensors = canonical(file.tensors, source)[0]
+        weight, scale = tensors[name], tensors.get(f"{name}_scale")
+        read += weight.nbytes
+        if scale is not None:
+            check_finite(f"{name}_scale", scale, source)
+        if isinstance(kind, torch.dtype):
+            outputs = {name: _cast(name, weight, scale, kind, source)}
+        else:
+            outputs = _integers(name, weight, scale, stored[name], kind, source)
+        for output, tensor in outputs.items():
+            yield output, tensor
+            count(tensor.nbytes)
+
+
+def _cast(name, weight, scale, dtype, path):
+    if not dtype.is_floating_point:
+        return weight
+    if weight.dtype.itemsize > 1:
+        check_finite(name, weight, path)
+    tensor = decode(weight, scale, dtype)
+    if dtype == torch.float16 and tensor.dtype != weight.dtype and not _finite(tensor):
+        raise TurboError(
+            f"{path}: {name} exceeds 65504, the largest float16. Expected smaller weights: convert to bf16."
+        )
+    check_finite(name, tensor, path)
+    return tensor
+
+
+def _integers(name, weight, scale, stored, kind, path):
+    if stored != kind:
+        if stored not in FLOATS:
+            weight = decode(weight, scale, torch.float32)
+        check_finite(name, weight, path)
+        parts = zip(*(_QUANTIZERS[kind](slab) for slab in weight.split(_SLAB)))
+        weight, scale = (torch.cat(part) for part in parts)
+    return {name: weight, f"{name}_scale": scale.float(), _comfy_quant_name(name): _COMFY_QUANT[kind]}
+
+
+def _finite(tensor) -> bool:
+    return tensor.numel() == 0 or all(torch.isfinite(edge) for edge in tensor.aminmax())  # NaN shows in both
+
+
+def check_finite(name: str, tensor, path) -> None:
+    """Raise TurboError when a float tensor holds NaN or infinity."""
+    if not _finite(tensor):
+        raise TurboError(f"{path}: {name} holds NaN or infinity. Expected finite weights: the file is damaged.")
