@@ -22,14 +22,14 @@ def _matrix(x, name):
     return x.float()
 
 
-def _check_scale(q, scale, name):
-    rows, cols = q.shape[0], q.shape[1]
-    if scale.ndim == 2 and tuple(scale.shape) in (block_scale_shape(rows, cols), (rows, 1)):
-        return
-    raise TurboError(
-        f"{name}: scale of an int8 [{rows}, {cols}] matrix must be {list(block_scale_shape(rows, cols))} (128x128 "
-        f"blocks) or [{rows}, 1] (rows), got {list(scale.shape)}"
-    )
+def _check_scale(q, scale, name, formats=("block", "row")):
+    rows, cols = q.shape
+    shapes = {"block": block_scale_shape(rows, cols), "row": (rows, 1)}
+    if tuple(scale.shape) not in [shapes[f] for f in formats]:
+        expected = " or ".join(f"{list(shapes[f])} ({f} format)" for f in formats)
+        raise TurboError(
+            f"{name}: scale of an int8 [{rows}, {cols}] matrix must be {expected}, got {list(scale.shape)}"
+        )
 
 
 def block_scale_shape(rows: int, cols: int) -> tuple[int, int]:
@@ -50,24 +50,30 @@ def _blocks(x):
     return x.view(mb, BLOCK, kb, BLOCK)
 
 
-def quantize_block(x):
+def quantize_block(x, seed: int = 0):
     """Quantize in 128x128 blocks; ragged edge blocks use what is there.
 
     x: float [M, K]. Returns (int8 [M, K], float32 scale [ceil(M/128), ceil(K/128)]) with
     scale = max(amax, 1e-8) / 128 and q = saturate(round_half_even(x / amax * 128)): +amax becomes 127.
+    seed > 0 rounds stochastically instead, so that small changes (a LoRA) survive on average.
     Source: TurboDiffusion ops/quant.
     """
+    x = _matrix(x, "quantize_block")
     m, k = x.shape
-    blocks = _blocks(_matrix(x, "quantize_block"))
+    blocks = _blocks(x)
     amax = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(_TINY)
-    q = (blocks / amax).mul_(128.0).round_().clamp_(-128, 127).to(torch.int8)
+    q = (blocks / amax).mul_(128.0)
+    if seed > 0:
+        generator = torch.Generator(device=x.device).manual_seed(seed)
+        q = q.add_(torch.rand(q.shape, generator=generator, device=x.device)).floor_()
+    q = q.round_().clamp_(-128, 127).to(torch.int8)
     q = q.reshape(q.shape[0] * BLOCK, q.shape[2] * BLOCK)[:m, :k].contiguous()
     return q, (amax / 128.0).view(blocks.shape[0], blocks.shape[2])
 
 
 def dequantize_block(q, scale, dtype=torch.float32):
     """int8 [M, K] and scale [ceil(M/128), ceil(K/128)] -> float [M, K]."""
-    _check_scale(q, scale, "dequantize_block")
+    _check_scale(q, scale, "dequantize_block", ["block"])
     m, k = q.shape
     x = _blocks(q.float()) * scale[:, None, :, None]
     return x.reshape(x.shape[0] * BLOCK, x.shape[2] * BLOCK)[:m, :k].to(dtype).contiguous()
@@ -80,12 +86,12 @@ def quantize_rows(x):
     """
     x = _matrix(x, "quantize_rows")
     scale = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127.0
-    return (x / scale).round_().clamp_(-128, 127).to(torch.int8), scale
+    return (x / scale).round_().clamp_(-128, 127).to(torch.int8).contiguous(), scale
 
 
 def dequantize_rows(q, scale, dtype=torch.float32):
     """int8 [M, K] and scale [M, 1] -> float [M, K]."""
-    _check_scale(q, scale, "dequantize_rows")
+    _check_scale(q, scale, "dequantize_rows", ["row"])
     return (q.float() * scale).to(dtype)
 
 
@@ -96,7 +102,10 @@ def dequantize(q, scale, dtype=torch.float32):
 
 def _int_mm(a, b):
     """Exact int8 [M, K] x int8 [N, K]^T -> int32 or integer-valued float32 [M, N], whichever the device has."""
-    if a.device.type == "cpu" or (a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0):
+    # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have
+    if (a.device.type == "cpu" and a.shape[1] > 1) or (
+        a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    ):
         return torch._int_mm(a, b.t())
     # float32 holds every partial sum of 1024 products exactly (128 * 128 * 1024 = 2^24)
     a, b = a.float(), b.float()
@@ -130,6 +139,9 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     if x.shape[-1] != weight_q.shape[1]:
         raise TurboError(f"int8_linear: x has {x.shape[-1]} channels, the weight {weight_q.shape[1]}")
     _check_scale(weight_q, weight_scale, "int8_linear")
+    n = weight_q.shape[0]
+    if bias is not None and bias.shape != (n,):
+        raise TurboError(f"int8_linear: bias of {n} outputs must be [{n}], got {list(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1])
     if is_row_scale(weight_q, weight_scale):
         y = _mm_rows(*quantize_rows(rows), weight_q, weight_scale)
@@ -137,4 +149,4 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
         y = _mm_block(*quantize_block(rows), weight_q, weight_scale)
     if bias is not None:
         y += bias.to(y)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], n)

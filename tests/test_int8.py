@@ -1,0 +1,350 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from turbo_core import int8
+from turbo_core.errors import TurboError
+
+# one, a few, just under, at and just over a block, and two blocks with a ragged third
+SIZES = (1, 5, 120, 127, 128, 129, 300)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = {"block": int8.quantize_block, "row": int8.quantize_rows}
+
+
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact_blocks(x):
+    """numerics.md in float64, block by block: (x / scale before rounding, scale)."""
+    x = x.double().numpy()
+    m, k = x.shape
+    value, scale = np.empty_like(x), np.empty((-(-m // 128), -(-k // 128)))
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            here = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            amax = max(np.abs(x[here]).max(), float(np.float32(1e-8)))
+            value[here] = x[here] / amax * 128
+            scale[i, j] = amax / 128
+    return value, scale
+
+
+def exact_rows(x):
+    """ComfyUI's definition: x over the float32 scale, in float32; amax / 2 would else be a tie at 63.5."""
+    x = x.float().numpy()
+    scale = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-8)) / np.float32(127)
+    return (x / scale).astype(float), scale
+
+
+EXACT = {"block": exact_blocks, "row": exact_rows}
+
+
+def rounded(value):
+    return np.clip(np.rint(value), -128, 127)
+
+
+def check(fmt, x, near_ties_may_differ=False):
+    """Quantize x and compare with the float64 formula, bit for bit."""
+    before = x.clone()
+    q, scale = FORMATS[fmt](x)
+    assert torch.equal(x, before) and q.is_contiguous()
+    assert q.dtype == torch.int8 and q.shape == x.shape and scale.dtype == torch.float32
+    value, exact = EXACT[fmt](x)
+    np.testing.assert_array_equal(scale.numpy(), exact.astype(np.float32))
+    wrong = q.numpy() != rounded(value)
+    if near_ties_may_differ:  # float32 division moves a value by up to 8e-6 of a step
+        wrong &= np.abs(value - np.floor(value) - 0.5) > 1e-5
+    assert not wrong.any()
+    return q, scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", SIZES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_quantization_is_the_formula_bit_for_bit(fmt, k, dtype):
+    # values of 8 or 11 significant bits cannot come close to a rounding tie without being one
+    valued = torch.bfloat16 if dtype == torch.float32 else dtype
+    for seed, m in enumerate(SIZES):
+        check(fmt, gaussian(m, k, seed=seed, dtype=valued).to(dtype))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_quantization_of_any_float32(fmt):
+    for seed, (m, k) in enumerate([(129, 300), (300, 127), (1, 5)]):
+        check(fmt, gaussian(m, k, seed=seed) * 3.7, near_ties_may_differ=True)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_exact_ties_round_to_even(fmt):
+    top = 128.0 if fmt == "block" else 127.0
+    x = torch.tensor([[-top, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -125.5]])
+    q, _ = check(fmt, x)
+    assert q.tolist() == [[-int(top), 0, 2, 2, 0, -2, -2, 126, -126]]
+
+
+def test_block_extremes_saturate_on_the_positive_side_only():
+    x = torch.tensor([[3.0, -3.0, 1.5]])
+    q, scale = check("block", x)
+    assert q.tolist() == [[127, -128, 64]]
+    assert int8.dequantize_block(q, scale).tolist() == [[3.0 * 127 / 128, -3.0, 1.5]]
+
+
+def test_row_extremes_are_exact_on_both_sides():
+    q, scale = check("row", torch.tensor([[2.0, -2.0, 0.0], [0.0, 1.0, -1.0]]))
+    assert q.tolist() == [[127, -127, 0], [0, 127, -127]]
+    torch.testing.assert_close(int8.dequantize_rows(q, scale)[0], torch.tensor([2.0, -2.0, 0.0]))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_zeros_stay_zeros(fmt):
+    q, scale = check(fmt, torch.zeros(130, 200))
+    assert not q.any() and torch.isfinite(scale).all() and (scale > 0).all()
+    assert not int8.dequantize(q, scale).any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("size", [3e-8, 9e-9, 1e-12, 1e-40, 1e30])
+def test_tiny_and_huge_blocks(fmt, size):
+    # under the floor of 1e-8 values fade out instead of dividing by next to nothing; 1e-40 is subnormal
+    check(fmt, gaussian(129, 130) * size, near_ties_may_differ=True)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_half_precision_subnormals(fmt):
+    x = gaussian(64, 130, dtype=torch.float16) * 1e-6
+    assert x.abs().max() < torch.finfo(torch.float16).tiny
+    q, _ = check(fmt, x)
+    assert q.any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_blocks_of_very_different_size_keep_to_themselves(fmt):
+    x = gaussian(300, 300, dtype=torch.bfloat16).float()
+    x[:128, :128] *= 2.0**20
+    x[-1, -1] = 2.0**30
+    check(fmt, x)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_strided_input(fmt):
+    x = gaussian(260, 300, dtype=torch.bfloat16)
+    for view in (x.t(), x[3:140, 1::2], x[::2].t(), x[:1].expand(130, -1)):
+        q, scale = check(fmt, view)
+        q2, scale2 = FORMATS[fmt](view.contiguous())
+        assert torch.equal(q, q2) and torch.equal(scale, scale2)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_number_stays_in_its_block(fmt, bad):
+    x = gaussian(200, 260)
+    x[150, 130] = bad
+    decoded = int8.dequantize(*FORMATS[fmt](x))
+    rows, cols = (slice(128, 200), slice(128, 256)) if fmt == "block" else (slice(150, 151), slice(None))
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    inside[rows, cols] = True
+    assert decoded[inside].isnan().all() and decoded[~inside].isfinite().all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize_multiplies_each_value_by_its_own_scale(fmt, dtype):
+    m, k = 300, 129
+    q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    shape = int8.block_scale_shape(m, k) if fmt == "block" else (m, 1)
+    scale = gaussian(*shape).abs()
+    decode = int8.dequantize_block if fmt == "block" else int8.dequantize_rows
+    out = decode(q, scale, dtype)
+    assert out.dtype == dtype and torch.equal(out, int8.dequantize(q, scale, dtype))
+    for i, j in [(0, 0), (127, 127), (128, 0), (0, 128), (299, 128), (255, 128), (256, 127)]:
+        s = scale[i // 128, j // 128] if fmt == "block" else scale[i, 0]
+        assert out[i, j] == (q[i, j] * s).to(dtype)
+
+
+def test_stochastic_rounding_is_right_on_average_and_repeats_with_its_seed():
+    x = torch.full((128, 128), 0.3) + 0.1 * gaussian(128, 128).clamp(-1, 1)
+    x[0, :3] = torch.tensor([128.0, -128.0, 0.0])  # the scale is 1: values round to 0 or 1
+    q, scale = int8.quantize_block(x, seed=7)
+    assert q[0, :3].tolist() == [127, -128, 0] and scale.item() == 1
+    assert set(q[1:].flatten().tolist()) == {0, 1}
+    assert q[1:].float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(q, int8.quantize_block(x, seed=7)[0]) and not torch.equal(q, int8.quantize_block(x, seed=8)[0])
+    assert not int8.quantize_block(x)[0][1:].any()
+
+
+def test_row_format_is_the_hosts_own():
+    host = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    for seed, (m, k) in enumerate([(1, 1), (5, 127), (129, 300), (64, 1536)]):
+        x = gaussian(m, k, seed=seed)
+        for ours, theirs in zip(int8.quantize_rows(x), host.quantize_int8_rowwise(x)):
+            assert torch.equal(ours, theirs)
+
+
+# ---- int8_linear
+
+
+def emulate(fmt, x, w, bias=None):
+    """numerics.md in float64 from bf16-valued x [M, K] and w [N, K]: integer dots, then both scales, then bias."""
+    (x, xs), (w, ws) = ((rounded(v), s.astype(np.float32).astype(float)) for v, s in map(EXACT[fmt], (x, w)))
+    if fmt == "row":
+        y = (x @ w.T) * xs * ws.T
+    else:
+        y = np.zeros((len(x), len(w)))
+        for b in range(xs.shape[1]):
+            here = slice(128 * b, 128 * b + 128)
+            y += np.kron(xs[:, b : b + 1] * ws[None, :, b], np.ones((128, 128)))[: len(x), : len(w)] * (
+                x[:, here] @ w[:, here].T
+            )
+    return y if bias is None else y + bias.double().numpy()
+
+
+def assert_near(y, expected, tolerance=1e-6):
+    y = y.double().numpy()
+    assert y.shape == expected.shape
+    assert np.abs(y - expected).max() <= tolerance * np.abs(expected).max()
+
+
+LINEAR_SHAPES = [  # M, N, K
+    (1, 128, 128),  # one row, whole blocks
+    (5, 120, 127),  # everything under a block, K odd
+    (129, 300, 129),  # everything just over
+    (130, 1, 300),  # one output; K not a multiple of 8
+    (17, 64, 1),  # one channel
+    (300, 136, 1000),  # many K-blocks, the last ragged
+]
+
+
+@pytest.mark.parametrize("m, n, k", LINEAR_SHAPES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_int8_linear_is_the_published_arithmetic(fmt, m, n, k):
+    x, w, bias = (gaussian(*s, seed=i, dtype=torch.bfloat16).float() for i, s in enumerate([(m, k), (n, k), (n,)]))
+    x[m // 2 :] *= 8  # scales that differ between blocks, or they could be mixed up unseen
+    w[:, k // 2 :] *= 4
+    w_q, w_scale = FORMATS[fmt](w)
+    assert_near(int8.int8_linear(x, w_q, w_scale), emulate(fmt, x, w))
+    assert_near(int8.int8_linear(x, w_q, w_scale, bias), emulate(fmt, x, w, bias))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_linear_in_half_precision_rounds_once_at_the_end(fmt, dtype):
+    x, w, bias = (gaussian(*s, seed=i, dtype=dtype) for i, s in enumerate([(140, 300), (130, 300), (130,)]))
+    y = int8.int8_linear(x, *FORMATS[fmt](w), bias)
+    assert y.dtype == dtype
+    assert_near(y, emulate(fmt, x, w, bias), torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_int8_linear_does_not_saturate_at_the_largest_products(fmt):
+    # int8 dot instructions with 16-bit intermediates give wrong sums here
+    x, w = torch.ones(20, 4096), -torch.ones(24, 4096)
+    x[::2] *= -1
+    assert_near(int8.int8_linear(x, *FORMATS[fmt](w)), emulate(fmt, x, w))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_batch_axes_are_rows(fmt):
+    # 2 x 70 rows: in the block format the second block of 128 rows lies wholly in the second sample
+    x, w = gaussian(2, 70, 200, dtype=torch.bfloat16).float(), gaussian(96, 200, seed=1, dtype=torch.bfloat16).float()
+    x[1] *= 16
+    y = int8.int8_linear(x, *FORMATS[fmt](w))
+    assert y.shape == (2, 70, 96)
+    assert_near(y.flatten(0, 1), emulate(fmt, x.flatten(0, 1), w))
+    assert torch.equal(int8.int8_linear(x[0, 0], *FORMATS[fmt](w)), int8.int8_linear(x[:1, 0], *FORMATS[fmt](w))[0])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_strided_activations_and_weights(fmt):
+    x, (w_q, w_scale) = gaussian(200, 150), FORMATS[fmt](gaussian(130, 200, seed=1))
+    plain = int8.int8_linear(x.t().contiguous(), w_q, w_scale)
+    assert torch.equal(int8.int8_linear(x.t(), w_q, w_scale), plain)
+    strided = torch.empty(200, 130, dtype=torch.int8).t().copy_(w_q)
+    assert not strided.is_contiguous() and torch.equal(int8.int8_linear(x.t(), strided, w_scale), plain)
+    wide = gaussian(2, 9, 400)
+    assert torch.equal(
+        int8.int8_linear(wide[..., ::2], w_q, w_scale), int8.int8_linear(wide[..., ::2].clone(), w_q, w_scale)
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 200), (2, 0, 200), (0, 3, 200)])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_no_rows_give_no_rows(fmt, shape):
+    y = int8.int8_linear(torch.zeros(shape), *FORMATS[fmt](gaussian(130, 200)), torch.ones(130))
+    assert y.shape == (*shape[:-1], 130)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_error_against_the_float_linear_is_the_quantization_noise(fmt):
+    x, w = gaussian(256, 1024), gaussian(256, 1024, seed=1)
+
+    def relative(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    noise = sum(relative(int8.dequantize(*FORMATS[fmt](t)), t) ** 2 for t in (x, w)) ** 0.5
+    assert 0.009 < noise < 0.015
+    assert relative(int8.int8_linear(x, *FORMATS[fmt](w)), F.linear(x, w)) == pytest.approx(noise, rel=0.05)
+
+
+def test_one_output_of_one_block_means_the_same_in_both_formats():
+    x, w = gaussian(40, 100), gaussian(1, 100, seed=1)
+    for quantize in FORMATS.values():
+        y = int8.int8_linear(x, *quantize(w))
+        assert (y - F.linear(x, w)).norm() < 0.02 * y.norm()
+
+
+def test_the_product_for_devices_without_int8_matmul_is_exact():
+    # every partial sum of 1024 products fits float32; at K = 3000 of -128 * -128 one sum of all would still be exact,
+    # so odd numbers beside it make lost low bits visible
+    a = torch.randint(-128, 128, (7, 3000), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    b = a[:5].clone()
+    elsewhere = SimpleNamespace(device=SimpleNamespace(type="mps"), is_cuda=False, shape=a.shape, float=a.float)
+    exact = a.long() @ b.long().t()
+    assert exact.max() > 2**23
+    for product in (int8._int_mm(elsewhere, b), int8._int_mm(a, b)):
+        torch.testing.assert_close(product.double(), exact.double(), rtol=2**-24, atol=0)
+
+
+# ---- bad input
+
+W, S = torch.zeros(300, 200, dtype=torch.int8), torch.ones(3, 2)
+X = torch.zeros(4, 200)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ((torch.zeros(4, 199), W, S), ("199", "200")),
+        ((X, W.float(), S), ("int8", "float32")),
+        ((X, W[None], S), ("[N, K]", "[1, 300, 200]")),
+        ((X, W, torch.ones(2, 3)), ("[3, 2]", "[300, 1]", "[2, 3]")),
+        ((X, W, torch.ones(300)), ("[300, 1]", "[300]")),
+        ((X, W, torch.tensor(1.0)), ("[300, 1]", "[]")),
+        ((X, W, S, torch.zeros(299)), ("[300]", "[299]")),
+        ((X, W, S, torch.zeros(1)), ("[300]", "[1]")),
+        ((X.to(torch.int8), W, S), ("float", "int8")),
+        ((X.to(torch.int8), W, torch.ones(300, 1)), ("float", "int8")),
+    ],
+)
+def test_int8_linear_names_what_it_expected_and_got(args, words):
+    with pytest.raises(TurboError) as error:
+        int8.int8_linear(*args)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("x", [torch.zeros(5), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int32)], ids=str)
+def test_only_float_matrices_are_quantized(quantize, x):
+    with pytest.raises(TurboError, match=r"\[M, K\]"):
+        quantize(x)
+
+
+@pytest.mark.parametrize("decode, scale", [(int8.dequantize_block, (300, 1)), (int8.dequantize_rows, (3, 2))])
+def test_a_scale_of_the_other_format_is_refused(decode, scale):
+    with pytest.raises(TurboError) as error:
+        decode(W, torch.ones(scale))
+    assert str(list(scale)) in str(error.value)
+    with pytest.raises(TurboError):
+        decode(W, torch.ones(3, 3))
