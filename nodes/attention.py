@@ -1,0 +1,119 @@
+"""SparseLowBitAttention: sparse-linear attention on TurboWan models, training-free sparsity on stock Wan models."""
+
+from comfy.ldm.wan.model import WanModel
+from comfy_api.latest import io
+
+from ..turbo_core.errors import TurboError
+from ..turbo_core.sla import PRECISIONS, sparse_linear_attention
+from .block_list import parse_blocks
+from .blocks import OPTIONS, active_settings, has_trained_sla
+
+OVERRIDE = "optimized_attention_override"
+
+
+def training_free(previous):
+    """An attention override for models without proj_l; `previous` is the override that was there, or None."""
+
+    def attention(func, q, k, v, heads, *args, **kwargs):
+        settings = None
+        # cross-attention comes through here as well and is told apart by its other number of keys
+        if q.ndim == 3 and q.shape == k.shape and not args and kwargs.get("mask") is None:
+            options = kwargs.get("transformer_options") or {}
+            settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
+        if settings is None:
+            return (func if previous is None else lambda *a, **kw: previous(func, *a, **kw))(
+                q, k, v, heads, *args, **kwargs
+            )
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        out = sparse_linear_attention(q, k, v, None, None, settings["topk"], precision=settings["precision"])
+        return out.flatten(2)
+
+    return attention
+
+
+class SparseLowBitAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SparseLowBitAttention",
+            display_name="Sparse Low-Bit Attention",
+            category="model/patch",
+            description="How a Wan MODEL attends to itself. TurboWan files carry a trained linear branch (proj_l): "
+            "there it is sparse-linear attention (SLA), as in the original. On stock Wan models it is training-free "
+            "sparsity, which costs quality the smaller top-k is. ComfyUI's own sparse attention node ignores proj_l; "
+            "use one or the other.",
+            search_aliases=["SLA", "SageSLA", "TurboWan", "sparse attention", "topk"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Float.Input(
+                    "topk",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Fraction of key blocks each query block attends to. TurboWan was trained at 0.1, its "
+                    "authors recommend 0.15; stock models want 0.3 and more.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    tooltip="bf16: SLA. int8: SageSLA, int8 scores and fp8 values.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["auto", "sparse only", "dense"],
+                    advanced=True,
+                    tooltip="auto: with the trained linear branch where the model has one. sparse only: without it. "
+                    "dense: ordinary attention, for comparison (a TurboWan model is not itself without its branch).",
+                ),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.String.Input(
+                    "dense_blocks",
+                    default="",
+                    advanced=True,
+                    tooltip='Blocks that stay dense, for example "0, 1, 38-39".',
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=0,
+                    min=0,
+                    max=1 << 20,
+                    advanced=True,
+                    tooltip="Below this many tokens attention is dense.",
+                ),
+                io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Log once why a block is dense."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, topk, precision, mode="auto", start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0,
+        verbose=False,
+    ) -> io.NodeOutput:  # fmt: skip
+        network = model.model.diffusion_model
+        if not isinstance(network, WanModel):
+            raise TurboError(
+                f"SparseLowBitAttention expects a Wan model, got {type(network).__name__}: connect a Wan MODEL."
+            )
+        trained = has_trained_sla(network)
+        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+        model = model.clone()
+        options = model.model_options["transformer_options"]
+        options[OPTIONS] = {
+            "mode": {"auto": "sparse-linear" if trained else "sparse", "sparse only": "sparse", "dense": "dense"}[mode],
+            "topk": topk,
+            "precision": precision,
+            "sigma_start": to_sigma(start_percent) if start_percent > 0 else None,
+            "sigma_end": to_sigma(end_percent) if end_percent < 1 else None,
+            "dense_blocks": parse_blocks(dense_blocks, len(network.blocks)),
+            "min_tokens": min_tokens,
+            "verbose": verbose,
+        }
+        if not trained:
+            options[OVERRIDE] = training_free(options.get(OVERRIDE))
+        return io.NodeOutput(model)
+
+
+NODES = [SparseLowBitAttention]

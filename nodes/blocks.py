@@ -1,0 +1,101 @@
+"""ComfyUI's Wan block with sparse-linear self-attention and its trained projection proj_l."""
+
+import logging
+
+import comfy.ldm.wan.model as wan
+import comfy.ops
+import torch
+from comfy.ldm.flux.math import apply_rope1
+
+from ..turbo_core.sla import HEAD_DIMS, sparse_linear_attention
+
+OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
+DEFAULTS = {
+    "mode": "sparse-linear",
+    "topk": 0.1,
+    "precision": "bf16",
+    "sigma_start": None,  # None: no limit, and no comparison in the model's forward
+    "sigma_end": None,
+    "dense_blocks": frozenset(),
+    "min_tokens": 0,
+    "verbose": False,
+}
+_logged = set()
+
+
+def log_once(message):
+    if message not in _logged:
+        _logged.add(message)
+        logging.info("TurboWan: %s", message)
+
+
+def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
+    """The settings for this block and step, or None where attention is to be dense."""
+    settings = transformer_options.get(OPTIONS, defaults)
+    if settings is None or settings["mode"] == "dense":
+        return None
+    if head_dim not in HEAD_DIMS:
+        log_once(f"dense attention, because head_dim {head_dim} is not 64 or 128")
+        return None
+    block = transformer_options.get("block_index")
+    reason = None
+    if block in settings["dense_blocks"]:
+        reason = f"block {block} is in dense_blocks"
+    elif tokens < settings["min_tokens"]:
+        reason = f"{tokens} tokens are fewer than min_tokens {settings['min_tokens']}"
+    elif settings["sigma_start"] is not None or settings["sigma_end"] is not None:
+        sigma = float(transformer_options["sigmas"].max())
+        start, end = settings["sigma_start"], settings["sigma_end"]
+        if (start is not None and sigma > start) or (end is not None and sigma < end):
+            reason = f"sigma {sigma:.4f} is outside start_percent..end_percent"
+    if reason is None:
+        return settings
+    if settings["verbose"]:
+        log_once(f"dense attention where {reason}")
+    return None
+
+
+class SLASelfAttention(wan.WanSelfAttention):
+    """Wan self-attention with proj_l under the published name, so that it loads, moves, saves and takes LoRA."""
+
+    def __init__(self, dim, num_heads, *args, operation_settings, **kwargs):
+        super().__init__(dim, num_heads, *args, operation_settings=operation_settings, **kwargs)
+        # proj_l stays float32 beside low-precision weights, so it takes the host's casting Linear in every case
+        size, device = self.head_dim, operation_settings.get("device")
+        proj_l = comfy.ops.manual_cast.Linear(size, size, device=device, dtype=torch.float32)
+        self.attn_op = torch.nn.ModuleDict({"local_attn": torch.nn.ModuleDict({"proj_l": proj_l})})
+
+    def forward(self, x, freqs, transformer_options={}):  # noqa: B006 (the host's signature)
+        settings = active_settings(transformer_options, x.shape[1], self.head_dim)
+        if settings is None:
+            return super().forward(x, freqs, transformer_options)
+        heads = (self.num_heads, self.head_dim)
+        q = apply_rope1(self.norm_q(self.q(x)).unflatten(-1, heads), freqs)
+        k = apply_rope1(self.norm_k(self.k(x)).unflatten(-1, heads), freqs)
+        v = self.v(x).unflatten(-1, heads)
+        if settings["mode"] == "sparse-linear":
+            proj_l = self.attn_op["local_attn"]["proj_l"]
+            cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": x.device, "offloadable": True}
+            with comfy.ops.CastBiasWeightContext(proj_l, **cast) as (weight, bias):
+                out = sparse_linear_attention(q, k, v, weight, bias, settings["topk"], precision=settings["precision"])
+        else:
+            out = sparse_linear_attention(q, k, v, None, None, settings["topk"], precision=settings["precision"])
+        out = out.flatten(2)
+        for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
+            out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
+        return self.o(out)
+
+
+class SLAWanBlock(wan.WanAttentionBlock):
+    """Handed to the host's WanModel as wan_attn_block_class."""
+
+    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs):
+        super().__init__(
+            cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs
+        )
+        self.self_attn = SLASelfAttention(dim, num_heads, window_size, qk_norm, eps, **kwargs)
+
+
+def has_trained_sla(diffusion_model) -> bool:
+    """True where the blocks carry proj_l (also when another copy of this pack built them)."""
+    return hasattr(diffusion_model.blocks[0].self_attn, "attn_op")

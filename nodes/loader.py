@@ -1,0 +1,106 @@
+"""TurboLoader: any TurboWan or Wan file as an ordinary MODEL."""
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..turbo_core import checkpoint
+from ..turbo_core.errors import TurboError
+from ..turbo_core.schedule import default_sigma_max
+from .blocks import SLAWanBlock
+from .ops import quant_entry, quantized_ops
+
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
+
+
+def build_patcher(sd, description, dtype=None, disable_dynamic=False):
+    """A ModelPatcher from a canonical state dict, after comfy.sd.load_diffusion_model_state_dict.
+
+    Differs from it where TurboWan needs to: block class with proj_l, int8 blocks, sizes from the description.
+    """
+    management = comfy.model_management
+    quantized = any(key.endswith(".weight_scale") for key in sd)
+    for key in [k for k in sd if k.endswith(".weight_scale")]:
+        layer = key.removesuffix("_scale")
+        sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
+    parameters = comfy.utils.calculate_parameters(sd)
+    config = comfy.model_detection.model_config_from_unet(sd, "")
+    if config is None:
+        raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
+    config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
+    if description.has_sla:
+        config.unet_config["wan_attn_block_class"] = SLAWanBlock
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    supported = config.supported_inference_dtypes
+    if dtype is None:
+        # int8 files were made from bf16 weights: prefer bf16 where the card has it
+        stored = torch.bfloat16 if quantized else comfy.utils.weight_dtype(sd)
+        dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    manual_cast = management.unet_manual_cast(dtype, load_device, supported)
+    config.set_inference_dtype(dtype, manual_cast, device=load_device)
+    if quantized:
+        config.custom_operations = quantized_ops(manual_cast or dtype)
+    model = config.get_model(sd, "")
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def load_turbo_model(path, dtype=None, disable_dynamic=False):
+    """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
+    description = checkpoint.inspect(path)
+    if description.has_sla or description.format == "int8_block" or description.container == "pth":
+        sd, description = checkpoint.load(path)
+        patcher = build_patcher(sd, description, dtype, disable_dynamic)
+    else:
+        options = {} if dtype is None else {"dtype": dtype}
+        patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
+    patcher.model.model_sampling.rcm_sigma_max = default_sigma_max(description.in_dim)
+    patcher.set_attachments(SOURCE, description)
+    patcher.cached_patcher_init = (load_turbo_model, (path, dtype))
+    return patcher
+
+
+class TurboLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboLoader",
+            display_name="Turbo Loader",
+            category="model/loaders",
+            description="Loads TurboWan and Wan diffusion models as an ordinary MODEL: the published .pth (quantized "
+            "or not), safetensors, files saved by ComfyUI or by turbo-core, and stock Wan files.",
+            search_aliases=["TurboDiffusion", "TurboWan", "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file in models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="Type of the weights that are not int8. 'default' lets ComfyUI choose for this card.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name, dtype="default") -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        return io.NodeOutput(load_turbo_model(path, DTYPES[dtype]))
+
+
+NODES = [TurboLoader]

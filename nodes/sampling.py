@@ -1,0 +1,171 @@
+"""The rCM schedule and sampler in ComfyUI: a scheduler for KSampler, TurboScheduler and TurboSampler."""
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy_api.latest import io
+
+from ..turbo_core.errors import TurboError
+from ..turbo_core.sampler import sample_rcm
+from ..turbo_core.schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
+from .experts import check_experts, split_sigmas
+
+SCHEDULER = "turbo_rcm"
+
+
+def _sigma_max(model_sampling):
+    return getattr(model_sampling, "rcm_sigma_max", default_sigma_max(16))
+
+
+def _scheduler(model_sampling, steps):
+    return rcm_sigmas(steps, _sigma_max(model_sampling)).float()
+
+
+def register_scheduler():
+    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them."""
+    comfy.samplers.SCHEDULER_HANDLERS[SCHEDULER] = comfy.samplers.SchedulerHandler(_scheduler)
+    if SCHEDULER not in comfy.samplers.SCHEDULER_NAMES:
+        comfy.samplers.SCHEDULER_NAMES.append(SCHEDULER)
+
+
+class _Relay:
+    """A sampler function that carries the state and one noise stream from one expert's run to the next."""
+
+    def __init__(self, ode):
+        self.ode, self.x, self.noise = ode, None, None
+
+    def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        if self.x is None:
+            self.x, self.noise = x, default_noise_sampler(x, seed=(extra_args or {}).get("seed"))
+        self.x = sample_rcm(model, self.x.to(x), sigmas, extra_args, callback, disable, self.ode, self.noise)
+        return self.x
+
+
+def sample_experts(experts, positive, latent, seed, ode=False):
+    """Sample through one or two experts.
+
+    experts: [(MODEL, its sigmas)], the last sigma of one being the first of the next. latent: LATENT dict.
+    Each expert runs under the host's own guider, so loading, offload, hooks and interrupt are the host's.
+    Returns a LATENT dict.
+    """
+    first = experts[0][0]
+    ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    image = comfy.sample.fix_empty_latent_channels(first, latent["samples"], *ratios)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    total = sum(len(sigmas) - 1 for _, sigmas in experts)
+    preview = latent_preview.prepare_callback(first, total)
+    sampler, done = comfy.samplers.KSAMPLER(_Relay(ode)), 0
+    for model, sigmas in experts:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": positive})  # guidance is distilled away: no negative, CFG 1
+        samples = guider.sample(
+            noise,
+            image,
+            sampler,
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=lambda step, x0, x, _, done=done: preview(done + step, x0, x, total),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        done += len(sigmas) - 1
+    out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
+    return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+class TurboScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboScheduler",
+            display_name="Turbo Scheduler",
+            category="model/sampling/schedulers",
+            description="Sigmas of an rCM-distilled model, for SamplerCustom with the lcm sampler (the original's "
+            "default) or euler (its ODE mode).",
+            search_aliases=["rCM", "TurboWan", "sigmas"],
+            inputs=[
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS),
+                _sigma_max_input(),
+                io.Model.Input("model", optional=True, tooltip="Tells T2V from I2V where sigma_max is 0."),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps, sigma_max, model=None) -> io.NodeOutput:
+        return io.NodeOutput(_sigmas(steps, sigma_max, model))
+
+
+def _sigma_max_input():
+    return io.Float.Input(
+        "sigma_max",
+        default=0.0,
+        min=0.0,
+        max=1600.0,
+        step=1.0,
+        tooltip="Noise level of the first step. 0: what the model was distilled with, 80 for T2V and 200 for I2V. "
+        "Higher (up to 1600) is sharper and less varied.",
+    )
+
+
+def _sigmas(steps, sigma_max, model):
+    default = default_sigma_max(16) if model is None else _sigma_max(model.get_model_object("model_sampling"))
+    return rcm_sigmas(steps, sigma_max or default).float()
+
+
+class TurboSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboSampler",
+            display_name="Turbo Sampler",
+            category="model/sampling",
+            description="Samples a TurboWan model in 1 to 4 steps. With two experts (Wan 2.2 A14B) it changes from the "
+            "high-noise to the low-noise model at the boundary sigma, one noise stream running through.",
+            search_aliases=["rCM", "TurboWan", "TurboDiffusion", "KSampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, or the high-noise expert of A14B."),
+                io.Conditioning.Input("positive"),
+                io.Latent.Input("latent_image"),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="4 is best, 1 is fastest."),
+                _sigma_max_input(),
+                io.Combo.Input(
+                    "mode",
+                    options=["SDE", "ODE"],
+                    tooltip="SDE: fresh noise at each step, the original's default. ODE: sharper, less robust.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=0.9,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="The low-noise expert takes over at the first step whose sigma is below this.",
+                ),
+                io.Model.Input("model_low", optional=True, tooltip="The low-noise expert of A14B."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of steps and sigma_max."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent_image, seed, steps, sigma_max, mode="SDE", boundary=0.9, model_low=None,
+        sigmas=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if sigmas is None:
+            sigmas = _sigmas(steps, sigma_max, model)
+        elif len(sigmas) < 2 or sigmas[0] > 1:
+            raise TurboError("sigmas must be those of a flow model, at most 1 and at least two: use Turbo Scheduler.")
+        experts = [(model, sigmas)]
+        if model_low is not None:
+            check_experts(model, model_low)
+            experts = split_sigmas(model, model_low, sigmas, boundary)
+        return io.NodeOutput(sample_experts(experts, positive, latent_image, seed, mode == "ODE"))
+
+
+NODES = [TurboScheduler, TurboSampler]
