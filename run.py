@@ -1,0 +1,136 @@
+"""Sets up a virtual environment and does one job: `python run.py demo`, `python run.py test`.
+
+demo   render a prompt with the small model family: MP4 and contact sheet in output/ (and, where COMFYUI_DIR names a
+       ComfyUI, the shipped workflow in it)
+test   style check and tests; also in the real ComfyUI where one is found (COMFYUI_DIR, the one this pack lies in,
+       or ~/ComfyUI)
+check  style check only
+host   only the tests in the real ComfyUI
+bench  the benchmarks this machine can run, results in benchmarks/results/
+
+Needs Python 3.10 or newer and its standard library; everything else goes into .venv (and .venv-host for ComfyUI's own
+requirements). No GPU needed.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OUTPUT = ROOT / "output"
+DEMO_PROMPT = "A red circle drifts slowly across a calm blue sea at sunset, cinematic, warm light."
+# of ComfyUI's requirements what our tests do not use (torchvision and torchaudio have no build for every torch)
+HOST_SKIPS = ("torch", "torchvision", "torchaudio", "kornia", "spandrel", "pyopengl", "comfy-angle",
+              "comfyui-workflow-templates", "comfyui-embedded-docs")  # fmt: skip
+
+
+def main():
+    if sys.version_info < (3, 10):  # noqa: UP036 (whoever runs this may have an older one)
+        sys.exit("TurboWan needs Python 3.10 or newer, this is " + sys.version.split()[0])
+    verbs = {"demo": demo, "test": test, "check": check, "host": host, "bench": bench}
+    if len(sys.argv) < 2 or sys.argv[1] not in verbs:
+        sys.exit(__doc__)
+    sys.exit(verbs[sys.argv[1]](sys.argv[2:]))
+
+
+def demo(arguments):
+    python = environment(".venv", [".[test]"])
+    models = OUTPUT / "tiny-models"
+    if not (models / "tiny_umt5.safetensors").is_file():
+        core(python, "make-tiny", models)
+    began = time.perf_counter()
+    core(
+        python, "generate", "--prompt", " ".join(arguments) or DEMO_PROMPT,
+        "--dit", models / "TinyWan2.1-T2V-quant.pth", "--vae", models / "tiny_wan_vae.safetensors",
+        "--text-encoder", models / "tiny_umt5.safetensors", "--size", "256x144", "--frames", "33", "--steps", "4",
+        "--topk", "0.15", "--seed", "0", "-o", OUTPUT / "demo.mp4", "--contact-sheet", OUTPUT / "demo.png",
+    )  # fmt: skip
+    print(
+        f"\n{OUTPUT / 'demo.mp4'} and demo.png in {time.perf_counter() - began:.1f} s. The small family has random "
+        "weights: this shows that all of it runs (4 steps, sparse-linear attention, W8A8), not how TurboWan looks."
+    )
+    if os.environ.get("COMFYUI_DIR"):
+        return call(host_environment(), "tests/host/demo.py", models, OUTPUT)
+    return 0
+
+
+def test(arguments):
+    failed = check([])
+    python = environment(".venv", [".[test]"])
+    failed |= call(python, "-m", "pytest", "-q", "--ignore=tests/host", *arguments)
+    if find_comfyui() is None:
+        print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host were skipped.")
+    else:
+        failed |= host(arguments)
+    return int(failed)
+
+
+def check(arguments):
+    return call(environment(".venv", [".[test]"]), "-m", "ruff", "check", ".")
+
+
+def host(arguments):
+    if find_comfyui() is None:
+        print("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).", file=sys.stderr)
+        return 1
+    return call(host_environment(), "-m", "pytest", "-q", "tests/host", *arguments)
+
+
+def bench(arguments):
+    python = environment(".venv", [".[test]"])
+    return max(call(python, script, *arguments) for script in sorted((ROOT / "benchmarks").glob("*.py")))
+
+
+def find_comfyui():
+    """The folder of a ComfyUI, or None; tests/host/conftest.py looks in the same places."""
+    candidates = [os.environ.get("COMFYUI_DIR"), ROOT.parent.parent, Path.home() / "ComfyUI"]
+    return next((Path(c) for c in candidates if c and (Path(c) / "comfyui_version.py").is_file()), None)
+
+
+def host_environment():
+    lines = (find_comfyui() / "requirements.txt").read_text().splitlines()
+    wanted = [line.split("#")[0].strip() for line in lines]
+    wanted = [w for w in wanted if w and not w.startswith("-") and requirement_name(w) not in HOST_SKIPS]
+    return environment(".venv-host", ["torch==2.13.0", "pytest", "rich", *wanted])
+
+
+def requirement_name(requirement):
+    return "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0].lower()
+
+
+def environment(name, requirements):
+    """The Python of the virtual environment `name`, made and filled when it is missing or out of date."""
+    folder = ROOT / name
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    inputs = [(ROOT / f).read_bytes() for f in ("pyproject.toml", "constraints.txt")]
+    stamp = folder / "installed-for"
+    state = hashlib.sha256(b"\0".join([*inputs, *(r.encode() for r in requirements)])).hexdigest()
+    if not python.is_file() or not stamp.is_file() or stamp.read_text() != state:
+        print(f"Setting up {folder.name} (the first time takes a few minutes) ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        editable = ["-e", requirements[0]] if requirements[0].startswith(".") else requirements
+        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        constraints = ["-c", "constraints.txt"] if editable is not requirements else []
+        try:
+            subprocess.run([*pip, *constraints, *editable], cwd=ROOT, check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"Installation failed, pip's words are above. Is the network there? Then run it again. ({error})")
+        stamp.write_text(state)
+    return python
+
+
+def core(python, *arguments):
+    status = call(python, "-m", "turbo_core", *arguments)
+    if status:
+        sys.exit(status)
+
+
+def call(python, *arguments):
+    return subprocess.run([str(python), *map(str, arguments)], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    main()
