@@ -19,7 +19,7 @@ def gaussian(*shape, seed=0, dtype=torch.float32):
 
 
 def exact_blocks(x):
-    """numerics.md in float64, block by block: (x / scale before rounding, scale)."""
+    """The published formula in float64, block by block: (x / scale before rounding, scale)."""
     x = x.double().numpy()
     m, k = x.shape
     value, scale = np.empty_like(x), np.empty((-(-m // 128), -(-k // 128)))
@@ -187,7 +187,7 @@ def test_row_format_is_the_hosts_own():
 
 
 def emulate(fmt, x, w, bias=None):
-    """numerics.md in float64 from bf16-valued x [M, K] and w [N, K]: integer dots, then both scales, then bias."""
+    """The published product in float64, from bf16-valued x [M, K] and w [N, K]: integer dots, both scales, bias."""
     (x, xs), (w, ws) = ((rounded(v), s.astype(np.float32).astype(float)) for v, s in map(EXACT[fmt], (x, w)))
     if fmt == "row":
         y = (x @ w.T) * xs * ws.T

@@ -22,7 +22,7 @@ def noise(seed, dtype=torch.float64):
 
 
 def rewrite(x, sigmas, ode, noises=(), gain=1.0, see=lambda x: x):
-    """The two update rules once more, in numpy float64 and written with the velocity v as numerics.md has them.
+    """The two update rules once more, in numpy float64 and written with the velocity v as published.
 
     see: what the model is shown of the float64 state.
     """

@@ -49,6 +49,10 @@ def pool(x, block: int):
     return (sums / count).view(b, h, -1, d)
 
 
+def _nan_unless_finite(x):
+    return x.masked_fill(~x.isfinite(), torch.nan)
+
+
 def kept_blocks(topk: float, blocks: int) -> int:
     """How many key blocks a top-k fraction keeps: the floor, as in the reference, but never none."""
     return min(blocks, max(1, int(topk * blocks)))
@@ -61,9 +65,9 @@ def block_map(q, k, topk: float, block_q: int = 128, block_k: int = 64):
     Returns int32 [B, H, ceil(Lq / block_q), kept], ascending; ties go to the lower index.
     """
     _check(q, k, k, topk)
-    pooled_k = pool(k, block_k)
     # Any constant taken off all keys shifts a row of scores as a whole, so the mean is there for precision alone;
     # nanmean and the -inf keep one bad key block from deciding every row.
+    pooled_k = _nan_unless_finite(pool(k, block_k))
     pooled_k = pooled_k - pooled_k.nanmean(2, keepdim=True)
     score = pool(q, block_q) @ pooled_k.transpose(-1, -2)
     score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -106,8 +110,11 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     keys, dtype = k.shape[1], q.dtype
     attend = _attend
     if precision == "int8":
-        q, k, v = q.float(), k.float() - k.float().mean(1, keepdim=True), v.float()
-        v = _fake_fp8(v, v.abs().amax(1, keepdim=True).clamp_min(1e-8) / _FP8_MAX)
+        q, k, v = q.float(), k.float(), v.float()
+        # the mean of all keys and the scale of all values leave bad ones out: those stay in their own block
+        k = k - _nan_unless_finite(k).nanmean(1, keepdim=True)
+        v_amax = v.abs().nan_to_num_(nan=0.0, posinf=0.0).amax(1, keepdim=True)
+        v = _fake_fp8(v, v_amax.clamp_min(1e-8) / _FP8_MAX)
         attend = _attend_low_bit
     qb, kb, vb = _in_blocks(q, block_q), _in_blocks(k, block_k), _in_blocks(v, block_k)
     if precision == "int8":
@@ -161,6 +168,9 @@ def sparse_linear_attention(
     precision: "bf16" (SLA, the input's dtype) or "int8" (SageSLA). Returns [B, L, H, D]. Raises TurboError.
     """
     _check(q, k, v, topk, precision)
+    d = q.shape[-1]
+    if proj_weight is not None and proj_weight.shape != (d, d):
+        raise TurboError(f"proj_l of heads of {d} must be [{d}, {d}], got {list(proj_weight.shape)}")
     if topk == 1.0 and precision == "bf16":
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     else:
