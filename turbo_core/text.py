@@ -47,8 +47,9 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     float8 files (plain or scaled) are widened to dtype. Raises TurboError for anything else; never downloads.
     """
     state = open_tensors(path).tensors
-    tokenize = _load_tokenizer(state.pop(_EMBEDDED, None), tokenizer, Path(path))
+    embedded = state.pop(_EMBEDDED, None)
     state = _canonical(state, path)
+    tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
     config_class, model_class = _transformers()
     config = config_class(**_infer_sizes(state, path))
     with torch.device("meta"):

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from .errors import TurboError
 from .optional import missing_library
+from .stream_safetensors import stream_safetensors
+from .video import complete_or_nothing
 
 VAE_DIM = 8
 TEXT_CONFIG = {  # ComfyUI's umt5xxl_model_config with small numbers; text_dim of the small DiTs is d_model
@@ -38,7 +40,10 @@ def make_tiny(folder, seed: int = 0, progress=None) -> list[Path]:
     from .tiny import make_tiny_dits
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TurboError(f"{folder} cannot be a folder for the tiny models ({error}). Choose another one.") from error
     paths = []
     makers = make_tiny_dits, _make_vae, _make_text_encoder
     for path in itertools.chain.from_iterable(make(folder, seed) for make in makers):
@@ -144,7 +149,8 @@ def _make_text_encoder(folder: Path, seed: int):
     yield _save_safetensors(state, folder / "tiny_umt5.safetensors", {"umt5xxl_model_config": TEXT_CONFIG})
     yield _save_pickle(official_text_names(state), folder / "tiny_umt5_enc.pth")
     spiece = folder / "spiece.model"
-    spiece.write_bytes(tokenizer)
+    with complete_or_nothing(spiece) as part:
+        part.write_bytes(tokenizer)
     yield spiece
 
 
@@ -161,13 +167,14 @@ def official_text_names(state: dict) -> dict[str, torch.Tensor]:
 
 
 def _save_safetensors(state: dict, path: Path, config: dict | None = None) -> Path:
-    # a single metadata entry: safetensors does not order several, and the file must be the same every time
-    save_file(state, path, metadata={"config": json.dumps(config, sort_keys=True)} if config else None)
+    metadata = {"format": "pt"} | ({"config": json.dumps(config)} if config else {})
+    stream_safetensors(path, {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}, state.items(), metadata)
     return path
 
 
 def _save_pickle(state: dict, path: Path) -> Path:
-    torch.save(state, path)
+    with complete_or_nothing(path) as part, open(part, "wb") as file:  # a path would become part of the archive
+        torch.save(state, file)
     return path
 
 
