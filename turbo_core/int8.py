@@ -22,7 +22,8 @@ def _matrix(x, name):
     return x.float()
 
 
-def _check_scale(q, scale, name, formats=("block", "row")):
+def check_scale(q, scale, name, formats=("block", "row")):
+    """Raise TurboError unless the scale has the shape that the int8 matrix q needs in one of the formats."""
     rows, cols = q.shape
     shapes = {"block": block_scale_shape(rows, cols), "row": (rows, 1)}
     if tuple(scale.shape) not in [shapes[f] for f in formats]:
@@ -73,7 +74,7 @@ def quantize_block(x, seed: int = 0):
 
 def dequantize_block(q, scale, dtype=torch.float32):
     """int8 [M, K] and scale [ceil(M/128), ceil(K/128)] -> float [M, K]."""
-    _check_scale(q, scale, "dequantize_block", ["block"])
+    check_scale(q, scale, "dequantize_block", ["block"])
     m, k = q.shape
     x = _blocks(q.float()) * scale[:, None, :, None]
     return x.reshape(x.shape[0] * BLOCK, x.shape[2] * BLOCK)[:m, :k].to(dtype).contiguous()
@@ -91,7 +92,7 @@ def quantize_rows(x):
 
 def dequantize_rows(q, scale, dtype=torch.float32):
     """int8 [M, K] and scale [M, 1] -> float [M, K]."""
-    _check_scale(q, scale, "dequantize_rows", ["row"])
+    check_scale(q, scale, "dequantize_rows", ["row"])
     return (q.float() * scale).to(dtype)
 
 
@@ -138,7 +139,7 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
         raise TurboError(f"int8_linear: weight must be int8 [N, K], got {weight_q.dtype} {list(weight_q.shape)}")
     if x.shape[-1] != weight_q.shape[1]:
         raise TurboError(f"int8_linear: x has {x.shape[-1]} channels, the weight {weight_q.shape[1]}")
-    _check_scale(weight_q, weight_scale, "int8_linear")
+    check_scale(weight_q, weight_scale, "int8_linear")
     n = weight_q.shape[0]
     if bias is not None and bias.shape != (n,):
         raise TurboError(f"int8_linear: bias of {n} outputs must be [{n}], got {list(bias.shape)}")

@@ -5,18 +5,23 @@ modulation, the timestep path and the head in float32, as in the reference.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .errors import TurboError
-from .int8 import int8_linear
+from .int8 import check_scale, int8_linear
 from .sla import sparse_linear_attention
 
 PATCH = (1, 2, 2)
 # the ten linears of a block that W8A8 replaces
 QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
+
+
+_NO_FIT = "state dict does not fit a Wan model"
+_BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
 
 
 class Int8Linear(nn.Module):
@@ -162,6 +167,28 @@ def _float_linear(layer, x):
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
+def _quantized_layers(model, sd):
+    """Names of the linears that are int8 in a state dict; raises TurboError unless the two fit in every tensor."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantized = [name for name in linears if f"{name}.weight_scale" in sd]
+    scales = {f"{name}.weight_scale" for name in quantized}
+    missing = [name for name in shapes if name not in sd]
+    unknown = [name for name in sd if name not in shapes and name not in scales]
+    if missing or unknown:
+        raise TurboError(
+            f"{_NO_FIT}: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, shape in shapes.items():
+        if sd[name].shape != shape:
+            raise TurboError(f"{_NO_FIT}: {name} must be {list(shape)}, got {list(sd[name].shape)}")
+        if (sd[name].dtype == torch.int8) != (f"{name}_scale" in scales):
+            raise TurboError(f"{_NO_FIT}: an int8 weight and its scale come together, {name} has only one of them")
+    for name in quantized:
+        check_scale(sd[f"{name}.weight"], sd[f"{name}.weight_scale"], name)
+    return quantized
+
+
 class WanModel(nn.Module):
     """Wan diffusion transformer, text-to-video (in_dim 16) or image-to-video by channels (in_dim 36).
 
@@ -183,7 +210,7 @@ class WanModel(nn.Module):
         sla=False,
     ):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise TurboError(f"dim {dim} does not divide into {num_heads} heads")
         self.dim, self.num_heads, self.freq_dim = dim, num_heads, freq_dim
         self.in_dim, self.out_dim = in_dim, out_dim
@@ -207,26 +234,30 @@ class WanModel(nn.Module):
         dtype: of the float matrices, default as stored; int8 weights stay int8, norms, modulation and proj_l become
         float32. num_heads: default from proj_l, else heads of 128. Raises TurboError when keys or shapes do not fit.
         """
-        dim, in_dim = sd["patch_embedding.weight"].shape[:2]
+
+        def size(name, axis):
+            if name not in sd or sd[name].ndim <= axis:
+                raise TurboError(f"{_NO_FIT}: {name} is missing or has too few axes")
+            return sd[name].shape[axis]
+
+        dim, in_dim = size("patch_embedding.weight", 0), size("patch_embedding.weight", 1)
         proj_l = sd.get("blocks.0.self_attn.attn_op.local_attn.proj_l.weight")
         num_heads = num_heads or dim // (128 if proj_l is None else proj_l.shape[0])
         with torch.device("meta"):
             model = cls(
                 dim,
-                sd["blocks.0.ffn.0.weight"].shape[0],
+                size("blocks.0.ffn.0.weight", 0),
                 num_heads,
-                1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks.")),
+                1 + max(int(m[1]) for m in map(_BLOCK_KEY.match, sd) if m),
                 in_dim,
-                sd["head.head.weight"].shape[0] // math.prod(PATCH),
-                sd["text_embedding.0.weight"].shape[1],
-                sd["time_embedding.0.weight"].shape[1],
+                size("head.head.weight", 0) // math.prod(PATCH),
+                size("text_embedding.0.weight", 1),
+                size("time_embedding.0.weight", 1),
                 sla=proj_l is not None,
             )
-        for name, scale in sd.items():
-            if name.endswith(".weight_scale"):
-                layer = name.removesuffix(".weight_scale")
-                weight, bias = sd[f"{layer}.weight"], sd.get(f"{layer}.bias")
-                model.set_submodule(layer, Int8Linear(weight, scale, bias))
+        for layer in _quantized_layers(model, sd):
+            weight = sd[f"{layer}.weight"]
+            model.set_submodule(layer, Int8Linear(weight, sd[f"{layer}.weight_scale"], sd[f"{layer}.bias"]))
 
         def place(name, t):
             if t.is_floating_point():
@@ -235,12 +266,7 @@ class WanModel(nn.Module):
                 t = t.float() if keep_float else t.to(dtype or t.dtype)
             return t.to(device)
 
-        missing, unexpected = model.load_state_dict({k: place(k, v) for k, v in sd.items()}, strict=False, assign=True)
-        if missing or unexpected:
-            raise TurboError(
-                f"state dict does not fit a Wan model: {len(missing)} keys missing {missing[:3]}, "
-                f"{len(unexpected)} unknown {unexpected[:3]}"
-            )
+        model.load_state_dict({k: place(k, v) for k, v in sd.items()}, assign=True)
         return model.eval().requires_grad_(False)
 
     def forward(self, x, timestep, context, y=None, topk=None, precision="bf16"):
