@@ -55,11 +55,14 @@ def test_unwritable_targets_are_named(tmp_path):
     with pytest.raises(TurboError, match=r"must end in .mp4.*name it out\.mp4"):
         write_video(tmp_path / "out.gif", moving_square())
     (tmp_path / "file").write_text("")
-    with pytest.raises(TurboError, match="Could not write"):
+    with pytest.raises(TurboError, match="Could not make the folder"):
         write_video(tmp_path / "file" / "out.mp4", moving_square())
-    with pytest.raises(TurboError, match="Could not write"):
+    with pytest.raises(TurboError, match=r"name it sheet\.png"):
         write_contact_sheet(tmp_path / "sheet.unknown", moving_square())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(TurboError, match="is a folder"):
+        write_contact_sheet(tmp_path / "folder.png", moving_square())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_contact_sheet_holds_first_and_last_frame(tmp_path):

@@ -40,10 +40,12 @@ def _generate(arguments) -> None:
     from .console import progress_bars
     from .pipeline import generate
     from .sizes import parse_size
-    from .video import check_video_path, write_contact_sheet, write_video
+    from .video import check_sheet_path, check_video_path, write_contact_sheet, write_video
 
     size = parse_size(arguments.size)
     check_video_path(arguments.output)
+    if arguments.contact_sheet:
+        check_sheet_path(arguments.contact_sheet)
     start = time.perf_counter()
     try:
         with progress_bars() as progress:

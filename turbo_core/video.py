@@ -64,6 +64,7 @@ def write_video(path, frames: torch.Tensor, fps: int = FPS) -> None:
 
 def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: int = 1920) -> None:
     """Write up to count evenly spaced frames of uint8 [T, H, W, 3] as one grid image, in reading order."""
+    check_sheet_path(path)
     image_module = _pillow()
     count = min(count, len(frames))
     picks = torch.linspace(0, len(frames) - 1, count).round().long()
@@ -80,25 +81,43 @@ def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: i
     try:
         with complete_or_nothing(path) as part:
             image.save(part)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that Pillow does not know
-        raise TurboError(f"Could not write {path} ({error}). Name it *.png, in a folder you may write to.") from error
+    except OSError as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
 
 
 def check_video_path(path) -> None:
-    """Raise TurboError before any work when the video could not be written there."""
+    """Raise TurboError, before any work, when no video could be written there; makes the folder."""
+    known = ", ".join(VIDEO_SUFFIXES)
+    if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
+        raise TurboError(f"The output must end in {known}, got {Path(path).name!r}: name it {Path(path).stem}.mp4.")
+    _pyav()
+    _check_folder(path)
+
+
+def check_sheet_path(path) -> None:
+    """The same for a contact sheet."""
+    image_module = _pillow()
+    if Path(path).suffix.lower() not in image_module.registered_extensions():
+        raise TurboError(f"The contact sheet {path} is of no known image format: name it {Path(path).stem}.png.")
+    _check_folder(path)
+
+
+def _check_folder(path) -> None:
     path = Path(path)
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        known = ", ".join(VIDEO_SUFFIXES)
-        raise TurboError(f"The output must end in {known}, got {path.name!r}: name it {path.stem}.mp4.")
     if path.is_dir():
-        raise TurboError(f"The output {path} is a folder: name a file in it, for example {path / 'out.mp4'}.")
+        raise TurboError(f"The output {path} is a folder: name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TurboError(f"Could not make the folder {path.parent} ({error}). Choose another one.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise TurboError(f"There is no right to write to the folder {path.parent}. Choose another one.")
 
 
 @contextmanager
 def complete_or_nothing(path):
     """A path beside the target to write to; renamed to it at the end, removed after any failure or Ctrl-C."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
