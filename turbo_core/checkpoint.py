@@ -49,11 +49,12 @@ def inspect(path) -> Description:
 def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
     """(state dict under official names, description).
 
-    Tensors on the CPU stay mapped to the file and are read when touched. int8 stays int8; fp8 becomes bf16, since
+    Tensors on the CPU stay mapped to the file, are read when touched, and may be written to (the file keeps its bytes).
+    int8 stays int8; fp8 becomes bf16, since
     nothing here computes in it. Keys of Wan variants (VACE, the image branch ...) are passed through.
     Raises TurboError like inspect, and when a scale is not finite.
     """
-    tensors, description = _open(path)
+    tensors, description = _open(path, writable=True)
     result = {}
     for name, tensor in tensors.items():
         if is_helper(name):
@@ -124,8 +125,8 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
     return convert(source, target, format, progress)
 
 
-def _open(path) -> tuple[dict[str, torch.Tensor], Description]:
-    file = open_tensors(path)
+def _open(path, writable: bool = False) -> tuple[dict[str, torch.Tensor], Description]:
+    file = open_tensors(path, writable)
     version = file.metadata.get("turbowan.version", FILE_VERSION)
     if version != FILE_VERSION:
         raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")

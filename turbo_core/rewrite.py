@@ -10,7 +10,7 @@ from .int8 import block_scale_shape, quantize_block, quantize_rows
 from .stream_safetensors import Layout
 from .tensor_file import open_tensors
 
-_SLAB = 2048  # rows quantized at once, a multiple of 128: bounds the float32 copies
+_SLAB = 512  # rows quantized at once, a multiple of 128: bounds the float32 copies, and is the fastest on a CPU
 _REMAP = 1 << 30  # bytes read before the source is mapped anew, which gives the pages back
 _QUANTIZERS = {"int8_block": quantize_block, "int8_row": quantize_rows}
 _COMFY_QUANT = {
