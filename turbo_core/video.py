@@ -33,12 +33,13 @@ def read_image(path) -> torch.Tensor:
 
 
 def prepare_image(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """uint8 [3, H, W] stretched to float32 [3, height, width] in [-1, 1]: antialiased bilinear, rounded to 8 bits.
+    """uint8 [3, H, W] stretched to float32 [3, height, width] in [-1, 1] by antialiased bilinear resizing.
 
-    The reference resizes 8-bit pixels and normalizes after that; the aspect ratio is not kept, see adaptive_size.
+    Resized as 8-bit pixels and normalized after that, as the reference does it with torchvision (same pixels);
+    the aspect ratio is not kept, see adaptive_size.
     """
-    resized = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
-    return resized.round().clamp(0, 255) / 127.5 - 1
+    resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return (resized.float() / 255 - 0.5) / 0.5
 
 
 def to_frames(video: torch.Tensor) -> torch.Tensor:
