@@ -98,8 +98,6 @@ def _save(state, path: Path) -> Path:
     try:
         with open(part, "wb") as file:  # an open file: the name would become part of the archive
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):  # gone after the rename
