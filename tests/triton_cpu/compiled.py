@@ -19,7 +19,7 @@ def dot_kernel(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
     for k in range(0, K, BLOCK):
         a = tl.load(a_ptr + at[:, None] * K + k + at[None, :])
         b = tl.load(b_ptr + at[None, :] * K + k + at[:, None])
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)  # triton 3.6 does not take it from acc
     tl.store(c_ptr + at[:, None] * BLOCK + at[None, :], acc)
 
 
