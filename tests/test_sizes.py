@@ -16,7 +16,7 @@ def test_size_texts(text, size):
 
 @pytest.mark.parametrize(
     ("text", "cure"),
-    [("830x485", "832x480"), ("1280x725", "1280x720"), ("0x480", "16x480"), ("480", "832x480"), ("480p-2:1", "480p-16:9")],
+    [("830x485", "832x480"), ("1280x725", "1280x720"), ("0x480", "16x480"), ("480", "832x480"), ("480p-2:1", "480p-1")],
 )
 def test_a_bad_size_names_the_nearest(text, cure):
     with pytest.raises(TurboError, match=cure):
