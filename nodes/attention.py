@@ -1,14 +1,27 @@
 """SparseLowBitAttention: sparse-linear attention on TurboWan models, training-free sparsity on stock Wan models."""
 
-from comfy.ldm.wan.model import WanModel
 from comfy_api.latest import io
 
-from ..turbo_core.errors import TurboError
 from ..turbo_core.sla import PRECISIONS, sparse_linear_attention
 from .block_list import parse_blocks
-from .blocks import OPTIONS, active_settings, has_trained_sla
+from .blocks import OPTIONS, active_settings, has_trained_sla, wan_network
 
 OVERRIDE = "optimized_attention_override"
+_LAST = "turbowan_last_self_attention"  # block of the last one, in the options of one evaluation
+
+
+def _is_self_attention(q, k, options, of_image):
+    """Cross-attention comes through the override as well: its keys differ in number, or it follows self-attention."""
+    block = options.get("block_index")
+    if q.shape != k.shape:
+        if not of_image:  # attention to an image prompt stands between self-attention and the text
+            options.pop(_LAST, None)
+        return False
+    if block is not None and options.get(_LAST) == block:
+        del options[_LAST]
+        return False
+    options[_LAST] = block
+    return True
 
 
 def training_free(previous):
@@ -16,9 +29,9 @@ def training_free(previous):
 
     def attention(func, q, k, v, heads, *args, **kwargs):
         settings = None
-        # cross-attention comes through here as well and is told apart by its other number of keys
-        if q.ndim == 3 and q.shape == k.shape and not args and kwargs.get("mask") is None:
-            options = kwargs.get("transformer_options") or {}
+        options = kwargs.get("transformer_options") or {}
+        of_image = kwargs.get("low_precision_attention") is False
+        if q.ndim == 3 and not args and kwargs.get("mask") is None and _is_self_attention(q, k, options, of_image):
             settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
         if settings is None:
             return (func if previous is None else lambda *a, **kw: previous(func, *a, **kw))(
@@ -92,11 +105,7 @@ class SparseLowBitAttention(io.ComfyNode):
         cls, model, topk, precision, mode="auto", start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0,
         verbose=False,
     ) -> io.NodeOutput:  # fmt: skip
-        network = model.model.diffusion_model
-        if not isinstance(network, WanModel):
-            raise TurboError(
-                f"SparseLowBitAttention expects a Wan model, got {type(network).__name__}: connect a Wan MODEL."
-            )
+        network = wan_network(model, "SparseLowBitAttention")
         trained = has_trained_sla(network)
         to_sigma = model.get_model_object("model_sampling").percent_to_sigma
         model = model.clone()

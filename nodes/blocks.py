@@ -7,6 +7,7 @@ import comfy.ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
 
+from ..turbo_core.errors import TurboError
 from ..turbo_core.sla import HEAD_DIMS, sparse_linear_attention
 
 OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
@@ -55,6 +56,12 @@ def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
     return None
 
 
+def _matrix(linear, device):
+    """Weight and bias of a linear layer whose forward another node has wrapped (a bypass LoRA), from what it does."""
+    out = linear(torch.eye(linear.in_features + 1, linear.in_features, device=device))  # unit vectors, then zero
+    return (out[:-1] - out[-1]).t(), out[-1]
+
+
 class SLASelfAttention(wan.WanSelfAttention):
     """Wan self-attention with proj_l under the published name, so that it loads, moves, saves and takes LoRA."""
 
@@ -73,13 +80,19 @@ class SLASelfAttention(wan.WanSelfAttention):
         q = apply_rope1(self.norm_q(self.q(x)).unflatten(-1, heads), freqs)
         k = apply_rope1(self.norm_k(self.k(x)).unflatten(-1, heads), freqs)
         v = self.v(x).unflatten(-1, heads)
-        if settings["mode"] == "sparse-linear":
-            proj_l = self.attn_op["local_attn"]["proj_l"]
+
+        def attend(weight=None, bias=None):
+            return sparse_linear_attention(q, k, v, weight, bias, settings["topk"], precision=settings["precision"])
+
+        proj_l = self.attn_op["local_attn"]["proj_l"]
+        if settings["mode"] == "sparse":
+            out = attend()
+        elif "forward" in vars(proj_l):
+            out = attend(*_matrix(proj_l, x.device))
+        else:
             cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": x.device, "offloadable": True}
             with comfy.ops.CastBiasWeightContext(proj_l, **cast) as (weight, bias):
-                out = sparse_linear_attention(q, k, v, weight, bias, settings["topk"], precision=settings["precision"])
-        else:
-            out = sparse_linear_attention(q, k, v, None, None, settings["topk"], precision=settings["precision"])
+                out = attend(weight, bias)
         out = out.flatten(2)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
@@ -90,10 +103,16 @@ class SLAWanBlock(wan.WanAttentionBlock):
     """Handed to the host's WanModel as wan_attn_block_class."""
 
     def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs):
-        super().__init__(
-            cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs
-        )
+        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs)
         self.self_attn = SLASelfAttention(dim, num_heads, window_size, qk_norm, eps, **kwargs)
+
+
+def wan_network(model, node) -> wan.WanModel:
+    """The network of a Wan MODEL. Raises TurboError naming the node for any other."""
+    network = model.model.diffusion_model
+    if not isinstance(network, wan.WanModel):
+        raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: connect a Wan MODEL.")
+    return network
 
 
 def has_trained_sla(diffusion_model) -> bool:

@@ -55,6 +55,16 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     return patcher
 
 
+def sigma_max_of(model):
+    """Sigma of the first step that an rCM model with these input channels was distilled for."""
+    return default_sigma_max(model.model_config.unet_config.get("in_dim"))
+
+
+def mark_sigma_max(model):
+    """Leave it where the scheduler of a plain KSampler finds it, which sees nothing but model_sampling."""
+    model.model_sampling.rcm_sigma_max = sigma_max_of(model)
+
+
 def load_turbo_model(path, dtype=None, disable_dynamic=False):
     """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
     description = checkpoint.inspect(path)
@@ -64,7 +74,7 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
     else:
         options = {} if dtype is None else {"dtype": dtype}
         patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
-    patcher.model.model_sampling.rcm_sigma_max = default_sigma_max(description.in_dim)
+    mark_sigma_max(patcher.model)
     patcher.set_attachments(SOURCE, description)
     patcher.cached_patcher_init = (load_turbo_model, (path, dtype))
     return patcher

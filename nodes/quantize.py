@@ -1,21 +1,23 @@
 """QuantizeW8A8: any Wan MODEL with int8 linears."""
 
-import logging
+import uuid
 
 import comfy.lora
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
-from comfy.ldm.wan.model import WanModel
+from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..turbo_core import layout
 from ..turbo_core.errors import TurboError
 from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .block_list import parse_blocks
+from .blocks import wan_network
+from .loader import mark_sigma_max
 from .ops import quant_entry, quantized_ops
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}
@@ -27,75 +29,92 @@ LAYERS = {
 }
 
 
-def _patched_weight(patcher, key):
-    """The weight as this MODEL sees it: original, in float, with its LoRAs baked in. Also when it is loaded."""
-    weight = patcher.backup[key].weight if key in patcher.backup else comfy.utils.get_attr(patcher.model, key)
-    device = comfy.model_management.get_torch_device()
-    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+PREFIX = "diffusion_model."
+
+
+def _original(patcher, key):
+    """A weight without any LoRA, also while the host has one merged in."""
+    return patcher.backup[key].weight if key in patcher.backup else comfy.utils.get_attr(patcher.model, key)
+
+
+def _float_weight(patcher, key):
+    """The weight as this MODEL sees it: its LoRAs baked in, on the compute device."""
+    weight, device = _original(patcher, key), comfy.model_management.get_torch_device()
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.to(torch.float32).dequantize()
     if key in patcher.patches:
         return comfy.lora.calculate_weight(patcher.patches[key], weight.to(device, torch.float32, copy=True), key)
     return weight.to(device)
 
 
 def quantized_state_dict(patcher, quantize, layers):
-    """State dict of the diffusion model with the named layers ("blocks.0.ffn.0", ...) as int8."""
-    prefix = "diffusion_model."
+    """State dict of the network with the named layers ("blocks.0.ffn.0", ...) as int8, their LoRAs baked in."""
     sd = patcher.model.diffusion_model.state_dict()
-    baked = {key for key in (*patcher.patches, *patcher.backup) if key.startswith(prefix)}
-    for key in baked - {f"{prefix}{layer}.weight" for layer in layers}:
-        name = key.removeprefix(prefix)
-        for extra in ("weight_scale", "weight_scale_2", "comfy_quant", "input_scale"):
-            sd.pop(name.removesuffix("weight") + extra, None)
-        sd[name] = _patched_weight(patcher, key).to("cpu")
+    for key in patcher.backup:
+        if key.startswith(PREFIX):
+            weight, name = _original(patcher, key), key.removeprefix(PREFIX)
+            sd.update(weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight})
     progress = comfy.utils.ProgressBar(len(layers))
     for layer in layers:
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update(1)
-        key = f"{prefix}{layer}.weight"
-        if key not in baked and getattr(comfy.utils.get_attr(patcher.model, key), "_layout_cls", "") == LAYOUTS[quantize]:
+        key = f"{PREFIX}{layer}.weight"
+        if key not in patcher.patches and getattr(_original(patcher, key), "_layout_cls", "") == LAYOUTS[quantize]:
             continue  # in this format already: rounding it again would only lose
-        weight = _patched_weight(patcher, key)
+        weight = _float_weight(patcher, key)
         if not torch.isfinite(weight).all():
             raise TurboError(f"{layer}.weight holds NaN or infinity, quantizing it would spread them: check the model.")
-        weight_q, scale = (t.to("cpu") for t in quantize(weight))
-        for key in [k for k in sd if k.startswith(f"{layer}.") and k != f"{layer}.bias"]:
-            del sd[key]
-        sd[f"{layer}.weight"], sd[f"{layer}.weight_scale"] = weight_q, scale
+        weight_q, scale = quantize(weight)
+        for name in [n for n in sd if n.startswith(f"{layer}.") and n != f"{layer}.bias"]:
+            del sd[name]
+        # moved one by one: a large model would not fit beside itself
+        sd[f"{layer}.weight"], sd[f"{layer}.weight_scale"] = (t.to(patcher.offload_device) for t in (weight_q, scale))
         sd[f"{layer}.comfy_quant"] = quant_entry(weight_q, scale)
-    return sd
+    return {name: tensor.to(patcher.offload_device) for name, tensor in sd.items()}
 
 
-def quantize_patcher(patcher, quantize, layers, disable_dynamic=False):
-    """A new, independent ModelPatcher with int8 layers and every setting of the old one; LoRAs are baked in."""
+def _check_unbound(patcher):
+    """Raise TurboError for what other nodes have tied to the layers of the old network, and would be lost."""
+    compiled = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+    bound = ["the compiled network of TorchCompileModel"] if compiled else []
+    bound += [f"the injection {name!r} (a bypass LoRA is one)" for name in patcher.injections]
+    bound += [f"the patch of {key}" for key in patcher.object_patches if f"{key}.".startswith(PREFIX)]
+    if bound:
+        raise TurboError(
+            f"QuantizeW8A8 builds a new network and cannot take along what is tied to the old one: {', '.join(bound)}. "
+            "Put that node after QuantizeW8A8."
+        )
+
+
+def quantize_patcher(patcher, quantize, layers):
+    """A new MODEL with its own int8 network and every setting of the old one.
+
+    LoRAs on the quantized weights are baked in, all others stay as they are. The old MODEL is left untouched.
+    """
+    _check_unbound(patcher)
     sd = quantized_state_dict(patcher, quantize, layers)
     old = patcher.model.model_config
     config = object.__new__(type(old))  # copy.copy stumbles over the config's catch-all __getattr__
     config.__dict__.update(old.__dict__)
     config.custom_operations = quantized_ops(patcher.model.manual_cast_dtype or patcher.model.get_dtype())
     model = config.get_model(sd, "")
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    new = patcher_class(model, load_device=patcher.load_device, offload_device=patcher.offload_device)
-    model.load_model_weights(sd, "", assign=new.is_dynamic())
-    sigma_max = getattr(patcher.model.model_sampling, "rcm_sigma_max", None)
-    if sigma_max is not None:
-        model.model_sampling.rcm_sigma_max = sigma_max
-    settings = patcher.clone()
-    new.model_options = settings.model_options
-    new.wrappers, new.callbacks, new.attachments = settings.wrappers, settings.callbacks, settings.attachments
-    for key, patch in settings.object_patches.items():
-        if key.startswith("diffusion_model."):
-            logging.warning("TurboWan: QuantizeW8A8 drops the patch of %s, apply that node after it.", key)
-        else:
-            new.object_patches[key] = patch
+    model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    mark_sigma_max(model)
+    new = patcher.clone(model_override=(model, ({}, {}, {}, set())))
+    new.size, new.parent, new.is_injected, new.hook_backup = 0, None, False, {}
+    new.cached_hook_patches.clear()
+    new.clone_base_uuid, new.patches_uuid = uuid.uuid4(), uuid.uuid4()
+    baked = {key: new.patches.pop(key) for key in [f"{PREFIX}{layer}.weight" for layer in layers] if key in new.patches}
     if patcher.cached_patcher_init is not None:
-        new.cached_patcher_init = (_quantize_again, (patcher.cached_patcher_init, patcher.patches, quantize, layers))
+        new.cached_patcher_init = (_quantize_again, (patcher.cached_patcher_init, baked, quantize, layers))
     return new
 
 
-def _quantize_again(source, patches, quantize, layers, disable_dynamic=False):
+def _quantize_again(source, baked, quantize, layers, disable_dynamic=False):
     patcher = source[0](*source[1], disable_dynamic=disable_dynamic)
-    patcher.patches = patches
-    return quantize_patcher(patcher, quantize, layers, disable_dynamic)
+    patcher = patcher[source[2]] if len(source) > 2 else patcher  # a checkpoint loader returns several
+    patcher.patches = dict(baked)
+    return quantize_patcher(patcher, quantize, layers)
 
 
 class QuantizeW8A8(io.ComfyNode):
@@ -130,11 +149,9 @@ class QuantizeW8A8(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, format, layers="all", skip_blocks="") -> io.NodeOutput:
-        network = model.model.diffusion_model
-        if not isinstance(network, WanModel):
-            raise TurboError(f"QuantizeW8A8 expects a Wan model, got {type(network).__name__}: connect a Wan MODEL.")
-        skipped = parse_blocks(skip_blocks, len(network.blocks))
-        blocks = [i for i in range(len(network.blocks)) if i not in skipped]
+        count = len(wan_network(model, "QuantizeW8A8").blocks)
+        skipped = parse_blocks(skip_blocks, count)
+        blocks = [i for i in range(count) if i not in skipped]
         names = [f"blocks.{i}.{name}" for i in blocks for name in LAYERS[layers]]
         return io.NodeOutput(quantize_patcher(model, FORMATS[format], names))
 

@@ -10,17 +10,26 @@ from comfy_api.latest import io
 from ..turbo_core.errors import TurboError
 from ..turbo_core.sampler import sample_rcm
 from ..turbo_core.schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
+from .blocks import log_once, wan_network
 from .experts import check_experts, split_sigmas
+from .loader import sigma_max_of
 
 SCHEDULER = "turbo_rcm"
 
 
-def _sigma_max(model_sampling):
-    return getattr(model_sampling, "rcm_sigma_max", default_sigma_max(16))
-
-
 def _scheduler(model_sampling, steps):
-    return rcm_sigmas(steps, _sigma_max(model_sampling)).float()
+    sigma_max = getattr(model_sampling, "rcm_sigma_max", None)
+    if sigma_max is None:
+        sigma_max = default_sigma_max(16)
+        log_once(
+            f"{SCHEDULER} starts at sigma_max {sigma_max:.0f}, right for text-to-video: this model is not from "
+            "TurboLoader or its sampling was replaced (ModelSamplingSD3, not needed). Image-to-video wants 200: use "
+            "TurboSampler or TurboScheduler, which ask the model itself."
+        )
+    try:
+        return rcm_sigmas(steps, sigma_max).float()
+    except TurboError as error:
+        raise TurboError(f"{error} With denoise below 1, KSampler asks for steps / denoise.") from None
 
 
 def register_scheduler():
@@ -72,7 +81,9 @@ def sample_experts(experts, positive, latent, seed, ode=False):
         )
         done += len(sigmas) - 1
     out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-    return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}
+    management = comfy.model_management
+    samples = samples.to(device=management.intermediate_device(), dtype=management.intermediate_dtype())
+    return {**out, "samples": samples}
 
 
 class TurboScheduler(io.ComfyNode):
@@ -111,8 +122,15 @@ def _sigma_max_input():
 
 
 def _sigmas(steps, sigma_max, model):
-    default = default_sigma_max(16) if model is None else _sigma_max(model.get_model_object("model_sampling"))
+    default = default_sigma_max(16) if model is None else sigma_max_of(model.model)
     return rcm_sigmas(steps, sigma_max or default).float()
+
+
+def _check_sigmas(sigmas):
+    falling = len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
+    if not falling or sigmas[0] > 1 or sigmas[-1] < 0:
+        got = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6].tolist()) or "none"
+        raise TurboError(f"sigmas must fall from at most 1 to at least 0, got {got}: use Turbo Scheduler.")
 
 
 class TurboSampler(io.ComfyNode):
@@ -157,12 +175,13 @@ class TurboSampler(io.ComfyNode):
         cls, model, positive, latent_image, seed, steps, sigma_max, mode="SDE", boundary=0.9, model_low=None,
         sigmas=None,
     ) -> io.NodeOutput:  # fmt: skip
+        wan_network(model, "TurboSampler")
         if sigmas is None:
             sigmas = _sigmas(steps, sigma_max, model)
-        elif len(sigmas) < 2 or sigmas[0] > 1:
-            raise TurboError("sigmas must be those of a flow model, at most 1 and at least two: use Turbo Scheduler.")
+        _check_sigmas(sigmas)
         experts = [(model, sigmas)]
         if model_low is not None:
+            wan_network(model_low, "TurboSampler")
             check_experts(model, model_low)
             experts = split_sigmas(model, model_low, sigmas, boundary)
         return io.NodeOutput(sample_experts(experts, positive, latent_image, seed, mode == "ODE"))

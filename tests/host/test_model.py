@@ -1,0 +1,301 @@
+"""Our MODEL against the host's own network and against the standalone one, and the attention settings of a MODEL."""
+
+import pytest
+import torch
+
+from turbo_core import checkpoint
+from turbo_core.wan import WanModel
+
+T2V, I2V = "TinyWan2.1-T2V", "TinyWan2.2-I2V-high"
+
+
+@pytest.fixture(scope="module")
+def stock(comfy, lab, tmp_path_factory):
+    """The host's own loader on a conversion of one of the tiny files."""
+
+    def load(name, kind="fp32"):
+        target = tmp_path_factory.mktemp("stock") / f"{name}.{kind}.safetensors"
+        checkpoint.convert(lab.path(f"{name}.pth"), target, kind)
+        return comfy.sd.load_diffusion_model(str(target))
+
+    return load
+
+
+# 360 tokens: ragged query and key blocks; 128: one whole query block; 30: less than a key block; odd sides are padded
+@pytest.mark.parametrize("shape", [(2, 16, 5, 16, 18), (1, 16, 2, 16, 16), (1, 16, 1, 10, 12), (1, 16, 3, 7, 9)])
+def test_dense_model_equals_stock_loader(lab, stock, shape):
+    ours, theirs = lab.dense(lab.load(f"{T2V}.pth")), stock(T2V)
+    a, b = lab.denoise(ours, shape=shape), lab.denoise(theirs, shape=shape)
+    print("dense", shape, lab.difference(a, b))
+    assert lab.difference(a, b) < 1e-5
+
+
+def test_dense_image_model_equals_stock_loader(lab, stock):
+    ours, theirs = lab.dense(lab.load(f"{I2V}.pth")), stock(I2V)
+    a, b = (lab.denoise(m, shape=(2, *lab.shape[1:]), concat=20) for m in (ours, theirs))
+    print("dense i2v", lab.difference(a, b))
+    assert lab.difference(a, b) < 1e-5
+
+
+def test_dense_row_quantized_equals_stock_loader(lab, stock):
+    ours = lab.dense(lab.quantize(lab.load(f"{T2V}.pth"), "row"))
+    a, b = lab.denoise(ours), lab.denoise(stock(T2V, "int8_row"))
+    print("dense row", lab.difference(a, b))
+    assert lab.difference(a, b) < 1e-5
+
+
+def standalone(path, topk, given, dtype=torch.float32, precision="bf16"):
+    network = WanModel.from_state_dict(checkpoint.load(path)[0], dtype)
+    y = given.get("c_concat")
+    sigma = given["t"].view(-1, 1, 1, 1, 1)
+    v = network(given["x"], 1000 * given["t"], given["c_crossattn"], y=y, topk=topk, precision=precision)
+    return given["x"] - sigma * v
+
+
+# batch 2 once: one sample's blocks must not leak into the other's
+@pytest.mark.parametrize(
+    ("name", "concat", "topk", "batch"), [(T2V, 0, 0.0, 1), (T2V, 0, 0.3, 2), (T2V, 0, 1.0, 1), (I2V, 20, 0.5, 1)]
+)
+def test_sla_equals_standalone(lab, name, concat, topk, batch):
+    model = lab.attention(lab.load(f"{name}.pth"), topk)
+    given = {"shape": (batch, *lab.shape[1:]), "concat": concat}
+    a = lab.denoise(model, **given)
+    b = standalone(lab.path(f"{name}.pth"), topk, lab.inputs(**given))
+    print("sla", name, topk, lab.difference(a, b))
+    assert lab.difference(a, b) < 1e-4
+
+
+@pytest.fixture
+def same_time_embedding(monkeypatch):
+    """The host computes the angles of the time embedding in float32, which is 6e-6 off, and W8A8 of a network of
+    random weights makes 1e-2 of that: values beside a rounding edge fall on different sides, layer by layer.
+    """
+    import comfy.ldm.wan.model
+
+    from turbo_core.wan import timestep_embedding
+
+    swapped = lambda dim, position: timestep_embedding(position, dim)  # noqa: E731
+    monkeypatch.setattr(comfy.ldm.wan.model, "sinusoidal_embedding_1d", swapped)
+
+
+@pytest.mark.parametrize(("name", "concat", "kind"), [(T2V, 0, "block"), (T2V, 0, "row"), (I2V, 20, "block")])
+def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, name, concat, kind):
+    path = lab.path(f"{name}-quant.pth")
+    if kind == "row":
+        path = str(tmp_path / "row.safetensors")
+        checkpoint.convert(lab.path(f"{name}.pth"), path, "int8_row")
+    model = lab.attention(lab.pack.loader.load_turbo_model(path))
+    a = lab.denoise(model, concat=concat)
+    b = standalone(path, 0.3, lab.inputs(concat=concat))
+    unquantized = lab.denoise(lab.attention(lab.load(f"{name}.pth")), concat=concat)
+    print("quantized sla", name, kind, lab.distance(a, b), "quantization itself", lab.distance(a, unquantized))
+    assert lab.distance(a, b) < 1e-2
+    assert lab.distance(a, unquantized) > 2e-3, "nothing was quantized"
+
+
+@pytest.mark.parametrize("name", [f"{T2V}.pth", f"{T2V}-quant.pth"])
+def test_bf16_stays_near(lab, name):
+    """The type that a card computes in. proj_l stays float32."""
+    model = lab.attention(lab.load(name, torch.bfloat16))
+    model.set_model_compute_dtype(torch.bfloat16)
+    assert model.model.get_dtype() == torch.bfloat16
+    proj_l = model.model.diffusion_model.blocks[0].self_attn.attn_op["local_attn"]["proj_l"]
+    assert proj_l.weight.dtype == torch.float32
+    a, b = lab.denoise(model), lab.denoise(lab.attention(lab.load(f"{T2V}.pth")))
+    print("bf16", name, lab.distance(a, b))
+    assert 1e-3 < lab.distance(a, b) < 0.05
+
+
+def test_low_bit_attention_equals_standalone(lab):
+    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3, "int8")
+    a, b = lab.denoise(model), standalone(lab.path(f"{T2V}.pth"), 0.3, lab.inputs(), precision="int8")
+    print("int8 attention", lab.distance(a, b))
+    assert lab.distance(a, b) < 1e-3
+
+
+def test_projection_is_felt(lab):
+    """sparse only differs from auto: proj_l is loaded and used."""
+    model = lab.load(f"{T2V}.pth")
+    with_branch, without = (lab.denoise(lab.attention(model, mode=mode)) for mode in ("auto", "sparse only"))
+    assert lab.difference(with_branch, without) > 1e-3
+
+
+def test_loaded_model_is_sla_without_a_node(lab):
+    """A TurboWan file attends as it was trained, top-k 0.1, also when nobody adds the attention node."""
+    model = lab.load(f"{T2V}.pth")
+    assert torch.equal(lab.denoise(model), lab.denoise(lab.attention(model, 0.1)))
+
+
+def test_stock_model_is_dense_without_a_node(comfy, lab):
+    ours = lab.load("tiny_wan_stock_bf16.safetensors")
+    theirs = comfy.sd.load_diffusion_model(lab.path("tiny_wan_stock_bf16.safetensors"))
+    assert torch.equal(lab.denoise(ours), lab.denoise(theirs))
+
+
+@pytest.fixture
+def sparse_calls(lab, monkeypatch):
+    """[(block, tokens)] of each sparse attention, in order; blocks are known by their order of evaluation."""
+    calls = []
+    for module in (lab.pack.blocks, lab.pack.attention):
+        real = module.sparse_linear_attention
+
+        def counted(q, *args, real=real, **kwargs):
+            calls.append(q.shape[1])
+            return real(q, *args, **kwargs)
+
+        monkeypatch.setattr(module, "sparse_linear_attention", counted)
+    return calls
+
+
+MODELS = [f"{T2V}.pth", "tiny_wan_stock_bf16.safetensors"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_settings_decide_which_attention_is_sparse(lab, sparse_calls, name):
+    base = lab.load(name)
+    for settings, expected in [
+        ({}, 2),
+        ({"dense_blocks": "0"}, 1),
+        ({"dense_blocks": "0-1"}, 0),
+        ({"min_tokens": 360}, 2),
+        ({"min_tokens": 361}, 0),
+        ({"mode": "dense"}, 0),
+        ({"mode": "sparse only"}, 2),
+    ]:
+        sparse_calls.clear()
+        lab.denoise(lab.attention(base, **settings))
+        assert len(sparse_calls) == expected, settings
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_percent_window_of_steps(lab, sparse_calls, name):
+    """start and end percent are those of the host: sampling progress, turned to sigmas by the model's own rule."""
+    base = lab.load(name)
+    sampling = base.get_model_object("model_sampling")
+    edge = sampling.percent_to_sigma(0.5)
+    for settings, sigma, expected in [
+        ({"start_percent": 0.5}, edge + 0.01, 0),
+        ({"start_percent": 0.5}, edge - 0.01, 2),
+        ({"end_percent": 0.5}, edge + 0.01, 2),
+        ({"end_percent": 0.5}, edge - 0.01, 0),
+        ({"start_percent": 1.0, "end_percent": 1.0}, 0.5, 0),
+    ]:
+        sparse_calls.clear()
+        lab.denoise(lab.attention(base, **settings), sigma=sigma)
+        assert len(sparse_calls) == expected, (settings, sigma)
+
+
+def test_settings_belong_to_a_clone(lab):
+    base = lab.load(f"{T2V}.pth")
+    before = lab.denoise(base)
+    low, high = lab.attention(base, 0.1), lab.attention(base, 0.9)
+    a, b = lab.denoise(low), lab.denoise(high)
+    assert not torch.equal(a, b)
+    assert torch.equal(lab.denoise(low), a) and torch.equal(lab.denoise(base), before)
+    assert lab.pack.blocks.OPTIONS not in base.model_options["transformer_options"]
+    again = lab.attention(low, 0.9)
+    assert torch.equal(lab.denoise(again), b) and torch.equal(lab.denoise(low), a)
+
+
+@pytest.mark.parametrize("tokens", [24, 360])
+def test_cross_attention_stays_dense(lab, sparse_calls, tokens):
+    """Also where there are as many text tokens as video tokens, which a 256x256 video of 5 frames has (512)."""
+    model = lab.attention(lab.load("tiny_wan_stock_bf16.safetensors"), 0.3)
+    given = lab.inputs()
+    given["c_crossattn"] = lab.draw(1, tokens, 64, seed=5)
+    options = {**model.model_options["transformer_options"], "sigmas": given["t"]}
+    out = lab.loaded(model).apply_model(**given, transformer_options=options)
+    network = WanModel.from_state_dict(checkpoint.load(lab.path(MODELS[1]))[0], torch.float32)
+    expected = given["x"] - 0.9 * network(given["x"], 1000 * given["t"], given["c_crossattn"], topk=0.3)
+    assert sparse_calls == [360, 360]
+    assert lab.difference(out, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_coexists_with_another_attention_override(lab, sparse_calls, name, ours_first):
+    """Another node's override still gets every attention that is not ours."""
+    seen = []
+
+    def override(func, q, k, *args, **kwargs):
+        seen.append(k.shape[1])
+        return func(q, k, *args, **kwargs)
+
+    model = lab.load(name).clone()
+    plain = lab.denoise(lab.attention(model, 0.3))
+    if ours_first:
+        model = lab.attention(model, 0.3)
+        if name == MODELS[1]:
+            pytest.skip("an override that comes later and forgets ours replaces it: the host's rule")
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    if not ours_first:
+        model = lab.attention(model, 0.3)
+    sparse_calls.clear()
+    seen.clear()
+    out = lab.denoise(model)
+    assert len(sparse_calls) == 2
+    assert seen == [24, 24]  # the two cross-attentions
+    assert torch.equal(out, plain)
+
+
+def test_attn1_patch_of_other_nodes_runs(lab):
+    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3)
+    shapes = []
+
+    def patch(args):
+        shapes.append((tuple(args["x"].shape), tuple(args["q"].shape)))
+        return args["x"] * 0.5
+
+    before = lab.denoise(model)
+    model.set_model_attn1_patch(patch)
+    assert lab.difference(lab.denoise(model), before) > 1e-3
+    assert shapes == [((1, 360, 256), (1, 360, 2, 128))] * 2
+
+
+def test_other_head_dims_fall_back_with_one_line(comfy, lab, sparse_calls, tmp_path, caplog):
+    """Four heads of 64 are sparse, eight of 32 dense; the reason is said once, not 80 times."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(lab.path(MODELS[1]))
+    for heads, expected in ((4, 2), (8, 0)):
+        path = tmp_path / f"{heads}.safetensors"
+        config = json.dumps({"transformer": {"num_heads": heads, "text_dim": 64}})
+        save_file(weights, path, {"config": config})
+        model = lab.attention(comfy.sd.load_diffusion_model(str(path)), 0.3)
+        sparse_calls.clear()
+        with caplog.at_level("INFO"):
+            lab.denoise(model)
+            assert len(sparse_calls) == expected, heads
+            lab.denoise(model)
+    assert len([r for r in caplog.records if "head_dim 32" in r.getMessage()]) == 1
+
+
+def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
+    """Someone has the pack twice in custom_nodes: models of either copy run, quantize, save and load in the other."""
+    import asyncio
+    import importlib
+    import shutil
+
+    root = lab.pack.root
+    copy = tmp_path / "second"
+    copy.mkdir()
+    shutil.copy(root / "__init__.py", copy)
+    for part in ("nodes", "turbo_core", "kernels"):
+        shutil.copytree(root / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    second = lab.pack.load_pack(copy, "custom_nodes_second_TurboWan")
+    nodes = asyncio.run(asyncio.run(second.comfy_entrypoint()).get_node_list())
+    nodes = {node.GET_SCHEMA().node_id: node for node in nodes}
+    loader = importlib.import_module("custom_nodes_second_TurboWan.nodes.loader")
+
+    first = lab.quantize(lab.load(f"{T2V}.pth"))
+    expected = lab.denoise(first)
+    other = nodes["QuantizeW8A8"].execute(loader.load_turbo_model(lab.path(f"{T2V}.pth")), "block (TurboWan)")[0]
+    assert torch.equal(lab.denoise(other), expected)
+    # the nodes of one on the models of the other
+    assert torch.equal(lab.denoise(nodes["SparseLowBitAttention"].execute(first, 0.1, "bf16")[0]), expected)
+    assert torch.equal(lab.denoise(lab.attention(other, 0.1)), expected)
+    both = nodes["QuantizeW8A8"].execute(first, "block (TurboWan)")[0]
+    assert torch.equal(lab.denoise(both), expected)
+    assert torch.equal(lab.turbo(both), lab.turbo(other))
