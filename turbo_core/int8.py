@@ -47,8 +47,9 @@ def _blocks(x):
     """[M, K] -> [ceil(M/128), 128, ceil(K/128), 128], zero-padded."""
     m, k = x.shape
     mb, kb = block_scale_shape(m, k)
-    x = torch.nn.functional.pad(x, (0, kb * BLOCK - k, 0, mb * BLOCK - m))
-    return x.view(mb, BLOCK, kb, BLOCK)
+    if m % BLOCK or k % BLOCK:  # pad copies even when there is nothing to add
+        x = torch.nn.functional.pad(x, (0, kb * BLOCK - k, 0, mb * BLOCK - m))
+    return x.reshape(mb, BLOCK, kb, BLOCK)
 
 
 def quantize_block(x, seed: int = 0):
@@ -62,7 +63,8 @@ def quantize_block(x, seed: int = 0):
     x = _matrix(x, "quantize_block")
     m, k = x.shape
     blocks = _blocks(x)
-    amax = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp_min(_TINY)
+    # largest and smallest apart: no copy of the whole for the magnitudes
+    amax = torch.maximum(blocks.amax(3).amax(1), -blocks.amin(3).amin(1)).clamp_min(_TINY)[:, None, :, None]
     q = (blocks / amax).mul_(128.0)
     if seed > 0:
         generator = torch.Generator(device=x.device).manual_seed(seed)
