@@ -1,0 +1,107 @@
+"""Shipped workflows, read as ComfyUI's page reads them, and as the /prompt request it makes of them."""
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+RECORDING = Path(__file__).resolve().parent / "page" / "object_info.json"
+NOTES = ("MarkdownNote", "Note")  # exist in the page only
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
+
+# Inputs that list the files of one machine: no part of a node's schema.
+FILES = {
+    "TurboLoader": "model_name",
+    "TurboTextEncoderLoader": "text_encoder",
+    "UNETLoader": "unet_name",
+    "CLIPLoader": "clip_name",
+    "VAELoader": "vae_name",
+    "LoraLoaderModelOnly": "lora_name",
+    "LoadImage": "image",
+}
+
+
+def names():
+    """Names of the shipped workflows, without .json."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load(name):
+    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+
+
+def recorded_object_info():
+    """What a host answered to /object_info, for the nodes the workflows use and all of this pack."""
+    return json.loads(RECORDING.read_text("utf-8"))
+
+
+def recordable(object_info):
+    """/object_info without what differs from machine to machine, for the nodes in use and all of this pack."""
+    used = {node["type"] for name in names() for node in load(name)["nodes"]} - set(NOTES)
+    recording = {}
+    for name, node in sorted(object_info.items()):
+        ours = "turbowan" in node["python_module"].lower()
+        if not ours and name not in used:
+            continue
+        node = recording[name] = json.loads(json.dumps(node))
+        if ours:
+            node["python_module"] = "custom_nodes.ComfyUI-TurboWan"
+        if name in FILES:
+            _list_no_files(node["input"]["required"][FILES[name]])
+    return recording
+
+
+def _list_no_files(spec):
+    if isinstance(spec[0], list):
+        spec[0] = []
+    else:
+        spec[1]["options"] = []
+
+
+def files(workflow):
+    """{(folder, file name)} of everything the loaders of a workflow ask for."""
+    models = (model for node in workflow["nodes"] for model in node["properties"].get("models", ()))
+    return {(model["directory"], model["name"]) for model in models}
+
+
+def widgets(inputs, values, prefix=""):
+    """{input name: value} from an iterator over widgets_values, in the order in which the page saves them.
+
+    inputs: a node's "input" in /object_info. Values of the page's own widgets (control after generate, upload button)
+    are skipped. Raises StopIteration when values run out.
+    """
+    named = {}
+    for section in ("required", "optional"):
+        for name, (kind, *rest) in inputs.get(section, {}).items():
+            options = rest[0] if rest else {}
+            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
+                continue
+            value = named[prefix + name] = next(values)
+            if options.get("control_after_generate") or options.get("image_upload"):
+                next(values)
+            if kind == DYNAMIC:
+                chosen = next(option for option in options["options"] if option["key"] == value)
+                named |= widgets(chosen["inputs"], values, f"{prefix}{name}.")
+    return named
+
+
+def to_api(workflow, object_info):
+    """The "prompt" of a /prompt request for a saved workflow without subgraphs and bypassed nodes.
+
+    Raises ValueError when a node has more or fewer widget values than its schema asks for.
+    """
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        values = iter(node.get("widgets_values", ()))
+        try:
+            inputs = widgets(object_info[node["type"]]["input"], values)
+        except StopIteration:
+            raise ValueError(f"{node['type']} {node['id']} has too few widget values") from None
+        if left := list(values):
+            raise ValueError(f"{node['type']} {node['id']} has widget values left over: {left}")
+        inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
