@@ -16,7 +16,8 @@ def _check_host():
 class TurboWanExtension(ComfyExtension):
     async def get_node_list(self):
         _check_host()
-        from . import attention, loader, quantize, sampling, text_encoder
+        from . import attention, loader, quantize, sampling, save, text_encoder
 
         sampling.register_scheduler()
-        return [node for module in (loader, quantize, attention, sampling, text_encoder) for node in module.NODES]
+        modules = loader, quantize, attention, sampling, save, text_encoder
+        return [node for module in modules for node in module.NODES]

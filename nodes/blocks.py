@@ -87,7 +87,7 @@ class SLASelfAttention(wan.WanSelfAttention):
         proj_l = self.attn_op["local_attn"]["proj_l"]
         if settings["mode"] == "sparse":
             out = attend()
-        elif "forward" in vars(proj_l):
+        elif getattr(proj_l.forward, "__func__", None) is not type(proj_l).forward:
             out = attend(*_matrix(proj_l, x.device))
         else:
             cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": x.device, "offloadable": True}

@@ -2,7 +2,6 @@
 
 import uuid
 
-import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
@@ -19,6 +18,7 @@ from .block_list import parse_blocks
 from .blocks import wan_network
 from .loader import mark_sigma_max
 from .ops import quant_entry, quantized_ops
+from .weights import float_weight, original_weight
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}
 LAYOUTS = {quantize_block: layout.NAME, quantize_rows: "TensorWiseINT8Layout"}
@@ -32,36 +32,24 @@ LAYERS = {
 PREFIX = "diffusion_model."
 
 
-def _original(patcher, key):
-    """A weight without any LoRA, also while the host has one merged in."""
-    return patcher.backup[key].weight if key in patcher.backup else comfy.utils.get_attr(patcher.model, key)
-
-
-def _float_weight(patcher, key):
-    """The weight as this MODEL sees it: its LoRAs baked in, on the compute device."""
-    weight, device = _original(patcher, key), comfy.model_management.get_torch_device()
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.to(torch.float32).dequantize()
-    if key in patcher.patches:
-        return comfy.lora.calculate_weight(patcher.patches[key], weight.to(device, torch.float32, copy=True), key)
-    return weight.to(device)
-
-
 def quantized_state_dict(patcher, quantize, layers):
     """State dict of the network with the named layers ("blocks.0.ffn.0", ...) as int8, their LoRAs baked in."""
     sd = patcher.model.diffusion_model.state_dict()
     for key in patcher.backup:
         if key.startswith(PREFIX):
-            weight, name = _original(patcher, key), key.removeprefix(PREFIX)
+            weight, name = original_weight(patcher, key), key.removeprefix(PREFIX)
             sd.update(weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight})
     progress = comfy.utils.ProgressBar(len(layers))
     for layer in layers:
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update(1)
         key = f"{PREFIX}{layer}.weight"
-        if key not in patcher.patches and getattr(_original(patcher, key), "_layout_cls", "") == LAYOUTS[quantize]:
+        if (
+            key not in patcher.patches
+            and getattr(original_weight(patcher, key), "_layout_cls", "") == LAYOUTS[quantize]
+        ):
             continue  # in this format already: rounding it again would only lose
-        weight = _float_weight(patcher, key)
+        weight = float_weight(patcher, key)
         if not torch.isfinite(weight).all():
             raise TurboError(f"{layer}.weight holds NaN or infinity, quantizing it would spread them: check the model.")
         weight_q, scale = quantize(weight)

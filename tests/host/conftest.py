@@ -92,19 +92,23 @@ def pack(comfy):
     base = module.__name__
     parts = {
         name: importlib.import_module(f"{base}.nodes.{name}")
-        for name in ("attention", "blocks", "experts", "loader", "ops", "quantize", "sampling", "text_encoder")
+        for name in ("attention", "blocks", "experts", "loader", "ops", "quantize", "sampling", "save", "text_encoder")
     }
     nodes = {node.GET_SCHEMA().node_id: node for node in listed}
     return types.SimpleNamespace(name=base, root=PACK, load_pack=load_pack, nodes=nodes, **parts)
 
 
 @pytest.fixture(autouse=True)
-def _inference_mode(request):
-    if "comfy" in request.fixturenames:  # the server runs everything so
-        with torch.inference_mode():
-            yield
-    else:
+def _as_the_server_runs(request):
+    """inference_mode, and one thread: on tensors this small two threads mostly wait for each other."""
+    if "comfy" not in request.fixturenames:
         yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
 
 
 TEXT_DIM, TEXT_TOKENS = 64, 24

@@ -1,0 +1,92 @@
+"""TurboSave: any Wan MODEL as one file that TurboLoader reads back bit for bit."""
+
+import json
+import os
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy.quant_ops import QuantizedTensor
+from comfy_api.latest import io
+
+from ..turbo_core.errors import TurboError
+from ..turbo_core.stream_safetensors import stream_safetensors
+from .blocks import wan_network
+from .weights import original_weight, stored_weight
+
+
+def save_model(patcher, path):
+    """Write the network of a MODEL, its LoRAs baked in, one tensor at a time.
+
+    The host's ModelSave does the same for a MODEL that lies on its device as a whole; of an int8 one that does not,
+    ComfyUI 0.33 makes parameters that ask for gradients, which torch refuses. Raises TurboError like the writer.
+    """
+    prefix = "diffusion_model."
+    if patcher.injections:
+        names = ", ".join(patcher.injections)
+        raise TurboError(f"TurboSave cannot bake in the injection {names} (a bypass LoRA is one): use a LoRA loader.")
+    sd = patcher.model.diffusion_model.state_dict()
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sd.items()}
+    quantized = {}  # name of a weight: the names of all its tensors
+    for name in [n for n in sd if n.endswith(".weight")]:
+        weight = original_weight(patcher, prefix + name)
+        if isinstance(weight, QuantizedTensor):
+            quantized[name] = set(weight.state_dict(name))
+    for name in [n for n in sd if prefix + n in patcher.backup and n not in quantized]:
+        layout[name] = (original_weight(patcher, prefix + name).dtype, layout[name][1])
+    parts = set().union(*quantized.values()) - set(quantized)
+    progress = comfy.utils.ProgressBar(len(sd))
+
+    def tensors():
+        for name, tensor in sd.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(1)
+            if name in parts:
+                continue
+            if name in quantized:
+                pieces = stored_weight(patcher, prefix + name).state_dict(name)
+                yield from ((n, t.cpu()) for n, t in pieces.items())
+            elif name.endswith(".comfy_quant"):
+                yield name, tensor
+            else:
+                yield name, stored_weight(patcher, prefix + name).detach().cpu()
+
+    config = patcher.model.model_config.unet_config
+    sizes = {"num_heads": config["num_heads"], "text_dim": config.get("text_dim", 4096)}
+    metadata = {"format": "pt", "config": json.dumps({"transformer": sizes})}
+    return stream_safetensors(path, layout, tensors(), metadata)
+
+
+class TurboSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboSave",
+            display_name="Turbo Save",
+            category="model/merging",
+            description="Saves a Wan MODEL as safetensors, int8 layers as they are and LoRAs baked in, so that "
+            "quantizing is done once. Turbo Loader reads it back; files in the row format load in ComfyUI's own loader "
+            "as well, which drops the trained part of TurboWan's attention.",
+            search_aliases=["TurboWan", "save model", "ModelSave", "int8"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/TurboWan",
+                    tooltip="Below ComfyUI's output folder. Loaders also list output/diffusion_models.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        wan_network(model, "TurboSave")
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        save_model(model, os.path.join(folder, f"{name}_{counter:05}_.safetensors"))
+        return io.NodeOutput()
+
+
+NODES = [TurboSave]
