@@ -1,9 +1,11 @@
 """Time of int8_linear on a CPU, quantization of the activations included, beside the float32 linear.
 
-    python -m benchmarks.int8_cpu [--out benchmarks/results/cpu/int8_linear.json]
+    python -m benchmarks.int8_cpu [--runs 40] [--threads 1] [--out benchmarks/results/cpu/int8_linear.json]
 
-The three take turns, so that a busy moment meets all of them; the median of the runs counts. The error is relative to
-the float64 product of the unquantized inputs. Fails before timing if an error is larger than quantization explains.
+The three take turns, so that a busy moment meets all of them; the median of the runs counts. On a machine that does
+other work --threads 1 is the fair comparison: int8_linear is many short parallel steps, each waits for every thread.
+The error is relative to the float64 product of the unquantized inputs. Fails before timing if an error is larger than
+quantization explains.
 """
 
 import argparse
@@ -77,8 +79,10 @@ def measure(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/int8_linear.json"))
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     rows = measure(args.runs)
     print(f"M={M} K={K} N={N}, median of {args.runs}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':12}{'ms':>9}{'GFLOPS':>9}{'x float32':>11}{'error':>11}")

@@ -296,15 +296,15 @@ def test_one_output_of_one_block_means_the_same_in_both_formats():
 
 
 def test_the_product_for_devices_without_int8_matmul_is_exact():
-    # every partial sum of 1024 products fits float32; at K = 3000 of -128 * -128 one sum of all would still be exact,
-    # so odd numbers beside it make lost low bits visible
-    a = torch.randint(-128, 128, (7, 3000), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    b = a[:5].clone()
+    # K of the 14B model's ffn.2: float32 holds sums of 1024 products exactly, 13824 of them at once lose low bits
+    a, b = torch.randint(64, 128, (2, 40, 13824), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    exact = (a.long() @ b.long().t()).double()
     elsewhere = SimpleNamespace(device=SimpleNamespace(type="mps"), is_cuda=False, shape=a.shape, float=a.float)
-    exact = a.long() @ b.long().t()
-    assert exact.max() > 2**23
-    for product in (int8._int_mm(elsewhere, b), int8._int_mm(a, b)):
-        torch.testing.assert_close(product.double(), exact.double(), rtol=2**-24, atol=0)
+    torch.testing.assert_close(int8._int_mm(elsewhere, b).double(), exact, rtol=4 * 2**-24, atol=0)
+    torch.testing.assert_close(int8._int_mm(a, b).double(), exact, rtol=0, atol=0)
+    short = slice(0, 1000)
+    elsewhere.shape, elsewhere.float = (40, 1000), a[:, short].float
+    assert torch.equal(int8._int_mm(elsewhere, b[:, short]).long(), a[:, short].long() @ b[:, short].long().t())
 
 
 # ---- bad input
