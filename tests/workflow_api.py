@@ -8,6 +8,7 @@ RECORDING = Path(__file__).resolve().parent / "page" / "object_info.json"
 NOTES = ("MarkdownNote", "Note")  # exist in the page only
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
+TEXTS = ("tooltip", "description", "search_aliases", "output_tooltips")
 
 # Inputs that list the files of one machine: no part of a node's schema.
 FILES = {
@@ -36,19 +37,26 @@ def recorded_object_info():
 
 
 def recordable(object_info):
-    """/object_info without what differs from machine to machine, for the nodes in use and all of this pack."""
+    """/object_info for the nodes in use and all of this pack, without texts and what differs between machines."""
     used = {node["type"] for name in names() for node in load(name)["nodes"]} - set(NOTES)
     recording = {}
     for name, node in sorted(object_info.items()):
         ours = "turbowan" in node["python_module"].lower()
         if not ours and name not in used:
             continue
-        node = recording[name] = json.loads(json.dumps(node))
+        node = recording[name] = _without_texts(node)
         if ours:
             node["python_module"] = "custom_nodes.ComfyUI-TurboWan"
         if name in FILES:
             _list_no_files(node["input"]["required"][FILES[name]])
     return recording
+
+
+def _without_texts(part):
+    """A copy; what people read changes more often than what a graph is made of."""
+    if isinstance(part, dict):
+        return {key: _without_texts(value) for key, value in part.items() if key not in TEXTS}
+    return [_without_texts(value) for value in part] if isinstance(part, list) else part
 
 
 def _list_no_files(spec):

@@ -1,0 +1,158 @@
+"""The shipped workflow files: sound as JSON graphs, complete, and readable. Needs neither a host nor a browser."""
+
+import itertools
+import json
+import re
+
+import pytest
+
+from . import workflow_api
+
+NAMES = workflow_api.names()
+WEIGHT_FOLDERS = {"diffusion_models", "loras", "text_encoders", "vae"}
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return workflow_api.recorded_object_info()
+
+
+@pytest.fixture(params=NAMES)
+def workflow(request):
+    return workflow_api.load(request.param)
+
+
+def _nodes(workflow):
+    return {node["id"]: node for node in workflow["nodes"]}
+
+
+def _notes(workflow):
+    return "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in workflow_api.NOTES)
+
+
+def test_all_four_are_there_each_with_its_thumbnail():
+    assert NAMES == ["turbowan_i2v_a14b", "turbowan_t2v_ksampler", "turbowan_t2v_turbo_sampler", "wan_stock_faster"]
+    for name in NAMES:
+        picture = (workflow_api.FOLDER / f"{name}.jpg").read_bytes()  # the page looks for .jpg, for no other
+        assert picture[:2] == b"\xff\xd8" and len(picture) < 150_000
+
+
+def test_numbers_are_unique_and_the_counters_ahead_of_them(workflow):
+    nodes, links = [node["id"] for node in workflow["nodes"]], [link[0] for link in workflow["links"]]
+    assert len(set(nodes)) == len(nodes) and max(nodes) <= workflow["last_node_id"]
+    assert len(set(links)) == len(links) and max(links) <= workflow["last_link_id"]
+
+
+def test_links_agree_with_both_of_their_ends(workflow):
+    nodes = _nodes(workflow)
+    for number, source, output, target, slot, kind in workflow["links"]:
+        start, end = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
+        assert number in start["links"] and end["link"] == number
+        assert start["type"] == end["type"] == kind
+    numbers = {link[0] for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        assert {slot["link"] for slot in node["inputs"]} - {None} <= numbers, node["type"]
+        assert {link for slot in node["outputs"] for link in slot["links"] or ()} <= numbers, node["type"]
+
+
+def test_nodes_are_known_and_their_slots_and_widgets_are_those_of_the_schema(workflow, schema):
+    unknown = {node["type"] for node in workflow["nodes"]} - set(schema) - set(workflow_api.NOTES)
+    assert not unknown
+    prompt = workflow_api.to_api(workflow, schema)  # raises for too few or too many widget values
+    for number, node in prompt.items():
+        inputs = schema[node["class_type"]]["input"]
+        for name in inputs["required"]:
+            assert name in node["inputs"], f"{node['class_type']} {number} lacks {name}"
+        for name, value in node["inputs"].items():
+            _check_value(node["class_type"], name, value, inputs)
+        saved = _nodes(workflow)[int(number)]["outputs"]
+        assert [slot["type"] for slot in saved] == schema[node["class_type"]]["output"]
+
+
+def _check_value(kind, name, value, inputs):
+    spec = inputs["required"].get(name) or inputs.get("optional", {}).get(name)
+    if isinstance(value, list) or spec is None or workflow_api.FILES.get(kind) == name:
+        return  # a link, a part of a choice, a file of the user's machine
+    options = spec[1] if len(spec) > 1 else {}
+    if isinstance(spec[0], list):
+        assert value in spec[0], (kind, name)
+    elif spec[0] == "COMBO":
+        assert value in options["options"], (kind, name)
+    elif spec[0] in ("INT", "FLOAT"):
+        assert options["min"] <= value <= options["max"], (kind, name)
+
+
+def _step(workflow, node):
+    """Index of the group a node lies in, or None. Groups are numbered in reading order."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    for index, (x, y, w, h) in enumerate(group["bounding"] for group in workflow["groups"]):
+        if x <= left and y <= top - 30 and left + width <= x + w and top + height <= y + h:
+            return index
+    return None
+
+
+def test_nothing_is_muted_or_bypassed_and_nodes_sit_in_numbered_groups(workflow):
+    for node in workflow["nodes"]:
+        assert node["mode"] == 0, node["type"]
+        assert _step(workflow, node) is not None or node["type"] in workflow_api.NOTES, node["type"]
+    titles = [group["title"][:2] for group in workflow["groups"]]
+    assert titles == [f"{i + 1}." for i in range(len(titles))]
+
+
+def test_nothing_lies_on_top_of_anything(workflow):
+    boxes = [(n["type"], *n["pos"], *n["size"]) for n in workflow["nodes"]]
+    groups = [(g["title"], *g["bounding"]) for g in workflow["groups"]]
+    for a, b in itertools.chain(itertools.combinations(boxes, 2), itertools.combinations(groups, 2)):
+        across = a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+        title = 0 if a in groups else 30  # a node's title is drawn above its position
+        assert not (across and a[2] - title < b[2] + b[4] and b[2] - title < a[2] + a[4]), (a, b)
+
+
+def test_links_lead_to_the_same_or_a_later_step(workflow):
+    nodes = _nodes(workflow)
+    for _, source, _, target, _, _ in workflow["links"]:
+        start, end = (_step(workflow, nodes[number]) for number in (source, target))
+        assert start <= end, (nodes[source]["type"], nodes[target]["type"])
+
+
+def test_the_note_names_every_file_with_its_folder_and_where_it_comes_from(workflow):
+    notes, files = _notes(workflow), workflow_api.files(workflow)
+    wanted = {
+        node["widgets_values"][0]
+        for node in workflow["nodes"]
+        if node["type"] in workflow_api.FILES and node["type"] != "LoadImage"
+    }
+    assert {file for _, file in files} == wanted
+    assert {folder for folder, _ in files} <= WEIGHT_FOLDERS
+    for folder, file in files:
+        assert f"  {folder}/\n" in notes and f"    {file}\n" in notes
+        assert re.search(rf"\[{re.escape(file)}\]\(https://huggingface\.co/[\w./-]+/{re.escape(file)}\)", notes)
+    for said in ("16 fps", "81 frames", "4n + 1"):
+        assert said in notes
+
+
+def test_links_offered_for_download_are_those_of_the_note(workflow):
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    assert all(model["url"] in _notes(workflow) for model in models)
+
+
+def test_it_makes_five_seconds_at_sixteen_frames(workflow, schema):
+    nodes = workflow_api.to_api(workflow, schema).values()
+    (length,) = [node["inputs"]["length"] for node in nodes if "length" in node["inputs"]]
+    (rate,) = [node["inputs"]["fps"] for node in nodes if node["class_type"] == "CreateVideo"]
+    assert (length, rate) == (81, 16)
+
+
+def test_turbowan_workflows_sample_without_guidance_on_the_rcm_schedule(schema):
+    for name in NAMES:
+        for node in workflow_api.to_api(workflow_api.load(name), schema).values():
+            if node["class_type"] == "KSampler":
+                assert (node["inputs"]["cfg"], node["inputs"]["steps"], node["inputs"]["sampler_name"]) == (1, 4, "lcm")
+                assert (node["inputs"]["scheduler"] == "turbo_rcm") == name.startswith("turbowan")
+
+
+def test_no_path_of_a_machine_and_no_trace_of_other_packs(workflow):
+    text = json.dumps(workflow)
+    assert not re.search(r"/home/|/root|/tmp|/work/|[A-Z]:\\\\|localhost|127\.0\.0\.1", text)
+    packs = {n["properties"].get("cnr_id") for n in workflow["nodes"] if n["type"] not in workflow_api.NOTES}
+    assert packs <= {"comfy-core", "comfyui-turbowan"}
