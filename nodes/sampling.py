@@ -47,7 +47,9 @@ class _Relay:
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         if self.x is None:
-            self.x, self.noise = x, default_noise_sampler(x, seed=(extra_args or {}).get("seed"))
+            seed = (extra_args or {}).get("seed")
+            # on a CPU the host's sampler adds one, which the highest seed of the node has no room for
+            self.x, self.noise = x, default_noise_sampler(x, None if seed is None else seed % 0xFFFFFFFFFFFFFFFF)
         self.x = sample_rcm(model, self.x.to(x), sigmas, extra_args, callback, disable, self.ode, self.noise)
         return self.x
 
@@ -122,6 +124,8 @@ def _sigma_max_input():
 
 
 def _sigmas(steps, sigma_max, model):
+    if model is not None:
+        wan_network(model, "TurboScheduler")
     default = default_sigma_max(16) if model is None else sigma_max_of(model.model)
     return rcm_sigmas(steps, sigma_max or default).float()
 

@@ -94,6 +94,7 @@ def pack(comfy):
         name: importlib.import_module(f"{base}.nodes.{name}")
         for name in ("attention", "blocks", "experts", "loader", "ops", "quantize", "sampling", "save", "text_encoder")
     }
+    parts["errors"] = importlib.import_module(f"{base}.turbo_core.errors")
     nodes = {node.GET_SCHEMA().node_id: node for node in listed}
     return types.SimpleNamespace(name=base, root=PACK, load_pack=load_pack, nodes=nodes, **parts)
 
