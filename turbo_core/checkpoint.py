@@ -18,7 +18,7 @@ import torch
 
 from .describe import Description, describe
 from .errors import TurboError
-from .formats import FLOATS, FORMATS, INTEGERS, canonical, decode, is_helper
+from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED, canonical, decode, is_helper
 from .rewrite import Plan, check_finite, is_scale, on_disk, plan, rewritten, stored_formats
 from .stream_safetensors import check_target, stream_safetensors
 from .tensor_file import open_tensors
@@ -71,9 +71,10 @@ def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
 
 
 def convert(source, target, format: str, progress: Progress | None = None) -> Converted:
-    """Write any readable checkpoint as safetensors in "int8_block", "int8_row", "bf16", "fp16" or "fp32".
+    """Write any readable checkpoint as safetensors in "int8_block", "int8_row", "bf16", "fp16", "fp32" or "fp8".
 
-    The int8 formats quantize the ten linears of each block and leave everything else as it is stored. The float
+    The int8 formats and fp8 quantize the ten linears of each block and leave everything else as it is stored; fp8 is
+    ComfyUI's own float8_e4m3fn with one scale per layer, which here is decoded when it is loaded. The float
     formats cast all weights and biases, but never narrow proj_l, norms and modulation: where the source has those in
     float32 (the published files have proj_l so), float32 they stay. A layer that already has the wanted format is
     copied bit for bit; quantizing a quantized layer again rounds twice and is told in the warnings.
@@ -90,15 +91,7 @@ def convert(source, target, format: str, progress: Progress | None = None) -> Co
     stored = stored_formats(tensors, source)
     planned = plan(tensors, stored, format)
     places = on_disk(planned, tensors)
-    metadata = {
-        "format": "pt",
-        "turbowan.format": format,
-        "turbowan.family": description.family,
-        "turbowan.version": FILE_VERSION,
-    }
-    config = {"num_heads": description.num_heads, "text_dim": description.text_dim}
-    if config != {"num_heads": description.dim // 128, "text_dim": 4096}:
-        metadata["config"] = json.dumps({"transformer": config})  # where ComfyUI looks for sizes other than Wan's own
+    metadata = file_metadata(description, format)
     del tensors
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
     count = _counter(progress, source.stat().st_size + size)
@@ -123,6 +116,20 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
         )
     del tensors
     return convert(source, target, format, progress)
+
+
+def file_metadata(description: Description, format: str) -> dict[str, str]:
+    """The metadata of a file that holds what is described, in a given format."""
+    metadata = {
+        "format": "pt",
+        "turbowan.format": format,
+        "turbowan.family": description.family,
+        "turbowan.version": FILE_VERSION,
+    }
+    config = {"num_heads": description.num_heads, "text_dim": description.text_dim}
+    if config != {"num_heads": description.dim // 128, "text_dim": 4096}:
+        metadata["config"] = json.dumps({"transformer": config})  # where ComfyUI looks for sizes other than Wan's own
+    return metadata
 
 
 def _open(path, writable: bool = False) -> tuple[dict[str, torch.Tensor], Description]:
@@ -162,7 +169,7 @@ def _warnings(description: Description, stored: dict[str, str], planned: Plan) -
     if changed:
         kinds = ", ".join(sorted({stored[name] for name in changed}))
         effect = "the file is larger, not more precise"
-        if any(planned[name] in INTEGERS for name in changed):
+        if any(planned[name] in QUANTIZED for name in changed):
             effect = "their weights are rounded a second time"
         result.append(
             f"{len(changed)} layers were quantized already ({kinds}): {effect}. "
@@ -173,4 +180,6 @@ def _warnings(description: Description, stored: dict[str, str], planned: Plan) -
             "Stock ComfyUI loaders read this file but drop proj_l, the trained half of its sparse-linear attention, "
             "which makes it another model. Load it with TurboLoader, which keeps proj_l."
         )
+    if description.has_sla and "fp8" in planned.values():
+        result.append("TurboLoader decodes fp8 to bf16: smaller on the disk only. int8_block is small in memory too.")
     return result

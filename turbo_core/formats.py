@@ -1,6 +1,7 @@
 """Key names and number formats of Wan checkpoints: any spelling in, official names out."""
 
 import json
+import math
 import re
 
 import torch
@@ -11,11 +12,14 @@ from .wan import QUANTIZED_LINEARS
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {"int8_block": "int8_block128", "int8_row": "int8_tensorwise"}  # to the name in X.comfy_quant
-FORMATS = (*INTEGERS, *FLOATS)
+QUANTIZED = {**INTEGERS, "fp8": "float8_e4m3fn"}
+FORMATS = (*INTEGERS, *FLOATS, "fp8")
 PROJ_L = "self_attn.attn_op.local_attn.proj_l"
 _FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 _STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(_FP8.values(), "fp8")
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(_FP8, "fp8")
+_FP8_MAX = 448.0  # the largest float8_e4m3fn
+_SLAB = 512  # rows in float32 at a time
 _WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 _RENAMED = {"int8_weight": "weight", "scale": "weight_scale", "scale_weight": "weight_scale"}
 _HELPERS = (".comfy_quant", ".input_scale", ".scale_input")  # describe a quantized layer, hold no weights
@@ -167,3 +171,15 @@ def decode(weight, scale=None, dtype=None):
         weight = weight.float() if scale is None else weight.float().mul_(scale.float())
         return weight.to(dtype or torch.bfloat16)
     return weight.to(dtype or weight.dtype)
+
+
+def encode_fp8(weight):
+    """Float matrix [N, K] -> (float8_e4m3fn [N, K], float32 scale []) with one scale for the whole tensor.
+
+    The scale is the smallest power of two that brings the largest magnitude to 448 or less: multiplying by it is exact
+    in every float type, also in bf16, to which the reader rounds the scale.
+    """
+    fraction, exponent = math.frexp(max(abs(edge.item()) for edge in weight.aminmax()) / _FP8_MAX)
+    scale = 2.0 ** (exponent - (fraction == 0.5)) if fraction else 1.0
+    slabs = [(slab.float() / scale).to(torch.float8_e4m3fn) for slab in weight.split(_SLAB)]
+    return torch.cat(slabs), torch.tensor(scale)

@@ -5,7 +5,18 @@ import json
 import torch
 
 from .errors import TurboError
-from .formats import FLOATS, INTEGERS, canonical, decode, is_delicate, is_helper, is_quantizable, layer_format
+from .formats import (
+    FLOATS,
+    INTEGERS,
+    QUANTIZED,
+    canonical,
+    decode,
+    encode_fp8,
+    is_delicate,
+    is_helper,
+    is_quantizable,
+    layer_format,
+)
 from .int8 import block_scale_shape, quantize_block, quantize_rows
 from .stream_safetensors import Layout
 from .tensor_file import open_tensors
@@ -15,7 +26,7 @@ _REMAP = 1 << 30  # bytes read before the source is mapped anew, which gives the
 _QUANTIZERS = {"int8_block": quantize_block, "int8_row": quantize_rows}
 _COMFY_QUANT = {
     kind: torch.frombuffer(bytearray(json.dumps({"format": name}).encode()), dtype=torch.uint8)
-    for kind, name in INTEGERS.items()
+    for kind, name in QUANTIZED.items()
 }
 Plan = dict[str, str | torch.dtype]
 
@@ -26,20 +37,20 @@ def stored_formats(tensors: dict, path) -> dict[str, str]:
 
 
 def plan(tensors: dict, stored: dict[str, str], format: str) -> Plan:
-    """{name: "int8_block", "int8_row" or a dtype} of every tensor that a file of the given format gets."""
+    """{name: "int8_block", "int8_row", "fp8" or a dtype} of every tensor that a file of the given format gets."""
     result = {}
     for name, tensor in tensors.items():
         if is_helper(name) or is_scale(name, tensors):
             continue
         was, isfloat = stored.get(name), tensor.is_floating_point()
         dtype = tensor.dtype if isfloat and tensor.dtype.itemsize > 1 else torch.bfloat16
-        if is_quantizable(name) and format in INTEGERS:
+        if is_quantizable(name) and format in QUANTIZED:
             result[name] = format
-        elif was in INTEGERS and format in INTEGERS:
+        elif was in INTEGERS and format in QUANTIZED:
             result[name] = was  # a quantized layer outside the ten: left as it is
         elif was is None and not isfloat:
             result[name] = tensor.dtype
-        elif format in INTEGERS:
+        elif format in QUANTIZED:
             result[name] = dtype
         else:
             result[name] = torch.promote_types(dtype, FLOATS[format]) if is_delicate(name) else FLOATS[format]
@@ -59,8 +70,9 @@ def on_disk(plan: Plan, tensors: dict) -> Layout:
         if isinstance(kind, torch.dtype):
             result[name] = kind, shape
             continue
-        result[name] = torch.int8, shape
-        result[f"{name}_scale"] = torch.float32, block_scale_shape(*shape) if kind == "int8_block" else (shape[0], 1)
+        scale = {"int8_block": block_scale_shape(*shape), "int8_row": (shape[0], 1), "fp8": ()}[kind]
+        result[name] = torch.int8 if kind in INTEGERS else torch.float8_e4m3fn, shape
+        result[f"{name}_scale"] = torch.float32, scale
         result[_comfy_quant_name(name)] = torch.uint8, tuple(_COMFY_QUANT[kind].shape)
     return result
 
@@ -84,13 +96,18 @@ def rewritten(source, plan: Plan, stored: dict[str, str], count):
         read += weight.nbytes
         if scale is not None:
             check_finite(f"{name}_scale", scale, source)
-        if isinstance(kind, torch.dtype):
-            outputs = {name: _cast(name, weight, scale, kind, source)}
-        else:
-            outputs = _integers(name, weight, scale, stored[name], kind, source)
-        for output, tensor in outputs.items():
+        for output, tensor in written_as(kind, name, weight, scale, stored.get(name), source).items():
             yield output, tensor
             count(tensor.nbytes)
+
+
+def written_as(kind, name, weight, scale, stored, path) -> dict:
+    """{name on disk: tensor} of one weight as planned. stored: its layer_format; path: what errors name."""
+    if isinstance(kind, torch.dtype):
+        return {name: _cast(name, weight, scale, kind, path)}
+    encode = _fp8 if kind == "fp8" else _integers
+    weight, scale = encode(name, weight, scale, stored, kind, path)
+    return {name: weight, f"{name}_scale": scale.float(), _comfy_quant_name(name): _COMFY_QUANT[kind]}
 
 
 def _cast(name, weight, scale, dtype, path):
@@ -114,7 +131,19 @@ def _integers(name, weight, scale, stored, kind, path):
         check_finite(name, weight, path)
         parts = zip(*(_QUANTIZERS[kind](slab) for slab in weight.split(_SLAB)))
         weight, scale = (torch.cat(part) for part in parts)
-    return {name: weight, f"{name}_scale": scale.float(), _comfy_quant_name(name): _COMFY_QUANT[kind]}
+    return weight, scale
+
+
+def _fp8(name, weight, scale, stored, kind, path):
+    one_scale = scale is None or bool((scale == scale[0]).all())
+    if stored == kind and weight.dtype == torch.float8_e4m3fn and one_scale:
+        for slab in weight.split(_SLAB):
+            check_finite(name, slab.float(), path)
+        return weight, torch.ones(()) if scale is None else scale[0, 0].clone()
+    if stored not in FLOATS:
+        weight = decode(weight, scale, torch.float32)
+    check_finite(name, weight, path)
+    return encode_fp8(weight)
 
 
 def _finite(tensor) -> bool:
