@@ -1,4 +1,4 @@
-"""The turbo-core command: generate, inspect, convert, quantize, doctor, make-tiny.
+"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, make-tiny.
 
 Exit codes: 0 done, 2 input that a person can mend (one line on stderr), 130 interrupted.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from . import __version__
 from .errors import TurboError
 
-FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32")
+FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -163,6 +163,27 @@ def _convert(arguments) -> None:
     print(f"{arguments.target}: {human_bytes(Path(arguments.target).stat().st_size)}, {arguments.format}")
 
 
+def _merge(arguments) -> None:
+    from .console import human_bytes, progress_bars
+    from .merge import merge
+
+    with progress_bars() as progress:
+        done = merge(
+            arguments.finetune,
+            arguments.base,
+            arguments.turbo,
+            arguments.output,
+            arguments.format,
+            arguments.strength or 1.0,
+            progress=lambda count, total: progress("merge", count, total),
+        )
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for path, apart in done.distances.items():
+        print(f"{path}: {apart:.2%} from the original")
+    print(f"{done.path}: {human_bytes(done.bytes)}, {arguments.format}")
+
+
 def _doctor(arguments) -> None:
     from .console import table
     from .doctor import examine
@@ -201,6 +222,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("quantize", parents=[common], help="a float checkpoint to int8")
     command.add_argument("--format", choices=FORMATS[:2], default=FORMATS[0], help="default %(default)s")
     _add_source_and_target(command)
+
+    command = commands.add_parser("merge", parents=[common], help="an acceleration carried over to a finetune")
+    command.add_argument("finetune", type=Path, metavar="FINETUNE", help="any finetune of the original, or rCM weights")
+    command.add_argument("--base", type=Path, required=True, metavar="ORIGINAL", help="what all were trained from")
+    command.add_argument(
+        "--turbo", type=Path, action="append", required=True, metavar="TURBOWAN", help="TurboWan or SLA; repeatable"
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    command.add_argument("--strength", type=float, action="append", help="one for all or one each; default 1.0")
+    command.add_argument("--format", choices=FORMATS, default="bf16", help="default %(default)s")
+    command.set_defaults(run=_merge)
 
     command = commands.add_parser("doctor", parents=[common], help="what this machine can run, and why not")
     command.add_argument("--json", action="store_true", help="for machines")
