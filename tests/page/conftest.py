@@ -4,10 +4,11 @@ They need Chromium (Debian: apt-get install chromium), the PyPI packages playwri
 for the real server what tests/host needs. None of that is part of the pack's test extra: without it the tests skip.
 """
 
-import importlib.util
 import json
 import os
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -27,15 +28,35 @@ ARGUMENTS = (
 READY = "window.app && window.app.vueAppReady && window.LiteGraph && window.app.graph?.nodes.length"
 
 
+HERE = Path(__file__).resolve().parent
+
+
+def _chromium():
+    names = os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"
+    return next((found for found in map(shutil.which, filter(None, names)) if found), None)
+
+
+def _missing():
+    """What the page tests lack here, or None."""
+    packages = [name for name in ("playwright", "comfyui_frontend_package", "aiohttp") if not find_spec(name)]
+    if packages:
+        return f"page tests need {', '.join(packages).replace('_', '-')}: install it with pip"
+    return None if _chromium() else "page tests need Chromium: apt-get install chromium, or set CHROMIUM to its path"
+
+
+def pytest_collection_modifyitems(items):
+    reason = _missing()
+    for item in items:
+        if reason and HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session")
 def browser():
-    names = os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"
-    path = next((found for found in map(shutil.which, filter(None, names)) if found), None)
-    if path is None:
-        pytest.skip("no Chromium found: apt-get install chromium, or set CHROMIUM")
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=_chromium(), args=list(ARGUMENTS))
         yield running
         running.close()
 
@@ -53,8 +74,6 @@ def _open(browser, url):
 @pytest.fixture(scope="session")
 def stub_page(browser):
     """The page with the recorded object_info; no model file is there."""
-    if stub.frontend_folder() is None or importlib.util.find_spec("aiohttp") is None:
-        pytest.skip("no page found: pip install comfyui-frontend-package aiohttp")
     with stub.serve(workflow_api.recorded_object_info()) as url:
         yield _open(browser, url)
 
@@ -62,7 +81,7 @@ def stub_page(browser):
 @pytest.fixture(scope="session")
 def host_page(browser, tmp_path_factory):
     """The page of a real ComfyUI with one copy of the pack and every file the workflows ask for, only small."""
-    if find_comfyui() is None or importlib.util.find_spec("comfy_kitchen") is None:
+    if find_comfyui() is None or not find_spec("comfy_kitchen"):
         pytest.skip("no ComfyUI found, or this Python lacks its requirements: run `python run.py host`")
     from turbo_core.tiny_family import make_tiny
 

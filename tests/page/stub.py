@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def frontend_folder():
-    """The built page of the PyPI package comfyui-frontend-package, or None."""
+    """The built page of the PyPI package comfyui-frontend-package."""
     spec = importlib.util.find_spec("comfyui_frontend_package")
-    return None if spec is None else Path(spec.submodule_search_locations[0]) / "static"
+    return Path(spec.submodule_search_locations[0]) / "static"
 
 
 def _application(object_info):
