@@ -16,8 +16,8 @@ def _check_host():
 class TurboWanExtension(ComfyExtension):
     async def get_node_list(self):
         _check_host()
-        from . import attention, compare, doctor, loader, quantize, sampling, save, size, text_encoder
+        from . import attention, compare, convert, doctor, loader, quantize, sampling, save, size, text_encoder
 
         sampling.register_scheduler()
-        modules = loader, quantize, attention, sampling, save, text_encoder, size, compare, doctor
+        modules = loader, quantize, attention, sampling, save, text_encoder, size, compare, doctor, convert
         return [node for module in modules for node in module.NODES]
