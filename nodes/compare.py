@@ -1,0 +1,100 @@
+"""TurboCompare: two MODELs on the same states, block by block and step by step, as a picture and a table."""
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+
+from ..turbo_core.compare import error_of
+from ..turbo_core.compare_report import panels, table
+from ..turbo_core.errors import TurboError
+from ..turbo_core.heatmap import draw
+from ..turbo_core.schedule import MAX_STEPS
+from .blocks import wan_network
+from .doctor import show
+from .facts import summary
+from .sampling import TurboScheduler, _check_sigmas
+from .watch import run_both
+
+TITLE = "Turbo Compare: B against A, both on A's states"
+
+
+def _check_alike(model_a, model_b):
+    networks = [wan_network(model, "TurboCompare") for model in (model_a, model_b)]
+    a, b = ((n.dim, n.num_heads, len(n.blocks), n.patch_embedding.in_channels) for n in networks)
+    if a != b:
+        raise TurboError(
+            "TurboCompare needs two MODELs of one family, got (dim, heads, blocks, channels) "
+            f"{a} and {b}: connect two versions of the same model."
+        )
+
+
+class TurboCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboCompare",
+            display_name="Turbo Compare",
+            category="utilities",
+            description="Shows what top-k and low precision cost: samples with model A, evaluates model B on the same "
+            "states, and draws the error of every block at every step, the share of dense attention that B's key "
+            "blocks keep, and what other top-k would keep. Takes as long as two runs; each MODEL is loaded once.",
+            search_aliases=["TurboWan", "quality", "error", "recall", "topk", "heat map", "quantization error"],
+            inputs=[
+                io.Model.Input("model_a", tooltip="The reference, for example dense or not quantized."),
+                io.Model.Input("model_b", tooltip="The one to judge: the same model, sparse or int8."),
+                io.Conditioning.Input("positive"),
+                io.Latent.Input("latent_image"),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Steps of the Turbo Scheduler."),
+                io.Combo.Input("mode", options=["SDE", "ODE"], tooltip="How A goes from step to step."),
+                io.Int.Input(
+                    "tokens",
+                    default=512,
+                    min=16,
+                    max=8192,
+                    advanced=True,
+                    tooltip="Tokens of each block's output that are compared, drawn at random. They wait in main "
+                    "memory: 512 take 0.8 GB for a 14B model at 4 steps, 0.2 GB for 1.3B.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Takes the place of steps; for one expert of A14B, its part of them.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="picture"),
+                io.String.Output(display_name="table"),
+                io.Latent.Output(display_name="latent_a", tooltip="What A samples, as Turbo Sampler gives it."),
+                io.Latent.Output(
+                    display_name="latent_b", tooltip="What B makes of A's last state; B's own run may lead elsewhere."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model_a, model_b, positive, latent_image, seed, steps, mode="SDE", tokens=512, sigmas=None
+    ) -> io.NodeOutput:
+        _check_alike(model_a, model_b)
+        if sigmas is None:
+            sigmas = TurboScheduler.execute(steps, 0.0, model_a)[0]
+        _check_sigmas(sigmas)
+        ours, theirs, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
+        size = len(sigmas) - 1, len(model_a.model.diffusion_model.blocks)
+        errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]
+        figures = sigmas.tolist(), errors, denoised, trial.recalls(*size)
+        head = [f"A: {summary(model_a)}", f"B: {summary(model_b)}"]
+        picture = torch.from_numpy(draw(TITLE, head, panels(*figures))).float()[None] / 255
+        text = table([TITLE, *head], *figures)
+        show(cls, text)
+        management = comfy.model_management
+        place = {"device": management.intermediate_device(), "dtype": management.intermediate_dtype()}
+        kept = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
+        latents = [{**kept, "samples": samples.to(**place)} for samples in (ours, theirs)]
+        return io.NodeOutput(picture, text, *latents, ui=ui.PreviewImage(picture, cls=cls))
+
+
+NODES = [TurboCompare]

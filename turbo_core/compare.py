@@ -1,0 +1,69 @@
+"""How far two runs are apart, and how much of dense attention a block map keeps: the measures behind TurboCompare."""
+
+import torch
+import torch.nn.functional as F
+
+from .sla import block_map
+
+TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # what recall_by_topk tells about by default
+
+
+def sample_tokens(length: int, count: int, device="cpu", seed: int = 0):
+    """Ascending indices of `count` of `length` tokens, the same in every call; all of them where there are fewer."""
+    if count >= length:
+        return torch.arange(length, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(length, generator=generator)[:count].sort().values.to(device)
+
+
+def squared_norms(ours, theirs):
+    """float64 [2]: squared norm of ours - theirs, and of theirs. Add those of several parts, then error_of."""
+    theirs = theirs.to(ours.device).float()
+    return torch.stack([((ours.float() - theirs) ** 2).sum(), (theirs**2).sum()]).double().cpu()
+
+
+def error_of(norms) -> float:
+    """Relative error |ours - theirs| / |theirs| from squared_norms; 0 where both are zero."""
+    difference, reference = norms.tolist()
+    return 0.0 if difference == 0 else (difference / reference) ** 0.5 if reference else float("inf")
+
+
+def key_block_mass(q, k, rows, block_k: int = 64):
+    """How dense softmax attention of some query rows spreads over the key blocks.
+
+    q, k: [B, L, H, D] after norm and RoPE; rows: [R] token indices. Returns float32 [B, H, R, ceil(L / block_k)],
+    which sums to 1 over the blocks. Holds the R x L scores of one head at a time, never L x L.
+    """
+    length, d = k.shape[1], k.shape[-1]
+    mass = []
+    for head in range(k.shape[2]):
+        scores = q[:, rows, head].float() @ k[:, :, head].float().transpose(-1, -2) * d**-0.5
+        shares = F.pad(scores.softmax(-1), (0, -length % block_k))
+        mass.append(shares.unflatten(-1, (-1, block_k)).sum(-1))
+    return torch.stack(mass, 1)
+
+
+def kept_share(mass, index, rows, block_q: int = 128):
+    """Share of the mass that lies in the kept blocks.
+
+    mass: [B, H, R, key blocks] as from key_block_mass; index: int [B, H, query blocks, kept] as from block_map;
+    rows: [R], the token index of each row. Returns float32 [B, H, R], 0 to 1.
+    """
+    return mass.gather(-1, index[:, :, rows // block_q].long()).sum(-1)
+
+
+def attention_recall(q, k, index, rows=None, block_q: int = 128, block_k: int = 64):
+    """Share of the dense attention mass that the kept key blocks carry.
+
+    q, k: [B, L, H, D] after norm and RoPE; index: int [B, H, query blocks, kept] as from block_map; rows: [R] token
+    indices, 128 sampled ones by default. Returns float32 [B, H, R]; 1 means that nothing is lost.
+    """
+    rows = sample_tokens(q.shape[1], 128, q.device) if rows is None else rows
+    return kept_share(key_block_mass(q, k, rows, block_k), index, rows, block_q)
+
+
+def recall_by_topk(q, k, topks=TOPKS, rows=None, block_q: int = 128, block_k: int = 64):
+    """attention_recall for each top-k, the attention itself computed once. Returns float32 [len(topks), B, H, R]."""
+    rows = sample_tokens(q.shape[1], 128, q.device) if rows is None else rows
+    mass = key_block_mass(q, k, rows, block_k)
+    return torch.stack([kept_share(mass, block_map(q, k, topk, block_q, block_k), rows, block_q) for topk in topks])
