@@ -32,24 +32,25 @@ def load(name):
 
 
 def recorded_object_info():
-    """What a host answered to /object_info, for the nodes the workflows use and all of this pack."""
+    """What a host answered to /object_info, for the nodes the workflows use."""
     return json.loads(RECORDING.read_text("utf-8"))
 
 
 def recordable(object_info):
-    """/object_info for the nodes in use and all of this pack, without texts and what differs between machines."""
+    """/object_info for the nodes the workflows use, without texts and without what differs between machines."""
     used = {node["type"] for name in names() for node in load(name)["nodes"]} - set(NOTES)
-    recording = {}
-    for name, node in sorted(object_info.items()):
-        ours = "turbowan" in node["python_module"].lower()
-        if not ours and name not in used:
-            continue
-        node = recording[name] = _without_texts(node)
-        if ours:
+    recording = {name: _without_texts(object_info[name]) for name in sorted(used)}
+    for name, node in recording.items():
+        if is_ours(node):
             node["python_module"] = "custom_nodes.ComfyUI-TurboWan"
         if name in FILES:
             _list_no_files(node["input"]["required"][FILES[name]])
     return recording
+
+
+def is_ours(node):
+    """True for the /object_info entry of a node of this pack, whatever the folder it was copied to is called."""
+    return "turbowan" in node["python_module"].lower()
 
 
 def _without_texts(part):

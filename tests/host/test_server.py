@@ -186,9 +186,10 @@ def test_both_copies_load_quickly_and_without_a_warning(server, object_info):
 
 def test_the_recorded_object_info_is_what_this_host_says(object_info):
     live, recorded = workflow_api.recordable(object_info), workflow_api.recorded_object_info()
-    assert set(live) == set(recorded)
-    for name in OURS:
-        assert live[name] == recorded[name], f"{name} changed: run tests/record_object_info.py against a server"
+    assert set(live) == set(recorded), "run tests/record_object_info.py against a server"
+    for name, node in live.items():
+        if workflow_api.is_ours(node):
+            assert node == recorded[name], f"{name} changed: run tests/record_object_info.py against a server"
 
 
 @pytest.mark.parametrize("copy", COPIES)
