@@ -10,9 +10,9 @@ from ..turbo_core.errors import TurboError
 from ..turbo_core.heatmap import draw
 from ..turbo_core.schedule import MAX_STEPS
 from .blocks import wan_network
-from .doctor import show
 from .facts import summary
 from .sampling import TurboScheduler, _check_sigmas
+from .show import show
 from .watch import run_both
 
 TITLE = "Turbo Compare: B against A, both on A's states"

@@ -5,11 +5,11 @@ import comfy.model_management
 import comfy_kitchen
 from comfy_api.latest import io, ui
 from comfyui_version import __version__ as comfyui_version
-from server import PromptServer
 
 from ..turbo_core.console import human_bytes
 from ..turbo_core.doctor import examine
 from .facts import host_attention, model_facts
+from .show import show
 
 # what turbo-core does by itself and ComfyUI does instead here
 _STANDALONE = {"device", "dense attention", "text encoder", "VAE", "generate", "inspect, convert, quantize"}
@@ -57,13 +57,6 @@ def report(model=None) -> str:
         "\n".join([title, *(f"  {item:<{width}}  {finding}" for item, finding in rows)])
         for title, rows in sections.items()
     )
-
-
-def show(node, text):
-    """Text on the node in the page, as the host's own nodes do it; there is no server in a script."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node.hidden is not None and node.hidden.unique_id:
-        server.send_progress_text(text, node.hidden.unique_id)
 
 
 class TurboDoctor(io.ComfyNode):

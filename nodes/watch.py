@@ -5,12 +5,11 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.k_diffusion.sampling import default_noise_sampler
 
 from ..turbo_core.compare import TOPKS, error_of, recall_by_topk, sample_tokens, squared_norms
 from ..turbo_core.errors import TurboError
-from ..turbo_core.sampler import sample_rcm
 from .blocks import DEFAULTS, active_settings, has_trained_sla
+from .sampling import _Relay
 
 _HEADS, _ROWS = 8, 128  # of each self-attention, for the recall
 
@@ -37,8 +36,7 @@ class Reference:
             self.denoised.append(model(x, sigma, **kwargs))
             return self.denoised[-1]
 
-        noise = default_noise_sampler(x, seed=(extra_args or {}).get("seed"))
-        return sample_rcm(watched, x, sigmas, extra_args, callback, disable, self.ode, noise)
+        return _Relay(self.ode)(watched, x, sigmas, extra_args, callback, disable)
 
     def sampled(self, x):
         return x[:, sample_tokens(x.shape[1], self.tokens, x.device)]

@@ -1,0 +1,39 @@
+"""The stopwatch of a run: each step by itself, the rest beside them; and text that reaches the page."""
+
+import importlib
+import re
+import time
+import types
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def stages(pack):
+    return importlib.import_module(f"{pack.name}.nodes.stages").Stages(torch.device("cpu"))
+
+
+def test_steps_are_timed_one_by_one_and_what_lies_between_is_not(stages, monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5, 12.0])  # step of 2, a pause, step of 0.5, the line
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    stages.begun = 0.0
+    model = stages.timed(lambda x, sigma, scale=1: x * sigma * scale)
+    assert model(2, 3, scale=5) == 30 and model(1, 1) == 1
+    line = stages.line()
+    assert line.startswith("2 steps in 2.5 s (2.0, 0.50), loading and the rest 9.5 s")
+
+
+def test_peak_is_that_of_the_process_without_a_card(stages):
+    stages.timed(lambda: None)()
+    assert re.search(r"^1 step in .*, peak [\d.]+ [MG]B since ComfyUI started$", stages.line())
+
+
+def test_text_goes_to_the_node_that_runs(pack, monkeypatch):
+    module = importlib.import_module(f"{pack.name}.nodes.show")
+    sent = []
+    instance = types.SimpleNamespace(send_progress_text=lambda text, node: sent.append((text, node)))
+    monkeypatch.setattr(module, "PromptServer", types.SimpleNamespace(instance=instance))
+    module.show(types.SimpleNamespace(hidden=types.SimpleNamespace(unique_id="7")), "hello")
+    module.show(types.SimpleNamespace(hidden=None), "nobody")
+    assert sent == [("hello", "7")]
