@@ -17,7 +17,7 @@ _STANDALONE = {"device", "dense attention", "text encoder", "VAE", "generate", "
 
 def _kitchen():
     rows = []
-    for name, backend in comfy_kitchen.list_backends().items():
+    for name, backend in sorted(comfy_kitchen.list_backends().items()):
         if not backend["available"]:
             finding = f"off: {backend['unavailable_reason']}"
         elif backend["disabled"]:
