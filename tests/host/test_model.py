@@ -272,7 +272,7 @@ def test_other_head_dims_fall_back_with_one_line(comfy, lab, sparse_calls, tmp_p
     assert len([r for r in caplog.records if "head_dim 32" in r.getMessage()]) == 1
 
 
-def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
+def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     """Someone has the pack twice in custom_nodes: models of either copy run, quantize, save and load in the other."""
     import asyncio
     import importlib
@@ -299,3 +299,27 @@ def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
     both = nodes["QuantizeW8A8"].execute(first, "block (TurboWan)")[0]
     assert torch.equal(lab.denoise(both), expected)
     assert torch.equal(lab.turbo(both), lab.turbo(other))
+    # files of one, loaded by the other; LoRA merging goes through the layout that was registered last
+    for network, load in ((first, loader.load_turbo_model), (other, lab.pack.loader.load_turbo_model)):
+        path = tmp_path / "saved.safetensors"
+        lab.pack.save.save_model(network, str(path))
+        assert lab.distance(lab.denoise(load(str(path))), expected) < 5e-3
+    layer = "diffusion_model.blocks.0.ffn.0"
+    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4) * 0.02}
+    changed = [lab.denoise(comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0]) for m in (first, other)]
+    assert torch.equal(*changed) and not torch.equal(changed[0], expected)
+    assert torch.equal(lab.denoise(first), expected)
+
+
+def test_compiled_model_gives_the_same(lab):
+    """TorchCompileModel's wrapper; the eager backend, because inductor takes a minute here."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    options = {"sigmas": torch.tensor([0.9]), **compiled.model_options["transformer_options"]}
+    options["wrappers"] = compiled.wrappers
+    out = lab.loaded(compiled).apply_model(**lab.inputs(), transformer_options=options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert lab.difference(out, lab.denoise(model)) < 1e-5
