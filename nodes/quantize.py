@@ -44,10 +44,8 @@ def quantized_state_dict(patcher, quantize, layers):
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update(1)
         key = f"{PREFIX}{layer}.weight"
-        if (
-            key not in patcher.patches
-            and getattr(original_weight(patcher, key), "_layout_cls", "") == LAYOUTS[quantize]
-        ):
+        stored_as = getattr(original_weight(patcher, key), "_layout_cls", None)
+        if stored_as == LAYOUTS[quantize] and key not in patcher.patches:
             continue  # in this format already: rounding it again would only lose
         weight = float_weight(patcher, key)
         if not torch.isfinite(weight).all():

@@ -234,3 +234,11 @@ def test_interrupt_while_quantizing(comfy, lab):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         lab.quantize(model)
     assert same(lab.weights(lab.quantize(model)), lab.weights(lab.load("TinyWan2.1-T2V-quant.pth")))
+
+
+def test_every_int8_layer_multiplies_in_int8(lab, monkeypatch):
+    """Called by the layer itself: F.linear reaches the layout under inference_mode only, and silently not elsewhere."""
+    calls, real = [], lab.pack.ops.int8_linear
+    monkeypatch.setattr(lab.pack.ops, "int8_linear", lambda x, *args: calls.append(x.shape[-1]) or real(x, *args))
+    lab.denoise(lab.quantize(lab.load(), layers="feed-forward"))
+    assert calls == [256, 512] * 2
