@@ -211,8 +211,8 @@ def test_cross_attention_stays_dense(lab, sparse_calls, tokens):
     assert lab.difference(out, expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ours_first", [True, False])
+# on a stock model ours is an override itself, and one that comes later and forgets it replaces it: the host's rule
+@pytest.mark.parametrize(("name", "ours_first"), [(MODELS[0], True), (MODELS[0], False), (MODELS[1], False)])
 def test_coexists_with_another_attention_override(lab, sparse_calls, name, ours_first):
     """Another node's override still gets every attention that is not ours."""
     seen = []
@@ -225,8 +225,6 @@ def test_coexists_with_another_attention_override(lab, sparse_calls, name, ours_
     plain = lab.denoise(lab.attention(model, 0.3))
     if ours_first:
         model = lab.attention(model, 0.3)
-        if name == MODELS[1]:
-            pytest.skip("an override that comes later and forgets ours replaces it: the host's rule")
     model.model_options["transformer_options"]["optimized_attention_override"] = override
     if not ours_first:
         model = lab.attention(model, 0.3)
