@@ -11,7 +11,7 @@ from ..turbo_core.heatmap import draw
 from ..turbo_core.schedule import MAX_STEPS
 from .blocks import wan_network
 from .facts import summary
-from .sampling import TurboScheduler, _check_sigmas
+from .sampling import TurboScheduler, check_sigmas
 from .show import show
 from .watch import run_both
 
@@ -81,7 +81,7 @@ class TurboCompare(io.ComfyNode):
         _check_alike(model_a, model_b)
         if sigmas is None:
             sigmas = TurboScheduler.execute(steps, 0.0, model_a)[0]
-        _check_sigmas(sigmas)
+        check_sigmas(sigmas)
         ours, theirs, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
         size = len(sigmas) - 1, len(model_a.model.diffusion_model.blocks)
         errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]

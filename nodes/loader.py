@@ -7,6 +7,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..turbo_core import checkpoint
@@ -65,12 +66,19 @@ def mark_sigma_max(model):
     model.model_sampling.rcm_sigma_max = sigma_max_of(model)
 
 
+def _as_distilled(network, x, timestep, *args, **kwargs):
+    """The timestep as the student saw it in training: rounded to bfloat16, 996 (988 at sigma_max 80), 932, 852, 608."""
+    return network(x, timestep.to(torch.bfloat16).to(timestep.dtype), *args, **kwargs)
+
+
 def load_turbo_model(path, dtype=None, disable_dynamic=False):
     """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
     description = checkpoint.inspect(path)
     if description.has_sla or description.format == "int8_block" or description.container == "pth":
         sd, description = checkpoint.load(path)
         patcher = build_patcher(sd, description, dtype, disable_dynamic)
+        if description.has_sla:
+            patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbowan", _as_distilled)
     else:
         options = {} if dtype is None else {"dtype": dtype}
         patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)

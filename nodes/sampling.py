@@ -1,5 +1,7 @@
 """The rCM schedule and sampler in ComfyUI: a scheduler for KSampler, TurboScheduler and TurboSampler."""
 
+import logging
+
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -13,6 +15,8 @@ from ..turbo_core.schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from .blocks import log_once, wan_network
 from .experts import check_experts, split_sigmas
 from .loader import sigma_max_of
+from .show import show
+from .stages import Stages
 
 SCHEDULER = "turbo_rcm"
 
@@ -39,27 +43,29 @@ def register_scheduler():
         comfy.samplers.SCHEDULER_NAMES.append(SCHEDULER)
 
 
-class _Relay:
+class Relay:
     """A sampler function that carries the state and one noise stream from one expert's run to the next."""
 
-    def __init__(self, ode):
-        self.ode, self.x, self.noise = ode, None, None
+    def __init__(self, ode, stages=None):
+        self.ode, self.stages, self.x, self.noise = ode, stages, None, None
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         if self.x is None:
             seed = (extra_args or {}).get("seed")
             # on a CPU the host's sampler adds one, which the highest seed of the node has no room for
             self.x, self.noise = x, default_noise_sampler(x, None if seed is None else seed % 0xFFFFFFFFFFFFFFFF)
+        if self.stages is not None:
+            model = self.stages.timed(model)
         self.x = sample_rcm(model, self.x.to(x), sigmas, extra_args, callback, disable, self.ode, self.noise)
         return self.x
 
 
-def sample_experts(experts, positive, latent, seed, ode=False):
+def sample_experts(experts, positive, latent, seed, ode=False, stages=None):
     """Sample through one or two experts.
 
     experts: [(MODEL, its sigmas)], the last sigma of one being the first of the next. latent: LATENT dict.
     Each expert runs under the host's own guider, so loading, offload, hooks and interrupt are the host's.
-    Returns a LATENT dict.
+    stages: a Stages that times the steps. Returns a LATENT dict.
     """
     first = experts[0][0]
     ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
@@ -67,7 +73,7 @@ def sample_experts(experts, positive, latent, seed, ode=False):
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     total = sum(len(sigmas) - 1 for _, sigmas in experts)
     preview = latent_preview.prepare_callback(first, total)
-    sampler, done = comfy.samplers.KSAMPLER(_Relay(ode)), 0
+    sampler, done = comfy.samplers.KSAMPLER(Relay(ode, stages)), 0
     for model, sigmas in experts:
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive})  # guidance is distilled away: no negative, CFG 1
@@ -130,7 +136,7 @@ def _sigmas(steps, sigma_max, model):
     return rcm_sigmas(steps, sigma_max or default).float()
 
 
-def _check_sigmas(sigmas):
+def check_sigmas(sigmas):
     falling = len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
     if not falling or sigmas[0] > 1 or sigmas[-1] < 0:
         got = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6].tolist()) or "none"
@@ -172,6 +178,7 @@ class TurboSampler(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of steps and sigma_max."),
             ],
             outputs=[io.Latent.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -182,13 +189,17 @@ class TurboSampler(io.ComfyNode):
         wan_network(model, "TurboSampler")
         if sigmas is None:
             sigmas = _sigmas(steps, sigma_max, model)
-        _check_sigmas(sigmas)
+        check_sigmas(sigmas)
         experts = [(model, sigmas)]
         if model_low is not None:
             wan_network(model_low, "TurboSampler")
             check_experts(model, model_low)
             experts = split_sigmas(model, model_low, sigmas, boundary)
-        return io.NodeOutput(sample_experts(experts, positive, latent_image, seed, mode == "ODE"))
+        stages = Stages(model.load_device)
+        latent = sample_experts(experts, positive, latent_image, seed, mode == "ODE", stages)
+        logging.info("TurboSampler: %s", stages.line())
+        show(cls, stages.line())
+        return io.NodeOutput(latent)
 
 
 NODES = [TurboScheduler, TurboSampler]

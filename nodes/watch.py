@@ -9,7 +9,7 @@ import torch
 from ..turbo_core.compare import TOPKS, error_of, recall_by_topk, sample_tokens, squared_norms
 from ..turbo_core.errors import TurboError
 from .blocks import DEFAULTS, active_settings, has_trained_sla
-from .sampling import _Relay
+from .sampling import Relay
 
 _HEADS, _ROWS = 8, 128  # of each self-attention, for the recall
 
@@ -36,7 +36,7 @@ class Reference:
             self.denoised.append(model(x, sigma, **kwargs))
             return self.denoised[-1]
 
-        return _Relay(self.ode)(watched, x, sigmas, extra_args, callback, disable)
+        return Relay(self.ode)(watched, x, sigmas, extra_args, callback, disable)
 
     def sampled(self, x):
         return x[:, sample_tokens(x.shape[1], self.tokens, x.device)]

@@ -68,7 +68,7 @@ def test_sampled_tokens_tell_about_the_same(lab, compare):
     b = lab.quantize(a)
     few, all_of_them = (table(compare(a, b, steps=1, tokens=tokens))[0] for tokens in (64, 8192))
     assert few[0] == all_of_them[0], "x0 is compared whole"
-    assert few[3] == pytest.approx(all_of_them[3], rel=0.2) and few[3] != all_of_them[3]
+    assert few[3] == pytest.approx(all_of_them[3], rel=0.2) and few[1:] != all_of_them[1:]
 
 
 def test_quantized_against_float_is_a_small_error(lab, compare):

@@ -37,3 +37,19 @@ def test_text_goes_to_the_node_that_runs(pack, monkeypatch):
     module.show(types.SimpleNamespace(hidden=types.SimpleNamespace(unique_id="7")), "hello")
     module.show(types.SimpleNamespace(hidden=None), "nobody")
     assert sent == [("hello", "7")]
+
+
+LINE = r"TurboSampler: %d steps in [\d.]+ s \(.*\), loading and the rest [\d.]+ s, peak [\d.]+ [MG]B"
+
+
+def test_a_run_says_its_time_and_memory_in_one_line(lab, caplog):
+    caplog.set_level("INFO")
+    lab.turbo(lab.load(), steps=3)
+    assert sum(bool(re.search(LINE % 3, message)) for message in caplog.messages) == 1
+
+
+def test_two_experts_are_one_run(lab, caplog):
+    caplog.set_level("INFO")
+    high, low = lab.load("TinyWan2.2-I2V-high.pth"), lab.load("TinyWan2.2-I2V-low.pth")
+    lab.turbo(high, model_low=low, steps=4)
+    assert sum(bool(re.search(LINE % 4, message)) for message in caplog.messages) == 1
