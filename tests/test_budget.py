@@ -1,0 +1,274 @@
+"""The memory planner against what torch allocates: small and middling models for real, the published ones by shape."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from turbo_core import budget, checkpoint
+from turbo_core.cli import main
+from turbo_core.errors import TurboError
+from turbo_core.int8 import block_scale_shape
+from turbo_core.tiny import TINY, tiny_state_dict
+from turbo_core.validate import Sizes
+from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel
+
+TOLERANCE = 0.1
+SMALL = budget.Model(Sizes(256, 16, 16, 640, 64, 256, 128), 2, True)
+MIDDLING = budget.Model(Sizes(512, 36, 16, 2816, 64, 256, 64), 1, True)  # heads of 64, image-to-video
+GRIDS = {SMALL: (5, 16, 18), MIDDLING: (3, 20, 16)}  # latent; 360 tokens are ragged blocks, 240 too
+CASES = [
+    pytest.param(linears, topk, precision, id=f"{linears}-{precision if topk else 'dense'}")
+    for linears, topk, precision in [
+        ("float", None, "bf16"),
+        ("float", 0.1, "bf16"),
+        ("float", 0.1, "int8"),
+        ("int8_block", 0.1, "bf16"),
+        ("int8_row", 0.1, "bf16"),
+    ]
+]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and that are still referred to, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), inputs)
+        return result
+
+    def _add(self, storage, inputs):
+        key = storage._cdata
+        if key in self.known or key in inputs:  # views, and results written in place
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        weakref.finalize(storage, self._drop, key, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _drop(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def network(model, linears):
+    """One block is enough: all are alike, and the peak lies in one."""
+    s = model.sizes
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # made so: tensors with shapes only cannot be cast in place
+    net = WanModel(s.dim, s.ffn_dim, s.dim // s.head_dim, 1, s.in_dim, s.out_dim, s.text_dim, sla=model.has_sla)
+    torch.set_default_dtype(before)
+    net.requires_grad_(False)
+    if linears != "float":
+        for name in QUANTIZED_LINEARS:
+            old = net.get_submodule(f"blocks.0.{name}")
+            rows, cols = old.weight.shape
+            scale = torch.ones(block_scale_shape(rows, cols) if linears == "int8_block" else (rows, 1))
+            layer = Int8Linear(torch.zeros(rows, cols, dtype=torch.int8), scale, old.bias)
+            net.set_submodule(f"blocks.0.{name}", layer)
+    return net
+
+
+def counted(model, grid, linears, topk, precision, text=40):
+    """Bytes at the peak of one evaluation, inputs included, weights not."""
+    net = network(model, linears)
+    with torch.no_grad(), LiveBytes() as count:
+        x = torch.randn(1, 16, *grid)
+        y = torch.randn(1, model.sizes.in_dim - 16, *grid) if model.sizes.in_dim > 16 else None
+        context = torch.randn(1, text, model.sizes.text_dim)
+        net(x, torch.tensor([900.0]), context, y, topk, precision)
+    return count.peak
+
+
+def compare(model, grid, linears, topk, precision, text=40):
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    forecast, moment, living = budget.step_peak(model, tokens, linears, topk, precision, text)
+    assert forecast == sum(living.values())
+    found = counted(model, grid, linears, topk, precision, text)
+    print(f"{linears} {topk} {precision}: {tokens} tokens, {found / 1e6:.1f} MB, {forecast / found - 1:+.1%}, {moment}")
+    assert abs(forecast / found - 1) < TOLERANCE
+
+
+def test_counter_counts_what_lives_and_forgets_what_died():
+    with LiveBytes() as count:
+        a = torch.zeros(1000, dtype=torch.float32)
+        view = a[:10].view(2, 5)
+        assert count.live == 4000
+        b = a + 1
+        b.mul_(2)
+        del a
+        assert count.live == 8000  # the view keeps its storage
+        del view, b
+        assert (count.live, count.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize(("linears", "topk", "precision"), CASES)
+@pytest.mark.parametrize("model", [SMALL, MIDDLING], ids=["small", "middling"])
+def test_peak_of_a_step_is_what_torch_allocates(model, linears, topk, precision):
+    # five frames of 512 x 576 pixels and three of 320 x 256: thousands of tokens, so that no constant hides an error
+    frames, height, width = GRIDS[model]
+    compare(model, (frames, 2 * height, 2 * width), linears, topk, precision)
+
+
+def by_shape():
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    return fake.FakeTensorMode()
+
+
+# topk 1.0 and dense where sparse attention, one row of blocks at a time, would take half a minute even without data
+@pytest.mark.parametrize(
+    ("name", "size", "linears", "topk", "precision"),
+    [
+        ("t2v-1.3b", (832, 480, 81), "float", None, "bf16"),
+        ("t2v-1.3b", (832, 480, 81), "int8_block", 0.1, "bf16"),
+        ("t2v-1.3b", (832, 480, 81), "float", 0.1, "int8"),
+        ("t2v-14b", (1280, 720, 81), "int8_block", None, "bf16"),
+        ("t2v-14b", (1280, 720, 81), "int8_row", None, "bf16"),
+        ("i2v-a14b", (1280, 720, 81), "float", 1.0, "bf16"),
+    ],
+)
+def test_peak_of_a_step_at_the_published_sizes(name, size, linears, topk, precision):
+    with by_shape():
+        compare(budget.PUBLISHED[name], budget.latent_shape(*size), linears, topk, precision, budget.TEXT_TOKENS)
+
+
+@pytest.mark.parametrize("linears", ["float", "int8_block", "int8_row"])
+def test_the_comparison_can_fail(linears):
+    """A feed-forward part that is a third wider than told is noticed."""
+    frames, height, width = GRIDS[MIDDLING]
+    wider = MIDDLING._replace(sizes=MIDDLING.sizes._replace(ffn_dim=3712))
+    found = counted(wider, (frames, 2 * height, 2 * width), linears, None, "bf16")
+    assert budget.step_peak(MIDDLING, frames * height * width, linears, None)[0] < (1 - TOLERANCE) * found
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan").AutoencoderKLWan
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "work", "tiled"),
+    [(832, 480, 21, "decode", False), (1280, 720, 9, "decode", False), (832, 480, 13, "encode", False)]
+    + [(320, 256, 9, "decode", True), (256, 256, 5, "decode", True)],
+)
+def test_vae_s_bytes_per_pixel(vae, width, height, frames, work, tiled):
+    from turbo_core.vae import decode_video, encode_video
+
+    t, h, w = budget.latent_shape(width, height, frames)
+    with by_shape(), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        model = vae(base_dim=96, z_dim=16)
+        torch.set_default_dtype(torch.float32)
+        with LiveBytes() as count:
+            if work == "decode":
+                decode_video(model, torch.randn(1, 16, t, h, w), tiled)
+            else:
+                encode_video(model, torch.randn(1, 3, frames, height, width, dtype=torch.bfloat16))
+    forecast = budget.vae_peak(width, height, frames, work, tiled)
+    print(f"{work} {width}x{height}x{frames} {tiled=}: {count.peak / 1e9:.2f} GB, {forecast / count.peak - 1:+.1%}")
+    assert abs(forecast / count.peak - 1) < TOLERANCE
+
+
+def test_weights_are_those_of_the_files(tmp_path):
+    source = tmp_path / "source.pth"
+    torch.save(tiny_state_dict(0), source)
+    model = budget.model_of(checkpoint.inspect(source))
+    for format in ("int8_block", "int8_row", "fp8", "bf16", "fp32"):
+        done = checkpoint.convert(source, tmp_path / "x.safetensors", format)
+        assert abs(budget.weight_bytes(model, format)[0] / done.bytes - 1) < 0.02, format
+
+
+def test_weights_of_the_published_models():
+    """Parameters as published: 1.42 and 14.29 billion; the text encoder 5.68 billion."""
+    for name, gigabytes in [("t2v-1.3b", (2.84, 1.45)), ("t2v-14b", (28.6, 14.5))]:
+        model = budget.PUBLISHED[name]
+        for format, expected in zip(("bf16", "int8_block"), gigabytes):
+            assert math.isclose(budget.weight_bytes(model, format)[0] / 1e9, expected, rel_tol=0.01)
+    total, block = budget.weight_bytes(budget.PUBLISHED["t2v-14b"], "int8_block")
+    assert 0.9 < 40 * block / total < 1
+    assert math.isclose(budget.text_encoder_bytes() / 1e9, 11.36, rel_tol=0.01)
+
+
+def stages(memory, name="t2v-14b", size=(832, 480, 81), **more):
+    return {stage.name: stage for stage in budget.plan(budget.PUBLISHED[name], *size, memory, **more)}
+
+
+def test_verdicts_follow_the_room():
+    small = stages(8, "t2v-1.3b")
+    assert {name: stage.fits for name, stage in small.items()} == {
+        "text encoder": "offload",
+        "sampling": "resident",
+        "VAE decode": "resident",
+    }
+    assert stages(12, size=(1280, 720, 81))["VAE decode"].fits == "resident"
+    tiled = stages(8, size=(1280, 720, 81))["VAE decode"]
+    assert tiled.fits == "tiled" and "in one piece it is 9." in tiled.verdict
+    assert stages(8, size=(1280, 720, 81))["sampling"].fits == "no"
+    assert stages(32)["sampling"].fits == "resident"
+    two = stages(32, "i2v-a14b")
+    assert "one expert on the card" in two["sampling"].verdict and "VAE encode" in two
+    assert "both experts" in stages(80, "i2v-a14b")["sampling"].verdict
+    offload = stages(16)["sampling"]
+    assert offload.fits == "offload" and "GiB of weights stay on the card" in offload.verdict
+
+
+def test_fp8_counts_as_what_it_becomes():
+    model = budget.PUBLISHED["t2v-14b"]
+    weights = {
+        (has_sla, format): budget.plan(model._replace(has_sla=has_sla), 832, 480, 81, 24, format)[1].weights
+        for has_sla in (True, False)
+        for format in ("fp8", "bf16")
+    }
+    assert weights[True, "fp8"] == weights[True, "bf16"] > 1.9 * weights[False, "fp8"]
+
+
+@pytest.mark.parametrize("name", list(budget.PUBLISHED))
+def test_more_memory_never_makes_it_worse_and_more_frames_never_better(name):
+    order = ["no", "tiled", "offload", "resident"]
+    for stage in ("text encoder", "sampling", "VAE decode"):
+        ranks = [order.index(stages(memory, name)[stage].fits) for memory in (4, *budget.CARDS, 80)]
+        assert ranks == sorted(ranks)
+    longer = [stages(16, name, (832, 480, frames))["sampling"].activations for frames in (1, 5, 81, 161)]
+    assert longer == sorted(longer)
+
+
+def test_what_cannot_be_planned_is_refused():
+    model = budget.PUBLISHED["t2v-1.3b"]
+    for arguments, words in [
+        ((model, 830, 480, 81, 16), "multiples of 16"),
+        ((model, 832, 480, 80, 16), "4n . 1"),
+        ((model, 832, 480, 81, 0.5), "less than what is set aside"),
+        ((model, 832, 480, 81, math.nan), "less than"),
+        ((model, 832, 480, 81, 16, "int4"), "Unknown format"),
+        ((model, 832, 480, 81, 16, "bf16", 2.0), "fraction"),
+        ((model, 832, 480, 81, 16, "bf16", 0.1, "fp4"), "precision"),
+    ]:
+        with pytest.raises(TurboError, match=words):
+            budget.plan(*arguments)
+
+
+def test_command(tmp_path, capsys):
+    assert main(["plan", "--model", "t2v-14b", "--size", "720p", "--memory", "16"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "16 GiB: 1280x720" in out and "32 GiB:" not in out and "sampling" in out
+    assert "75600 tokens, first feed-forward matrix" in out and "not a measurement" in out
+    torch.save(tiny_state_dict(0, TINY._replace(in_dim=36)), tmp_path / "tiny.pth")
+    assert main(["plan", str(tmp_path / "tiny.pth"), "--size", "64x64", "--frames", "5", "--experts", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "8 GiB: 64x64, 5 frames, bf16" in out and "32 GiB:" in out and "VAE encode" in out
+    assert main(["plan", str(tmp_path / "none.pth")]) == 2
+    assert main(["plan", "--size", "33x33"]) == 2
+    assert main(["plan", "--memory", "nan"]) == 2
+    assert main(["plan", "--memory", "0"]) == 2
