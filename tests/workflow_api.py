@@ -7,6 +7,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 RECORDING = Path(__file__).resolve().parent / "page" / "object_info.json"
 NOTES = ("MarkdownNote", "Note")  # exist in the page only
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
+GROWING = "COMFY_AUTOGROW_V3"  # as many inputs as are connected, called name.first, name.second ...
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 TEXTS = ("tooltip", "description", "search_aliases", "output_tooltips")
 
@@ -113,4 +114,30 @@ def to_api(workflow, object_info):
             raise ValueError(f"{node['type']} {node['id']} has widget values left over: {left}")
         inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def for_tiny_models(prompt, width=80, height=48, length=9, **changes):
+    """The prompt at a size that a CPU renders in a second, with the loader that takes the small text encoder.
+
+    Numbers take the place of what TurboSize gives. Context windows become as long as a little more than half of the
+    video. changes: {input name: value}, for every node that has such an input.
+    """
+    sizes = dict(enumerate((width, height, length)))
+    for number in [number for number, node in prompt.items() if node["class_type"] == "TurboSize"]:
+        del prompt[number]
+        for node in prompt.values():
+            linked = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+            node["inputs"] |= {name: sizes[slot] for name, (source, slot) in linked.items() if source == number}
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "CLIPLoader":  # takes no umT5 but the full one
+            node.update(class_type="TurboTextEncoderLoader", inputs={"text_encoder": inputs["clip_name"]})
+        if isinstance(inputs.get("width"), int):
+            inputs.update(width=width, height=height)
+        if "length" in inputs and "width" in inputs:  # ImageFromBatch has a length too
+            inputs["length"] = length
+        if "context_length" in inputs:
+            inputs.update(context_length=length // 8 * 4 + 1, context_overlap=4)
+        inputs.update({key: value for key, value in changes.items() if key in inputs})
     return prompt

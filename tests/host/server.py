@@ -25,13 +25,19 @@ PREVIEW = 1  # type of the binary messages that carry a preview image
 # Files of the small family under the names the shipped workflows ask for.
 PUBLISHED = {
     "diffusion_models/TurboWan2.1-T2V-1.3B-480P-quant.pth": "TinyWan2.1-T2V-quant.pth",
+    "diffusion_models/TurboWan2.1-T2V-1.3B-480P.pth": "TinyWan2.1-T2V.pth",
+    "diffusion_models/TurboWan2.1-T2V-14B-480P-quant.pth": "TinyWan2.1-T2V-quant.pth",
+    "diffusion_models/TurboWan2.1-T2V-14B-720P-quant.pth": "TinyWan2.1-T2V-quant.pth",
     "diffusion_models/TurboWan2.2-I2V-A14B-high-720P-quant.pth": "TinyWan2.2-I2V-high-quant.pth",
     "diffusion_models/TurboWan2.2-I2V-A14B-low-720P-quant.pth": "TinyWan2.2-I2V-low-quant.pth",
     "diffusion_models/wan2.1_t2v_14B_bf16.safetensors": "tiny_wan_stock_bf16.safetensors",
     "vae/wan_2.1_vae.safetensors": "tiny_wan_vae.safetensors",
     "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_umt5.safetensors",
 }
-LORA = "loras/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors"
+LORAS = (
+    "loras/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
+    "loras/Wan21_T2V_14B_MoviiGen_lora_rank32_fp16.safetensors",
+)
 
 
 @dataclass
@@ -67,14 +73,15 @@ class Run:
         return [m["data"]["value"] for m in self.messages if m["type"] == "progress" and m["data"]["node"] == node]
 
     def videos(self, base):
-        """Paths of the files that the prompt's output nodes report."""
+        """Paths of the videos that the prompt's output nodes report."""
         outputs = [m["data"]["output"] for m in self.messages if m["type"] == "executed"]
         files = [f for output in outputs if output for f in output.get("images", ())]
-        return [base / f["type"] / f["subfolder"] / f["filename"] for f in files]
+        paths = [base / f["type"] / f["subfolder"] / f["filename"] for f in files]
+        return [path for path in paths if path.suffix == ".mp4"]
 
 
 def make_base(base, tiny, copies=("ComfyUI-TurboWan",)):
-    """A ComfyUI base directory: the pack once per name, the small family as published, a LoRA and a picture."""
+    """A ComfyUI base directory: the pack once per name, the small family as published, LoRAs and two pictures."""
     for name in copies:
         for part in PARTS:
             if (PACK / part).is_dir():
@@ -87,30 +94,34 @@ def make_base(base, tiny, copies=("ComfyUI-TurboWan",)):
         target = base / "models" / published
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny / file, target)
-    _write_lora(base / "models" / LORA)
-    _write_picture(base / "input" / "example.png")
+    for seed, lora in enumerate(LORAS):
+        _write_lora(base / "models" / lora, seed)
+    _write_pictures(base / "input")
     return base
 
 
-def _write_lora(path):
+def _write_lora(path, seed):
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     key = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
     state = {
         key.format(side): 0.1 * torch.randn(shape, generator=generator)
         for side, shape in (("down", (4, 256)), ("up", (256, 4)))
     }
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path)
 
 
-def _write_picture(path):
+def _write_pictures(folder):
+    """example.png, which ComfyUI ships, and a lighter second.png."""
     from PIL import Image
 
-    path.parent.mkdir()
-    Image.linear_gradient("L").resize((160, 96)).convert("RGB").save(path)
+    folder.mkdir()
+    first = Image.linear_gradient("L").resize((160, 96)).convert("RGB")
+    first.save(folder / "example.png")
+    first.point(lambda value: 255 - value // 2).save(folder / "second.png")
 
 
 def start(comfyui, base, python=sys.executable, patience=180.0):

@@ -55,20 +55,9 @@ def object_info(server):
 def small(object_info):
     """Makes the prompt of a shipped workflow, at a size that a CPU renders in a second."""
 
-    def make(name, width=80, height=48, length=9, **changes):
+    def make(name, *size, **changes):
         prompt = workflow_api.to_api(workflow_api.load(name), object_info)
-        for node in prompt.values():
-            inputs = node["inputs"]
-            if node["class_type"] == "CLIPLoader":  # takes no umT5 but the full one
-                node.update(class_type="TurboTextEncoderLoader", inputs={"text_encoder": inputs["clip_name"]})
-            if isinstance(inputs.get("width"), int):
-                inputs.update(width=width, height=height)
-            if "length" in inputs:
-                inputs["length"] = length
-            if "megapixels" in inputs:
-                inputs["megapixels"] = 0.01  # the test picture of 160x96 becomes 128x80
-            inputs.update({key: value for key, value in changes.items() if key in inputs})
-        return prompt
+        return workflow_api.for_tiny_models(prompt, *size, **changes)
 
     return make
 
@@ -86,37 +75,94 @@ def _video(path):
         return stream.width, stream.height, len(frames), float(stream.average_rate), frames
 
 
+def _frames(server, prompt):
+    """Frames of the one video that a prompt makes."""
+    run = host.run(server, prompt)
+    assert run.status == "execution_success", run.error
+    (path,) = run.videos(server.base)
+    return _video(path)[-1]
+
+
+def _same(frames, others):
+    return len(frames) == len(others) and all((a == b).all() for a, b in zip(frames, others))
+
+
 def _is_healthy(server, small):
     run = host.run(server, small("turbowan_t2v_turbo_sampler", steps=1))
     assert run.status == "execution_success", run.error
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("turbowan_t2v_ksampler", (80, 48)),
-        ("turbowan_t2v_turbo_sampler", (80, 48)),
-        ("turbowan_i2v_a14b", (128, 80)),
-        ("wan_stock_faster", (80, 48)),
-    ],
-)
-def test_every_shipped_workflow_makes_its_video_with_progress_and_previews(server, small, name, size):
-    prompt = small(name)
+STEPS = {"turbowan_compare": 12, "turbowan_long_chained": 8}  # two runs held against each other and a third; two parts
+FRAMES = {"turbowan_long_chained": 17, "turbowan_long_windows": 17}
+SIZES = {"turbowan_compare": (160, 48)}  # side by side
+
+
+@pytest.mark.parametrize("name", workflow_api.names())
+def test_every_shipped_workflow_makes_its_video_with_progress_and_previews(server, small, name):
+    windows = name == "turbowan_long_windows"
+    prompt = small(name, *((80, 48, 17) if windows else ()))
+    before = server.log.count("Context window 2/2")
     run = host.run(server, prompt)
     assert run.status == "execution_success", run.error
-    assert run.progress(_node(prompt, *SAMPLERS)) == [1, 2, 3, 4]
-    assert len(run.previews) == 4
+    steps = STEPS.get(name, 4)
+    samplers = [number for number, node in prompt.items() if node["class_type"] in SAMPLERS]
+    assert sum((run.progress(number) for number in samplers), []) == [1, 2, 3, 4] * len(samplers)
+    assert len(run.previews) == steps
     assert all(min(host.preview_size(preview)) > 0 for preview in run.previews)
     (path,) = run.videos(server.base)
     width, height, count, rate, frames = _video(path)
-    assert (width, height, count, rate) == (*size, 9, 16.0)
+    assert (width, height, count, rate) == (*SIZES.get(name, (80, 48)), FRAMES.get(name, 9), 16.0)
     assert frames[0].std() > 1, "the picture is of one colour"
+    assert server.log.count("Context window 2/2") - before == (4 if windows else 0)
 
 
-def test_no_shipped_workflow_is_left_out_above():
-    marks = test_every_shipped_workflow_makes_its_video_with_progress_and_previews.pytestmark
-    cases = next(mark.args[1] for mark in marks if mark.name == "parametrize")
-    assert sorted(name for name, _ in cases) == workflow_api.names()
+def test_a_last_frame_reaches_the_video(server, small):
+    prompt = small("turbowan_first_last_frame", seed=5)
+    last = next(number for number, node in prompt.items() if node["class_type"] == "LoadImage")
+    videos = []
+    for picture in ("example.png", "second.png"):
+        prompt[last]["inputs"]["image"] = picture
+        videos.append(_frames(server, prompt))
+    assert not _same(*videos)
+
+
+def test_the_second_part_begins_behind_the_last_frame_of_the_first(server, small):
+    prompt = small("turbowan_long_chained", seed=5)
+    whole = _frames(server, prompt)
+    video = prompt[_node(prompt, "CreateVideo")]["inputs"]
+    parts = []
+    for number in [number for number, node in prompt.items() if node["class_type"] == "VAEDecodeTiled"]:
+        video["images"] = [number, 0]
+        parts.append(_frames(server, prompt))
+    first, second = parts
+    assert len(first) == len(second) == 9 and len(whole) == 17
+    # H.264 is lossy: near, and nearer than to the frame beside it
+    for place, frame in [(8, first[8]), (9, second[1]), (16, second[8])]:
+        distances = [abs(frame.astype(int) - other).mean() for other in whole]
+        assert distances[place] == min(distances) < 3, (place, distances)
+
+
+def test_a_seed_gives_the_same_video_again_and_another_seed_another(server, small):
+    name, videos = "turbowan_t2v_turbo_sampler", []
+    for seed in (11, 12, 11):
+        # a prefix of its own, and memory freed: the second answer must not come from the cache of the first
+        host.post(server, "/free", {"unload_models": True, "free_memory": True})
+        videos.append(_frames(server, small(name, seed=seed, filename_prefix=f"seed{len(videos)}")))
+    assert _same(videos[0], videos[2]) and not _same(videos[0], videos[1])
+
+
+# one row of tokens, one column, both sides odd multiples of 16
+@pytest.mark.parametrize("size", [(64, 16), (16, 208), (144, 112)])
+def test_any_size_that_divides_by_sixteen(server, small, size):
+    run = host.run(server, small("turbowan_t2v_turbo_sampler", *size, 5, steps=1))
+    assert run.status == "execution_success", run.error
+    assert _video(run.videos(server.base)[0])[:3] == (*size, 5)
+
+
+@pytest.mark.parametrize("name", ["turbowan_t2v_ksampler", "turbowan_i2v_a14b"])
+def test_a_batch_of_two_is_two_different_videos(server, small, name):
+    frames = _frames(server, small(name, batch_size=2))
+    assert len(frames) == 18 and not _same(frames[:9], frames[9:])
 
 
 @pytest.mark.parametrize("name", ["turbowan_t2v_ksampler", "turbowan_t2v_turbo_sampler"])
