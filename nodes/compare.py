@@ -42,9 +42,19 @@ class TurboCompare(io.ComfyNode):
             inputs=[
                 io.Model.Input("model_a", tooltip="The reference, for example dense or not quantized."),
                 io.Model.Input("model_b", tooltip="The one to judge: the same model, sparse or int8."),
-                io.Conditioning.Input("positive"),
-                io.Latent.Input("latent_image"),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Conditioning.Input("positive", tooltip="The prompt, the same for both."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Gives the size and the number of frames; what sparsity costs depends on both.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise, the same for both.",
+                ),
                 io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Steps of the Turbo Scheduler."),
                 io.Combo.Input("mode", options=["SDE", "ODE"], tooltip="How A goes from step to step."),
                 io.Int.Input(
@@ -63,8 +73,8 @@ class TurboCompare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="picture"),
-                io.String.Output(display_name="table"),
+                io.Image.Output(display_name="picture", tooltip="The error maps and curves, drawn."),
+                io.String.Output(display_name="table", tooltip="The same figures as text."),
                 io.Latent.Output(display_name="latent_a", tooltip="What A samples, as Turbo Sampler gives it."),
                 io.Latent.Output(
                     display_name="latent_b", tooltip="What B makes of A's last state; B's own run may lead elsewhere."

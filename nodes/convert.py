@@ -86,7 +86,7 @@ class TurboConvert(io.ComfyNode):
                 _filename_input(),
                 _overwrite_input(),
             ],
-            outputs=[io.String.Output("path")],
+            outputs=[io.String.Output("path", tooltip="Where the new file lies.")],
             is_output_node=True,
         )
 
@@ -118,7 +118,7 @@ class TurboMerge(io.ComfyNode):
                 _filename_input(),
                 _overwrite_input(),
             ],
-            outputs=[io.String.Output("path")],
+            outputs=[io.String.Output("path", tooltip="Where the new file lies.")],
             is_output_node=True,
         )
 

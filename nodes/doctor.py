@@ -70,7 +70,7 @@ class TurboDoctor(io.ComfyNode):
             "its family, the formats of its layers and how it attends. Put this text into a bug report.",
             search_aliases=["TurboWan", "diagnose", "system info", "model info", "why slow"],
             inputs=[io.Model.Input("model", optional=True, tooltip="A MODEL to look at as well; it is not loaded.")],
-            outputs=[io.String.Output(display_name="report")],
+            outputs=[io.String.Output(display_name="report", tooltip="The text that the node shows.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

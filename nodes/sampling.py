@@ -105,7 +105,7 @@ class TurboScheduler(io.ComfyNode):
             "default) or euler (its ODE mode).",
             search_aliases=["rCM", "TurboWan", "sigmas"],
             inputs=[
-                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS),
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="4 is best, 1 is fastest."),
                 _sigma_max_input(),
                 io.Model.Input("model", optional=True, tooltip="Tells T2V from I2V where sigma_max is 0."),
             ],
@@ -155,9 +155,18 @@ class TurboSampler(io.ComfyNode):
             search_aliases=["rCM", "TurboWan", "TurboDiffusion", "KSampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, or the high-noise expert of A14B."),
-                io.Conditioning.Input("positive"),
-                io.Latent.Input("latent_image"),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt. There is no negative one: guidance is distilled in."
+                ),
+                io.Latent.Input("latent_image", tooltip="An empty video latent, or what WanImageToVideo gives."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of all noise, that of the later steps too. The same seed gives the same video.",
+                ),
                 io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="4 is best, 1 is fastest."),
                 _sigma_max_input(),
                 io.Combo.Input(

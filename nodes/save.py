@@ -69,7 +69,7 @@ class TurboSave(io.ComfyNode):
             "as well, which drops the trained part of TurboWan's attention.",
             search_aliases=["TurboWan", "save model", "ModelSave", "int8"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A Wan MODEL, with the LoRAs that are to be baked in."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/TurboWan",

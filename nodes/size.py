@@ -47,9 +47,9 @@ class TurboSize(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Int.Output(display_name="width"),
-                io.Int.Output(display_name="height"),
-                io.Int.Output(display_name="length"),
+                io.Int.Output(display_name="width", tooltip="In pixels, a multiple of 16."),
+                io.Int.Output(display_name="height", tooltip="In pixels, a multiple of 16."),
+                io.Int.Output(display_name="length", tooltip="Number of frames, 4n + 1."),
             ],
         )
 

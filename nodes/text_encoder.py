@@ -32,7 +32,13 @@ class TurboTextEncoderLoader(io.ComfyNode):
             description="Loads Wan's umT5 text encoder as CLIPLoader with type wan does, and small ones made by "
             "turbo-core make-tiny, which CLIPLoader does not take.",
             search_aliases=["umt5", "TurboWan", "load clip"],
-            inputs=[io.Combo.Input("text_encoder", options=folder_paths.get_filename_list("text_encoders"))],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=folder_paths.get_filename_list("text_encoders"),
+                    tooltip="A umT5 file in models/text_encoders.",
+                ),
+            ],
             outputs=[io.Clip.Output()],
         )
 
