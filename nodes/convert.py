@@ -112,7 +112,12 @@ class TurboMerge(io.ComfyNode):
                 _file_input("base", "The original that both others were trained from, unquantized (Wan 2.1 or 2.2)."),
                 _file_input("turbo", "The accelerated model, unquantized: TurboWan, or SLA weights."),
                 io.Float.Input(
-                    "strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="proj_l is taken whole at any."
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much of the acceleration is added; proj_l is taken whole at any strength.",
                 ),
                 io.Combo.Input("format", options=list(FORMATS), default="bf16", tooltip=_FORMAT_HELP),
                 _filename_input(),
