@@ -107,11 +107,12 @@ class SLAWanBlock(wan.WanAttentionBlock):
         self.self_attn = SLASelfAttention(dim, num_heads, window_size, qk_norm, eps, **kwargs)
 
 
-def wan_network(model, node) -> wan.WanModel:
-    """The network of a Wan MODEL. Raises TurboError naming the node for any other."""
+def wan_network(model, node, otherwise="") -> wan.WanModel:
+    """The network of a Wan MODEL. Raises TurboError naming the node, and another way out, for any other."""
     network = model.model.diffusion_model
     if not isinstance(network, wan.WanModel):
-        raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: connect a Wan MODEL.")
+        cure = ", ".join(filter(None, ["connect a Wan MODEL", otherwise]))
+        raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: {cure}.")
     return network
 
 

@@ -1,10 +1,15 @@
-"""QuantizeW8A8: any Wan MODEL with int8 linears."""
+"""QuantizeW8A8: any Wan MODEL with int8 linears, and the linears of other models where the user names them."""
 
+import fnmatch
+import logging
+import re
 import uuid
 
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.ldm.wan.model import WanModel
+from comfy.ops import CastWeightBiasOp
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
@@ -30,6 +35,37 @@ LAYERS = {
 
 
 PREFIX = "diffusion_model."
+_BLOCK = re.compile(r"(vace_)?blocks\.(\d+)\.(.+)")  # VACE's own blocks are Wan blocks as well
+
+
+def wan_layers(network, kinds, skipped):
+    """Names of the linears of these kinds in a Wan network; skipped: numbers of blocks to leave out."""
+    blocks = ((name, _BLOCK.fullmatch(name)) for name, _ in network.named_modules())
+    return [n for n, block in blocks if block and block[3] in kinds and (block[1] or int(block[2]) not in skipped)]
+
+
+def matching_layers(network, pattern):
+    """Names of the linears that a pattern such as "double_blocks.*, -*_mod.*" takes, in the order of the network.
+
+    Wildcards as in file names, commas between the parts, a minus before a part that takes away again.
+    Raises TurboError when nothing is left, showing what the layers of this network are called.
+    """
+    parts = [part.strip() for part in pattern.split(",") if part.strip()]
+    taken = [part for part in parts if not part.startswith("-")]
+    left_out = [part[1:].strip() for part in parts if part.startswith("-")]
+    linears = [n for n, m in network.named_modules() if isinstance(m, CastWeightBiasOp) and hasattr(m, "in_features")]
+
+    def within(name, globs):
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+    layers = [name for name in linears if within(name, taken) and not within(name, left_out)]
+    if not layers:
+        kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in linears)
+        raise TurboError(
+            f"pattern {pattern!r} takes none of the {len(linears)} linear layers of {type(network).__name__}. "
+            f"They are called {', '.join(list(kinds)[:12])}: write some of these, with commas between."
+        )
+    return layers
 
 
 def quantized_state_dict(patcher, quantize, layers):
@@ -48,6 +84,8 @@ def quantized_state_dict(patcher, quantize, layers):
         if stored_as == LAYOUTS[quantize] and key not in patcher.patches:
             continue  # in this format already: rounding it again would only lose
         weight = float_weight(patcher, key)
+        if f"{layer}.pre_quant_scale" in sd:  # of the layer's input, which int8 layers do not scale
+            weight = weight.float() * sd[f"{layer}.pre_quant_scale"].to(weight.device)
         if not torch.isfinite(weight).all():
             raise TurboError(f"{layer}.weight holds NaN or infinity, quantizing it would spread them: check the model.")
         weight_q, scale = quantize(weight)
@@ -75,17 +113,25 @@ def _check_unbound(patcher):
 def quantize_patcher(patcher, quantize, layers):
     """A new MODEL with its own int8 network and every setting of the old one.
 
-    LoRAs on the quantized weights are baked in, all others stay as they are. The old MODEL is left untouched.
+    LoRAs on the quantized weights are baked in, all others stay as they are. The old MODEL is left untouched. Layers
+    that the host does not build from the operations it is given, as proj_l, stay as they are.
     """
     _check_unbound(patcher)
-    sd = quantized_state_dict(patcher, quantize, layers)
     old = patcher.model.model_config
     config = object.__new__(type(old))  # copy.copy stumbles over the config's catch-all __getattr__
     config.__dict__.update(old.__dict__)
-    config.custom_operations = quantized_ops(patcher.model.manual_cast_dtype or patcher.model.get_dtype())
-    model = config.get_model(sd, "")
+    operations = quantized_ops(patcher.model.manual_cast_dtype or patcher.model.get_dtype())
+    config.custom_operations = operations
+    model = config.get_model(patcher.model.diffusion_model.state_dict(), "")
+    network = model.diffusion_model
+    fixed = [layer for layer in layers if not isinstance(network.get_submodule(layer), operations.Linear)]
+    if fixed:
+        logging.info("TurboWan: not quantized, because they are of a fixed type: %s", ", ".join(fixed))
+        layers = [layer for layer in layers if layer not in fixed]
+    sd = quantized_state_dict(patcher, quantize, layers)
     model.load_model_weights(sd, "", assign=patcher.is_dynamic())
-    mark_sigma_max(model)
+    if isinstance(network, WanModel):
+        mark_sigma_max(model)
     new = patcher.clone(model_override=(model, ({}, {}, {}, set())))
     new.size, new.parent, new.is_injected, new.hook_backup = 0, None, False, {}
     new.cached_hook_patches.clear()
@@ -111,7 +157,8 @@ class QuantizeW8A8(io.ComfyNode):
             display_name="Quantize W8A8",
             category="model/patch",
             description="Makes the linear layers of a Wan MODEL int8, weights and activations: half the memory. LoRAs "
-            "applied before are baked in; LoRAs applied after work too. Files that are int8 already need no node.",
+            "applied before are baked in; LoRAs applied after work too. Files that are int8 already need no node. "
+            "Other models by their layers' names, see pattern.",
             search_aliases=["int8", "TurboWan", "quantize model"],
             inputs=[
                 io.Model.Input("model"),
@@ -129,16 +176,31 @@ class QuantizeW8A8(io.ComfyNode):
                     advanced=True,
                     tooltip='Blocks that stay as they are, for example "0, 1, 38-39".',
                 ),
+                io.String.Input(
+                    "pattern",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Linear layers by name, in place of layers and skip_blocks and for any MODEL: "
+                    '"double_blocks.*, single_blocks.*, -*mod*". A * is any text, a minus takes away again. '
+                    "Nothing is known about the quality of such a model.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, format, layers="all", skip_blocks="") -> io.NodeOutput:
-        count = len(wan_network(model, "QuantizeW8A8").blocks)
-        skipped = parse_blocks(skip_blocks, count)
-        blocks = [i for i in range(count) if i not in skipped]
-        names = [f"blocks.{i}.{name}" for i in blocks for name in LAYERS[layers]]
+    def execute(cls, model, format, layers="all", skip_blocks="", pattern="") -> io.NodeOutput:
+        if pattern.strip():
+            if skip_blocks.strip() or layers != "all":
+                raise TurboError(
+                    f"pattern {pattern!r} stands in place of layers and skip_blocks: set layers to all, empty "
+                    'skip_blocks, and write what to leave out into pattern, as in "blocks.*, -blocks.0.*".'
+                )
+            names = matching_layers(model.model.diffusion_model, pattern)
+        else:
+            network = wan_network(model, "QuantizeW8A8", "or name its linear layers in pattern")
+            names = wan_layers(network, LAYERS[layers], parse_blocks(skip_blocks, len(network.blocks)))
         return io.NodeOutput(quantize_patcher(model, FORMATS[format], names))
 
 
