@@ -1,22 +1,44 @@
 """ComfyUI nodes of TurboWan: thin adapters, the only code of the pack that imports comfy."""
 
+import re
+import sys
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension
 
 MINIMUM_COMFYUI = (0, 33)
+LIBRARIES = ("einops", "numpy", "safetensors")  # those of requirements.txt; the host's own file has all others
 
 
 def _check_host():
     from comfyui_version import __version__
 
-    if tuple(int(part) for part in __version__.split(".")[:2]) < MINIMUM_COMFYUI:
+    if tuple(map(int, re.findall(r"\d+", __version__)[:2])) < MINIMUM_COMFYUI:
         needed = ".".join(map(str, MINIMUM_COMFYUI))
         raise RuntimeError(f"TurboWan needs ComfyUI {needed} or newer, this is {__version__}: update ComfyUI.")
+
+
+def _cure(error):
+    """One line for the host's log: what is missing and the command that brings it."""
+    import comfyui_version
+
+    if (getattr(error, "name", None) or "").partition(".")[0] in LIBRARIES:
+        cause, folder, more = "lacks a library", Path(__file__).resolve().parent.parent, ""
+    else:
+        cause = f"does not fit this ComfyUI {comfyui_version.__version__} and its libraries"
+        folder, more = Path(comfyui_version.__file__).resolve().parent, " If that does not help, update TurboWan."
+    what = " ".join(str(error).split())
+    command = f'"{sys.executable}" -m pip install -r "{folder / "requirements.txt"}"'
+    return f"TurboWan {cause} ({what}). Cure: {command}, then restart.{more}"
 
 
 class TurboWanExtension(ComfyExtension):
     async def get_node_list(self):
         _check_host()
-        from . import attention, compare, convert, doctor, loader, quantize, sampling, save, size, text_encoder
+        try:
+            from . import attention, compare, convert, doctor, loader, quantize, sampling, save, size, text_encoder
+        except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
+            raise ImportError(_cure(error)) from error
 
         sampling.register_scheduler()
         modules = loader, quantize, attention, sampling, save, text_encoder, size, compare, doctor, convert
