@@ -57,7 +57,7 @@ class SparseLowBitAttention(io.ComfyNode):
             "use one or the other.",
             search_aliases=["SLA", "SageSLA", "TurboWan", "sparse attention", "topk"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A Wan MODEL, TurboWan or stock."),
                 io.Float.Input(
                     "topk",
                     default=0.1,
@@ -79,8 +79,24 @@ class SparseLowBitAttention(io.ComfyNode):
                     tooltip="auto: with the trained linear branch where the model has one. sparse only: without it. "
                     "dense: ordinary attention, for comparison (a TurboWan model is not itself without its branch).",
                 ),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling sparse attention begins; before it attention is dense.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the sampling sparse attention ends; after it attention is dense.",
+                ),
                 io.String.Input(
                     "dense_blocks",
                     default="",

@@ -161,7 +161,7 @@ class QuantizeW8A8(io.ComfyNode):
             "Other models by their layers' names, see pattern.",
             search_aliases=["int8", "TurboWan", "quantize model"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A Wan MODEL, with the LoRAs that are to be baked in."),
                 io.Combo.Input(
                     "format",
                     options=list(FORMATS),
