@@ -22,12 +22,14 @@ def _cure(error):
     """One line for the host's log: what is missing and the command that brings it."""
     import comfyui_version
 
-    if (getattr(error, "name", None) or "").partition(".")[0] in LIBRARIES:
+    module, what = getattr(error, "name", None) or "", " ".join(str(error).split())
+    if module.startswith(__package__.rpartition(".")[0]):
+        return f"TurboWan is not whole ({what}). Cure: install it again."
+    if module.partition(".")[0] in LIBRARIES:
         cause, folder, more = "lacks a library", Path(__file__).resolve().parent.parent, ""
     else:
         cause = f"does not fit this ComfyUI {comfyui_version.__version__} and its libraries"
         folder, more = Path(comfyui_version.__file__).resolve().parent, " If that does not help, update TurboWan."
-    what = " ".join(str(error).split())
     command = f'"{sys.executable}" -m pip install -r "{folder / "requirements.txt"}"'
     return f"TurboWan {cause} ({what}). Cure: {command}, then restart.{more}"
 
