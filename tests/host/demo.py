@@ -1,0 +1,86 @@
+"""Renders the shipped Turbo Sampler workflow in a real ComfyUI with the small model family.
+
+    python -m tests.host.demo MODELS_FOLDER OUTPUT_FOLDER
+
+From the repository root. MODELS_FOLDER: as `turbo-core make-tiny` writes it. Starts the ComfyUI in COMFYUI_DIR on a
+free port with this pack, runs the workflow over HTTP, writes OUTPUT_FOLDER/comfyui-demo.mp4 and stops it again. Needs
+no GPU.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .. import workflow_api
+from . import server as host
+
+WORKFLOW = "turbowan_t2v_turbo_sampler"
+SIZE = (192, 112, 25)
+STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",
+          "VAELoader": "decoding", "VAEDecode": "decoding", "CreateVideo": "MP4", "SaveVideo": "MP4"}  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds of each stage, from the server's messages as they arrive."""
+
+    def __init__(self, prompt):
+        self.prompt, self.seconds, self.stage, self.since = prompt, {}, None, time.perf_counter()
+
+    def __call__(self, message):
+        if message["type"] != "executing":
+            return
+        now, node = time.perf_counter(), self.prompt.get(message["data"]["node"])
+        if self.stage is not None:
+            self.seconds[self.stage] = self.seconds.get(self.stage, 0) + now - self.since
+        self.stage, self.since = STAGES.get(node["class_type"]) if node else None, now
+
+
+def render(server, output):
+    """Run the workflow on a server; returns (the video's path in output, {stage: seconds}). Raises RuntimeError."""
+    prompt = workflow_api.to_api(workflow_api.load(WORKFLOW), host.get_json(server, "/object_info"))
+    prompt = workflow_api.for_tiny_models(prompt, *SIZE, seed=0)
+    watch = Stopwatch(prompt)
+    run = host.run(server, prompt, watch)
+    if run.status != "execution_success":
+        raise RuntimeError(f"The workflow ended with {run.status}: {run.error}")
+    (video,) = run.videos(server.base)
+    output.mkdir(parents=True, exist_ok=True)
+    return shutil.copy(video, output / "comfyui-demo.mp4"), watch.seconds
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.host.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, metavar="MODELS_FOLDER")
+    parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER")
+    options = parser.parse_args(arguments)
+    comfyui = Path(os.environ.get("COMFYUI_DIR", "")).resolve()
+    if not (comfyui / "comfyui_version.py").is_file():
+        print(f"No ComfyUI in {comfyui}: set COMFYUI_DIR to its folder (0.33 or newer).", file=sys.stderr)
+        return 1
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as base:
+        try:
+            server = host.start(comfyui, host.make_base(Path(base), options.models))
+        except (OSError, RuntimeError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        started = time.perf_counter() - began
+        try:
+            video, seconds = render(server, options.output)
+        except (OSError, RuntimeError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        finally:
+            host.stop(server)
+    stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+    print(f"{video}: {WORKFLOW} in ComfyUI, {SIZE[0]}x{SIZE[1]}, {SIZE[2]} frames")
+    print(f"ComfyUI's start {started:.1f} s, {stages}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
