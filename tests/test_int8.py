@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -218,8 +216,9 @@ LINEAR_SHAPES = [  # M, N, K
 
 
 @pytest.mark.parametrize("m, n, k", LINEAR_SHAPES)
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_int8_linear_is_the_published_arithmetic(fmt, m, n, k):
+@pytest.mark.parametrize("fmt, device", [("block", "cpu"), ("block", "others"), ("row", "cpu")])
+def test_int8_linear_is_the_published_arithmetic(fmt, device, m, n, k, monkeypatch):
+    monkeypatch.setattr(int8, "_has_slow_passes", lambda _: device == "others")
     x, w, bias = (gaussian(*s, seed=i, dtype=torch.bfloat16).float() for i, s in enumerate([(m, k), (n, k), (n,)]))
     x[m // 2 :] *= 8  # scales that differ between blocks, or they could be mixed up unseen
     w[:, k // 2 :] *= 4
@@ -295,16 +294,47 @@ def test_one_output_of_one_block_means_the_same_in_both_formats():
         assert (y - F.linear(x, w)).norm() < 0.02 * y.norm()
 
 
-def test_the_product_for_devices_without_int8_matmul_is_exact():
+def test_the_product_for_devices_without_int8_matmul_is_exact(monkeypatch):
     # K of the 14B model's ffn.2: float32 holds sums of 1024 products exactly, 13824 of them at once lose low bits
     a, b = torch.randint(64, 128, (2, 40, 13824), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     exact = (a.long() @ b.long().t()).double()
-    elsewhere = SimpleNamespace(device=SimpleNamespace(type="mps"), is_cuda=False, shape=a.shape, float=a.float)
-    torch.testing.assert_close(int8._int_mm(elsewhere, b).double(), exact, rtol=4 * 2**-24, atol=0)
     torch.testing.assert_close(int8._int_mm(a, b).double(), exact, rtol=0, atol=0)
-    short = slice(0, 1000)
-    elsewhere.shape, elsewhere.float = (40, 1000), a[:, short].float
-    assert torch.equal(int8._int_mm(elsewhere, b[:, short]).long(), a[:, short].long() @ b[:, short].long().t())
+    monkeypatch.setattr(int8, "has_int_mm", lambda device: False)
+    torch.testing.assert_close(int8._int_mm(a, b).double(), exact, rtol=4 * 2**-24, atol=0)
+    a, b = a[:, :1000], b[:, :1000]
+    assert torch.equal(int8._int_mm(a, b).long(), a.long() @ b.long().t())
+
+
+@pytest.mark.parametrize("has_int_mm", [True, False])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_working_in_slices_changes_no_bit(fmt, has_int_mm, monkeypatch):
+    monkeypatch.setattr(int8, "has_int_mm", lambda device: has_int_mm)
+    x, bias = gaussian(2, 200, 300, dtype=torch.bfloat16), gaussian(130, seed=2, dtype=torch.bfloat16)
+    x[1] *= 16
+    weight = FORMATS[fmt](gaussian(130, 300, seed=1))
+    rows, product = [], {"block": "_mm_block", "row": "_mm_rows"}[fmt]
+    multiply = getattr(int8, product)
+    monkeypatch.setattr(int8, product, lambda x_q, *args: rows.append(len(x_q)) or multiply(x_q, *args))
+    whole = int8.int8_linear(x, *weight, bias)
+    assert rows == [400]
+    for size in (1, 300 * 256):  # one block of rows at a time; two, then a ragged rest
+        monkeypatch.setattr(int8, "_SLICE", size)
+        rows.clear()
+        assert torch.equal(int8.int8_linear(x, *weight, bias), whole)
+        assert rows == ([128, 128, 128, 16] if size == 1 else [256, 144])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiled_it_is_one_node_with_the_same_result(fmt):
+    x, weight, graphs = gaussian(2, 70, 300), FORMATS[fmt](gaussian(130, 300, seed=1)), []
+    compiled = torch.compile(
+        lambda x: int8.int8_linear(x, *weight), fullgraph=True, backend=lambda g, _: graphs.append(g.graph) or g
+    )
+    assert torch.equal(compiled(x), int8.int8_linear(x, *weight))
+    calls = [node.target for node in graphs[0].nodes if node.op == "call_function"]
+    assert torch.ops.turbowan.int8_linear in [getattr(call, "overloadpacket", call) for call in calls]
+    assert len(calls) < 10
+    torch.library.opcheck(torch.ops.turbowan.int8_linear.default, (x[0], *weight, None))
 
 
 # ---- bad input

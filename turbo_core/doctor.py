@@ -9,6 +9,7 @@ import torch
 
 from . import __version__
 from .console import human_bytes
+from .devices import has_int_mm
 from .memory import available_memory
 from .pipeline import pick_device
 
@@ -98,9 +99,10 @@ def _paths():
 def _int8_path(device: torch.device) -> str:
     if device.type == "cpu":
         return "torch._int_mm (exact int32)"
-    if device.type == "cuda":
-        return "torch._int_mm (exact int32), float32 for at most 16 rows or sides that are not multiples of 8"
-    return f"float32 matrix products: torch has no int8 product on {device.type}"
+    if has_int_mm(device):
+        return "row format torch._int_mm (fast), block format float32 matrix products (no kernel in this version)"
+    reason = "needs an NVIDIA card from Turing (2018) on" if device.type == "cuda" else f"is not there on {device.type}"
+    return f"float32 matrix products: torch's int8 product {reason}"
 
 
 def _library_path(name: str, device: torch.device) -> str:

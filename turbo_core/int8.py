@@ -6,10 +6,12 @@ block, scale [ceil(M/128), ceil(K/128)] (the published *-quant.pth); row, scale 
 
 import torch
 
+from .devices import has_int_mm
 from .errors import TurboError
 
 BLOCK = 128
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
+_SLICE = 1 << 24  # elements of x or y computed at a time: their int32 and float32 forms stay small beside them
 
 
 def _cdiv(a, b):
@@ -105,11 +107,11 @@ def dequantize(q, scale, dtype=torch.float32):
 
 def _int_mm(a, b):
     """Exact int8 [M, K] x int8 [N, K]^T -> int32 or integer-valued float32 [M, N], whichever the device has."""
-    # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have
-    if (a.device.type == "cpu" and a.shape[1] > 1) or (
-        a.is_cuda and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
-    ):
-        return torch._int_mm(a, b.t())
+    if has_int_mm(a.device):
+        m, k = a.shape
+        # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have
+        if k > 1 if a.device.type == "cpu" else m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0:
+            return torch._int_mm(a, b.t())
     # float32 holds every partial sum of 1024 products exactly (128 * 128 * 1024 = 2^24)
     a, b = a.float(), b.float()
     return sum(x @ y.t() for x, y in zip(a.split(1024, 1), b.split(1024, 1)))
@@ -130,6 +132,15 @@ def _mm_block(x_q, x_scale, w_q, w_scale):
     return y
 
 
+def _mm_float(x_q, x_scale, weight):
+    return dequantize_block(x_q, x_scale) @ weight
+
+
+def _has_slow_passes(device) -> bool:
+    """True where reading and writing y once for each block of columns takes longer than a product in float32."""
+    return device.type != "cpu"
+
+
 def int8_linear(x, weight_q, weight_scale, bias=None):
     """x @ dequantize(weight).T + bias with x quantized on the fly in the weight's own format.
 
@@ -145,11 +156,32 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     n = weight_q.shape[0]
     if bias is not None and bias.shape != (n,):
         raise TurboError(f"int8_linear: bias of {n} outputs must be [{n}], got {list(bias.shape)}")
-    rows = x.reshape(-1, x.shape[-1])
-    if is_row_scale(weight_q, weight_scale):
-        y = _mm_rows(*quantize_rows(rows), weight_q, weight_scale)
+    if not x.is_floating_point():
+        raise TurboError(f"int8_linear: x must be float, got {x.dtype}")
+    linear = torch.ops.turbowan.int8_linear if torch.compiler.is_compiling() else _linear
+    return linear(x.reshape(-1, x.shape[-1]), weight_q, weight_scale, bias).view(*x.shape[:-1], n)
+
+
+def _linear(x, weight_q, weight_scale, bias):
+    m, n = x.shape[0], weight_q.shape[0]
+    # whole blocks of rows, so that a slice has the scales that it has in the whole
+    step = max(1, _SLICE // max(weight_q.shape) // BLOCK) * BLOCK
+    weight = weight_q, weight_scale
+    if is_row_scale(*weight):
+        quantize, multiply = quantize_rows, _mm_rows
+    elif not _has_slow_passes(x.device):
+        quantize, multiply = quantize_block, _mm_block
     else:
-        y = _mm_block(*quantize_block(rows), weight_q, weight_scale)
-    if bias is not None:
-        y += bias.to(y)
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+        quantize, multiply, weight = quantize_block, _mm_float, (dequantize_block(*weight).t(),)
+    y = x.new_empty(m, n)
+    for start in range(0, m, step):
+        part = multiply(*quantize(x[start : start + step]), *weight)
+        y[start : start + step] = part if bias is None else part.add_(bias)
+    return y
+
+
+# torch.compile gets one node instead of thousands of slices and column blocks unrolled
+_SCHEMA = "(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias) -> Tensor"
+torch.library.custom_op("turbowan::int8_linear", _linear, mutates_args=(), schema=_SCHEMA).register_fake(
+    lambda x, weight_q, weight_scale, bias: x.new_empty(x.shape[0], weight_q.shape[0])
+)

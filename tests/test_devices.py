@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from turbo_core import devices
+
+
+def test_only_apple_gpus_lack_float64():
+    assert [devices.widest_float(name) for name in ("cpu", "cuda:1", "mps")] == [torch.float64] * 2 + [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "expected"),
+    [(None, (7, 0), False), (None, (7, 5), True), (None, (12, 0), True), ("6.4", (11, 0), False)],
+)
+def test_int8_products_only_where_the_card_has_them(hip, capability, expected, monkeypatch):
+    devices.has_int_mm.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.has_int_mm(torch.device("cuda")) is expected
+    assert devices.has_int_mm(torch.device("cpu")) and not devices.has_int_mm(torch.device("mps"))
+    devices.has_int_mm.cache_clear()
