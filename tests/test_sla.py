@@ -185,6 +185,36 @@ def test_working_in_pieces_changes_nothing(precision, monkeypatch):
     torch.testing.assert_close(sla.sparse_attention(q, k, v, index, precision=precision), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("topk", [0.3, 1.0])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_some_heads_at_a_time_change_nothing(precision, topk, monkeypatch):
+    q, k, v = qkv(300, b=2, h=5, d=128)
+    q[..., 1, :] *= 9  # heads of different sizes, which share no scale
+    v[..., 3, :] *= 9
+    args = q, k, v, *projection(128), topk
+    whole, seen = sla.sparse_linear_attention(*args, precision=precision), []
+    branch = sla.linear_branch
+    monkeypatch.setattr(sla, "linear_branch", lambda q, *args: seen.append(q.shape[2]) or branch(q, *args))
+    for limit, heads in ((1, [1] * 5), (2 * 300 * 128 * 2, [2, 2, 1])):
+        seen.clear()
+        monkeypatch.setattr(sla, "_HEADS", limit)
+        torch.testing.assert_close(sla.sparse_linear_attention(*args, precision=precision), whole, rtol=0, atol=1e-6)
+        assert seen == heads
+
+
+@pytest.mark.parametrize("proj", [projection(64), (None, None)], ids=["sla", "sparse"])
+def test_compiled_it_is_one_node_with_the_same_result(proj):
+    (q, k, v), graphs = qkv(300, h=2), []
+
+    def attend(q, k, v):
+        return sla.sparse_linear_attention(q, k, v, *proj, 0.3)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=lambda g, _: graphs.append(g.graph) or g)
+    assert torch.equal(compiled(q, k, v), attend(q, k, v))
+    assert len([node for node in graphs[0].nodes if node.op == "call_function"]) < 10
+    torch.library.opcheck(torch.ops.turbowan.sparse_linear_attention.default, (q, k, v, *proj, 0.3, 128, 64, "bf16"))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -318,7 +348,7 @@ def test_nothing_of_size_l_by_l_is_ever_built(precision):
 @pytest.mark.parametrize("topk", [0.1, 1.0])
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_memory_is_linear_in_the_length(precision, topk, monkeypatch):
-    monkeypatch.setattr(sla, "_CHUNK", 1 << 16)  # pieces in proportion to lengths that a test can wait for
+    monkeypatch.setattr(sla, "_CHUNK", 1 << 18)  # pieces in proportion to lengths that a test can wait for
     largest = {}
     for length in (1024, 4096):
         q, k, v = qkv(length)

@@ -12,7 +12,8 @@ from .errors import TurboError
 
 HEAD_DIMS = (64, 128)
 PRECISIONS = ("bf16", "int8")
-_CHUNK = 1 << 24  # elements of gathered keys held at a time: memory stays linear in L whatever top-k is
+_CHUNK = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
+_HEADS = 1 << 25  # elements of q computed at a time: heads are independent, and their copies stay small beside q
 _FP8_MAX = 448.0
 
 
@@ -27,7 +28,9 @@ def _check(q, k, v, topk, precision="bf16"):
     if not 0.0 <= topk <= 1.0:
         raise TurboError(f"topk is the fraction of key blocks to keep, 0 to 1, got {topk}: use 0.1 to 0.15")
     if precision not in PRECISIONS:
-        raise TurboError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        raise TurboError(f"precision must be one of {PRECISIONS}, got {precision!r}: use bf16")
+    if precision == "int8" and q.device.type == "mps":
+        raise TurboError("precision int8 needs float8, which Apple GPUs have not: use bf16")
 
 
 def _in_blocks(x, block):
@@ -123,7 +126,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     kept = index.shape[-1]
     batch = torch.arange(b * h, device=q.device)[:, None, None]
     out = torch.empty_like(qb)
-    step = max(1, _CHUNK // (b * h * kept * block_k * d))
+    step = max(1, _CHUNK // (b * h * kept * block_k * d * kb.element_size()))
     for start in range(0, qb.shape[1], step):
         rows = slice(start, start + step)
         chosen = index[:, rows]
@@ -171,10 +174,31 @@ def sparse_linear_attention(
     d = q.shape[-1]
     if proj_weight is not None and proj_weight.shape != (d, d):
         raise TurboError(f"proj_l of heads of {d} must be [{d}, {d}], got {list(proj_weight.shape)}")
-    if topk == 1.0 and precision == "bf16":
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    else:
-        out = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k, precision)
-    if proj_weight is not None:
-        out = out + linear_branch(q, k, v, proj_weight, proj_bias)
+    attend = torch.ops.turbowan.sparse_linear_attention if torch.compiler.is_compiling() else _by_heads
+    return attend(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, precision)
+
+
+def _by_heads(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, precision):
+    out = q.new_empty(q.shape)
+    b, _, h, d = q.shape
+    step = max(1, _HEADS // (b * max(q.shape[1], k.shape[1]) * d))
+    for start in range(0, h, step):
+        heads = (slice(None), slice(None), slice(start, start + step))
+        some = q[heads], k[heads], v[heads]
+        if topk == 1.0 and precision == "bf16":
+            part = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in some)).transpose(1, 2)
+        else:
+            index = block_map(*some[:2], topk, block_q, block_k)
+            part = sparse_attention(*some, index, block_q, block_k, precision)
+        out[heads] = part if proj_weight is None else part + linear_branch(*some, proj_weight, proj_bias)
     return out
+
+
+# torch.compile gets one node instead of the loops unrolled
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? proj_weight, Tensor? proj_bias, float topk, int block_q, int block_k, "
+    "str precision) -> Tensor"
+)
+torch.library.custom_op("turbowan::sparse_linear_attention", _by_heads, mutates_args=(), schema=_SCHEMA).register_fake(
+    lambda q, *args: q.new_empty(q.shape)
+)
