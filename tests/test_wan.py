@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from turbo_core import int8
+from turbo_core import int8, wan
 from turbo_core.errors import TurboError
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel, apply_rope, rope_angles, timestep_embedding
 
@@ -263,6 +264,45 @@ def test_bf16_model_is_close_to_float32(topk):
     assert out.dtype == torch.float32 and model.patch_embedding.weight.dtype == torch.bfloat16
     assert 1e-4 < relative(out, exact) < 0.015
     assert model(args[0].bfloat16(), *args[1:], topk=topk).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantize", [None, int8.quantize_block, int8.quantize_rows])
+def test_some_tokens_at_a_time_give_the_same(quantize, monkeypatch):
+    # 2 x 144 tokens: slices of 128 and 16, in the feed-forward part, where the samples follow each other, 128 and 32
+    sd, args = weights(sla=True), inputs(2, grid=(3, 12, 16))
+    model = WanModel.from_state_dict(quantized(sd, quantize) if quantize else sd)
+    whole, seen = model(*args, topk=0.3), []
+    monkeypatch.setattr(wan, "_SLICE", 1)
+    model.blocks[0].ffn[1].register_forward_hook(lambda layer, x, y: seen.append(y.shape[1]))
+    torch.testing.assert_close(model(*args, topk=0.3), whole, rtol=1e-5, atol=1e-6)
+    assert seen == [128, 128, 32]
+
+
+def test_rope_in_slices_is_the_same(monkeypatch):
+    x, angles = torch.randn(2, 300, 3, 128).bfloat16(), rope_angles((3, 10, 10), 128)
+    whole = apply_rope(x, angles)
+    monkeypatch.setattr(wan, "_SLICE", 2 * 128 * 3 * 128)
+    assert torch.equal(apply_rope(x, angles), whole)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple GPUs are: the meta device, on which nothing else is computed here."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.is_meta and out.dtype == torch.float64), function
+        return out
+
+
+def test_devices_without_float64(monkeypatch):
+    monkeypatch.setattr(wan, "widest_float", lambda device: torch.float32)
+    timestep = torch.tensor([996.0, 608.0])
+    exact = timestep_embedding(timestep, 256)
+    with NoFloat64():
+        assert rope_angles((3, 4, 5), 128, "meta").shape == (60, 64)
+        timestep_embedding(timestep.to("meta"), 256)
+    monkeypatch.undo()
+    torch.testing.assert_close(timestep_embedding(timestep, 256), exact, rtol=0, atol=2e-4)
 
 
 # ---- state dicts

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, sizes
+from .devices import widest_float
 from .errors import TurboError
 from .memory import peak_memory, reset_peak_memory
 from .sampler import sample_rcm
@@ -246,7 +247,7 @@ def sample(
             step_seconds.append(time.perf_counter() - start)
         return x - sigma.view(-1, 1, 1, 1, 1) * velocity.to(x.dtype)
 
-    state_dtype = torch.float32 if device.type == "mps" else torch.float64
+    state_dtype = widest_float(device)
     callback = (lambda event: progress(event["i"] + 1)) if progress else None
     x = noise().to(state_dtype) * sigmas[0].item()
     return sample_rcm(denoise, x, sigmas, ode=ode, noise_sampler=noise, callback=callback).float()

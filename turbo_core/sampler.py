@@ -2,6 +2,8 @@
 
 import torch
 
+from .devices import widest_float
+
 
 def _default_noise(x):
     return lambda sigma, sigma_next: torch.randn_like(x)
@@ -23,7 +25,7 @@ def sample_rcm(model, x, sigmas, extra_args=None, callback=None, disable=None, o
     extra_args = extra_args or {}
     noise_sampler = noise_sampler or _default_noise(x)
     dtype = x.dtype
-    state_dtype = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    state_dtype = widest_float(x.device)
     x = x.to(state_dtype)
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
         x_in = x.to(dtype)

@@ -4,6 +4,7 @@ Dense or sparse-linear self-attention, float or int8 linears. Matrices compute i
 modulation, the timestep path and the head in float32, as in the reference.
 """
 
+import functools
 import math
 import re
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .devices import widest_float
 from .errors import TurboError
 from .int8 import check_scale, int8_linear
 from .sla import sparse_linear_attention
@@ -20,8 +22,27 @@ PATCH = (1, 2, 2)
 QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
 
 
+_SLICE = 1 << 24  # elements computed in float32 at a time: one copy of the tokens is 1.5 GB at 14B and 720p
 _NO_FIT = "state dict does not fit a Wan model"
 _BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
+
+
+def _slices(x):
+    """Slices of the tokens of x [B, L, ...], whole int8 blocks of 128 of them."""
+    step = max(1, _SLICE * x.shape[1] // x.numel() // 128) * 128
+    return [slice(start, start + step) for start in range(0, x.shape[1], step)]
+
+
+def _by_slices(function, x):
+    """function(x [B, L, C]) -> [B, L, ...], computed slice by slice: tokens must not see each other in it."""
+    out = None
+    for part in _slices(x):
+        y = function(x[:, part])
+        if y.shape[1] == x.shape[1]:
+            return y
+        out = y.new_empty(*x.shape[:2], *y.shape[2:]) if out is None else out
+        out[:, part] = y
+    return out
 
 
 class Int8Linear(nn.Module):
@@ -44,7 +65,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float()
+        return _by_slices(lambda x: F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), x)
 
 
 def _layer_norm(x, eps, weight=None, bias=None):
@@ -55,8 +77,9 @@ def _layer_norm(x, eps, weight=None, bias=None):
 
 def timestep_embedding(timestep, dim: int):
     """Sinusoidal embedding, cosines first. timestep [B] (0 to 1000) -> float32 [B, dim]."""
-    frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
-    angle = timestep.double()[:, None] * frequency
+    exact = widest_float(timestep.device)
+    frequency = torch.pow(10000, -torch.arange(dim // 2, dtype=exact, device=timestep.device) / (dim // 2))
+    angle = timestep.to(exact)[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], 1).float()
 
 
@@ -69,8 +92,8 @@ def rope_angles(grid, head_dim: int, device=None):
     spatial = 2 * (head_dim // 6)
     axes = []
     for size, dim in zip(grid, (head_dim - 2 * spatial, spatial, spatial)):
-        frequency = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        axes.append(torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequency))
+        frequency = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        axes.append(torch.outer(torch.arange(size, dtype=torch.float64), frequency).float().to(device))
     t, h, w = grid
     time, height, width = axes
     return torch.cat(
@@ -80,15 +103,17 @@ def rope_angles(grid, head_dim: int, device=None):
             width[None, None].expand(t, h, w, -1),
         ],
         -1,
-    ).reshape(t * h * w, -1).float()
+    ).reshape(t * h * w, -1)
 
 
 def apply_rope(x, angles):
     """Rotate neighbouring channel pairs of x [B, L, H, D] by angles [L, D / 2], in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+    out = torch.empty_like(x)
+    for part in _slices(x):
+        cos, sin = angles[part].cos()[:, None], angles[part].sin()[:, None]
+        even, odd = x[:, part].float().unflatten(-1, (-1, 2)).unbind(-1)
+        out[:, part] = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    return out
 
 
 class Attention(nn.Module):
@@ -116,7 +141,8 @@ class Attention(nn.Module):
         k = self.norm_k(self.k(source)).unflatten(-1, heads)
         v = self.v(source).unflatten(-1, heads)
         if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q = apply_rope(q, angles)
+            k = apply_rope(k, angles)
         if topk is None:
             out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         else:
@@ -140,13 +166,17 @@ class Block(nn.Module):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).chunk(6, 1)
 
-        def modulated(shift, scale):
-            return torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale).to(x.dtype)
+        def modulated(x, shift, scale):
+            return _by_slices(lambda x: torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale).to(x.dtype), x)
 
-        y = self.self_attn(modulated(shift1, scale1), angles=angles, topk=topk, precision=precision)
-        x = torch.addcmul(x, y, gate1.to(x.dtype))
-        x = x + self.cross_attn(_layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype), context)
-        y = self.ffn(modulated(shift2, scale2))
+        def normed(x):
+            return _layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
+
+        attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision)
+        x = torch.addcmul(x, attend(modulated(x, shift1, scale1)), gate1.to(x.dtype))
+        x = x + self.cross_attn(_by_slices(normed, x), context)
+        y = modulated(x, shift2, scale2)
+        y = _by_slices(self.ffn, y.view(1, -1, y.shape[-1])).view_as(x)  # one batch: int8 blocks run through samples
         return torch.addcmul(x, y, gate2.to(x.dtype))
 
 
@@ -160,7 +190,9 @@ class Head(nn.Module):
     def forward(self, x, time):
         """x [B, L, dim], time float32 [B, dim] -> float32 [B, L, patch * out_dim]."""
         shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
-        return _float_linear(self.head, torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale))
+        return _by_slices(
+            lambda x: _float_linear(self.head, torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale)), x
+        )
 
 
 def _float_linear(layer, x):
