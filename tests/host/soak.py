@@ -86,7 +86,7 @@ def soak(server, jobs, progress=None):
 
 
 def complaints(runs):
-    """What went wrong, in words: failures, and outputs of one prompt that differ from one another."""
+    """What went wrong, in words: failures, outputs of one prompt that differ, of two prompts that do not."""
     found, seen = [], {}
     for number, run in enumerate(runs):
         wanted = {"execution_success"} if run.asked is None else {"execution_success", "execution_interrupted"}
@@ -94,7 +94,10 @@ def complaints(runs):
             found.append(f"run {number} ({run.job}) ended as {run.status}: {run.error}")
         elif run.digests and seen.setdefault(run.job, run.digests) != run.digests:
             found.append(f"run {number} ({run.job}) differs from an earlier run of the same prompt")
-    return found
+    makers = collections.defaultdict(list)
+    for job, digests in seen.items():
+        makers[digests].append(job)
+    return found + [f"the same output from {' and from '.join(jobs)}" for jobs in makers.values() if len(jobs) > 1]
 
 
 def growth(rss, warm_up):
@@ -134,7 +137,7 @@ def against_fresh(comfyui, base, runs, chosen):
     return rows
 
 
-def report(runs, fresh, warm_up, seconds):
+def report(runs, fresh, warm_up, seconds, system):
     """The results as they go to soak.json."""
     rss = [run.rss for run in runs]
     first, last, by_median, by_line = growth(rss, warm_up)
@@ -143,6 +146,9 @@ def report(runs, fresh, warm_up, seconds):
     repeated = collections.Counter(run.job for run in runs if run.digests)
     different = [f"run {row['run']} differs from a fresh process" for row in fresh if not row["equal"]]
     return {
+        "comfyui": system["comfyui_version"],
+        "torch": system["pytorch_version"],
+        "threads": 1,
         "runs": len(runs),
         "seconds": round(seconds, 1),
         "warm_up": warm_up,
@@ -182,11 +188,13 @@ def main():
         base = host.make_base(Path(folder) / "base", Path(folder) / "tiny")
         server, begun = host.start(comfyui, base), time.monotonic()
         try:
+            system = host.get_json(server, "/system_stats")["system"]
             runs = soak(server, jobs, say)
         finally:
             host.stop(server)
         seconds = time.monotonic() - begun
-        result = report(runs, against_fresh(comfyui, base, runs, sampled(runs, jobs)), warm_up, seconds)
+        fresh = against_fresh(comfyui, base, runs, sampled(runs, jobs))
+    result = report(runs, fresh, warm_up, seconds, system)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     interrupted = [number for number, run in enumerate(runs) if run.status == "execution_interrupted"]

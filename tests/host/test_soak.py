@@ -1,0 +1,54 @@
+"""The soak test in short: two dozen runs in one server, interrupts among them, and one again in a fresh process."""
+
+import pytest
+
+from . import server as host
+from . import soak
+from .conftest import find_comfyui
+from .soak_prompts import KINDS, SMALL, Job, schedule
+
+pytestmark = pytest.mark.host
+MODEL = 9e6  # bytes of the smallest network of the family as it is in memory
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    return host.make_base(tmp_path_factory.mktemp("soak"), tiny)
+
+
+def test_two_dozen_runs_neither_fail_nor_differ_nor_keep_their_models(base):
+    jobs = [(Job(job.kind, job.lora, job.seed, job.size if stop else SMALL), stop) for job, stop in schedule(24)]
+    server = host.start(find_comfyui(), base)
+    try:
+        runs = soak.soak(server, jobs)
+    finally:
+        host.stop(server)
+    assert soak.complaints(runs) == []
+    assert sum(run.status == "execution_interrupted" for run in runs) >= 3
+    assert {(job.kind, job.lora) for job, _ in jobs} == {(kind, lora) for kind in KINDS for lora in (False, True)}
+    first, last, *_ = soak.growth([run.rss for run in runs], 8)
+    assert last - first < 2 * MODEL, [round(run.rss / 1e6) for run in runs]  # kept models would be twelve
+    number, job = next((n, job) for n, job in soak.sampled(runs, jobs).items() if job.kind == "i2v_experts")
+    (row,) = soak.against_fresh(find_comfyui(), base, runs, {number: job})
+    assert row["equal"], row
+
+
+def test_what_grows_is_told_from_what_only_varies():
+    """Theil's line and the medians on figures of which the answer is known."""
+    steady = [900 + 50 * (n % 7 == 0) for n in range(200)]
+    assert soak.growth(steady, 30)[2:] == (0, 0)
+    rising = [900 + n + 50 * (n % 7 == 0) for n in range(200)]
+    first, last, by_median, by_line = soak.growth(rising, 30)
+    assert by_median == pytest.approx((last - first) / first) and by_median > 0.1
+    assert by_line * first == pytest.approx(169, rel=0.01)
+
+
+def test_what_the_soak_complains_of():
+    def run(status="execution_success", digests=("a", "b"), asked=None, job="job"):
+        return soak.Done(job, asked, status, 4, 0, digests, "no such file")
+
+    assert soak.complaints([run(), run(), run("execution_interrupted", (), asked=2), run(asked=1)]) == []
+    assert "differs" in soak.complaints([run(), run(digests=("a", "c"))])[0]
+    assert "same output from job and from lora" in soak.complaints([run(), run(job="lora")])[0], "it had no effect"
+    assert "no such file" in soak.complaints([run("execution_error", ())])[0]
+    assert "interrupted" in soak.complaints([run("execution_interrupted", ())])[0], "nobody asked for it"
