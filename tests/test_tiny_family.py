@@ -9,7 +9,15 @@ from safetensors import safe_open
 
 from turbo_core.checkpoint import inspect
 from turbo_core.errors import TurboError
-from turbo_core.tiny_family import MARKER, TEXT_CONFIG, captions, make_tiny, tiny_tokenizer, tiny_vae
+from turbo_core.tiny_family import (
+    MARKER,
+    TEXT_CONFIG,
+    captions,
+    make_tiny,
+    make_tiny_for_comfyui,
+    tiny_tokenizer,
+    tiny_vae,
+)
 from turbo_core.vae import decode_video, load_vae
 
 
@@ -81,3 +89,14 @@ def test_an_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TurboError, match="Choose another"):
         make_tiny(tmp_path / "file" / "tiny")
+
+
+def test_for_comfyui_the_files_lie_where_its_loaders_look(tmp_path):
+    with pytest.raises(TurboError, match="models folder of a ComfyUI"):
+        make_tiny_for_comfyui(tmp_path / "models")
+    make_tiny_for_comfyui(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) == 9
+    assert {"vae/tiny_wan_vae.safetensors", "text_encoders/tiny_umt5.safetensors"} < files
+    assert {f"diffusion_models/TinyWan2.1-T2V{kind}.pth" for kind in ("", "-quant")} < files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diffusion_models", "text_encoders", "vae"]

@@ -233,9 +233,10 @@ def _doctor(arguments) -> None:
 
 def _make_tiny(arguments) -> None:
     from .console import human_bytes
-    from .tiny_family import make_tiny
+    from .tiny_family import make_tiny, make_tiny_for_comfyui
 
-    make_tiny(arguments.folder, arguments.seed, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))
+    make = make_tiny_for_comfyui if arguments.comfyui else make_tiny
+    make(arguments.folder, arguments.seed, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("make-tiny", parents=[common], help="a complete small model family for tests")
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--comfyui", action="store_true", help="DIR is the models folder of a ComfyUI")
     command.set_defaults(run=_make_tiny)
     return parser
 
