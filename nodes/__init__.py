@@ -38,10 +38,22 @@ class TurboWanExtension(ComfyExtension):
     async def get_node_list(self):
         _check_host()
         try:
-            from . import attention, compare, convert, doctor, loader, quantize, sampling, save, size, text_encoder
+            from . import (
+                attention,
+                compare,
+                convert,
+                doctor,
+                loader,
+                lora_report,
+                quantize,
+                sampling,
+                save,
+                size,
+                text_encoder,
+            )
         except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
             raise ImportError(_cure(error)) from error
 
         sampling.register_scheduler()
-        modules = loader, quantize, attention, sampling, save, text_encoder, size, compare, doctor, convert
+        modules = loader, lora_report, quantize, attention, sampling, save, text_encoder, size, compare, doctor, convert
         return [node for module in modules for node in module.NODES]

@@ -1,0 +1,58 @@
+"""TurboLoraReport: a LoRA in any tool's spelling on a MODEL, and what of it acts where, as text."""
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..turbo_core.errors import TurboError
+from .lora_facts import Examined
+from .show import show
+
+
+class TurboLoraReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TurboLoraReport",
+            display_name="Turbo LoRA Report",
+            category="model/loaders",
+            description="Says what of a LoRA acts on a MODEL: which tensors match which layers, which do not and why, "
+            "its rank, and what int8 weights do to it. Also applies it, in the spelling of any training tool "
+            "(ComfyUI's own LoRA nodes do not read diffusers names for Wan).",
+            search_aliases=["lora", "lora keys", "lora key not loaded", "diffusers lora", "load lora", "TurboWan"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that the LoRA is for."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Of the LoRA in the model that comes out; the report is about strength 1.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="report"), io.Model.Output(tooltip="The model with this LoRA.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TurboError(f"{path} is not a LoRA: expected a flat file of tensors, got nested entries.")
+        examined = Examined(model, tensors, metadata)
+        text = examined.text(lora_name)
+        show(cls, text)
+        patched = model.clone()
+        if examined.patches and strength:
+            patched.add_patches(examined.patches, strength)
+        return io.NodeOutput(text, patched, ui=ui.PreviewText(text))
+
+
+NODES = [TurboLoraReport]

@@ -1,0 +1,104 @@
+"""Names in LoRA files for Wan: which layer a tensor belongs to in any tool's spelling, and why one belongs to none."""
+
+import re
+
+_PREFIX = re.compile(
+    r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer(?:_2)?|unet|pipe\.dit|dit|module|net)\."
+    r"|lora_unet__?|lora_transformer_|lycoris_)+"
+)
+_PART = re.compile(  # what a tensor is to its layer; the longest name that leaves a layer in front
+    r"[._](?:lora_(?:A|B)(?:\.[^.]+)?(?:\.weight)?|lora_(?:up|down|mid)\.weight|lora(?:_linear_layer)?\.(?:up|down)\.weight"
+    r"|(?:hada|lokr)_\w+|alpha|dora_scale|lora_magnitude_vector(?:\.[^.]+)*|diff|diff_b|set_weight|reshape_weight"
+    r"|w_norm|b_norm|oft_\w+|rescale|[ab][12]\.weight)$"
+)
+_NAMED_ADAPTER = re.compile(r"(lora_[AB])\.(?!weight$)[^.]+\.weight$")
+_TEXT = re.compile(r"(?:lora_(?:prior_)?te\d?_|text_encoders?[._\d]|te\d?\.|clip_[lgh]\.|t5xxl\.)")
+_DIFFUSERS = (  # official name, name in diffusers, both as regular expressions that undo each other
+    (r"blocks\.(\d+)\.self_attn\.([qkv])", r"blocks.\1.attn1.to_\2"),
+    (r"blocks\.(\d+)\.self_attn\.o", r"blocks.\1.attn1.to_out.0"),
+    (r"blocks\.(\d+)\.cross_attn\.([qkv])", r"blocks.\1.attn2.to_\2"),
+    (r"blocks\.(\d+)\.cross_attn\.o", r"blocks.\1.attn2.to_out.0"),
+    (r"blocks\.(\d+)\.cross_attn\.([kv])_img", r"blocks.\1.attn2.add_\2_proj"),
+    (r"blocks\.(\d+)\.cross_attn\.norm_k_img", r"blocks.\1.attn2.norm_added_k"),
+    (r"blocks\.(\d+)\.self_attn\.(norm_[qk])", r"blocks.\1.attn1.\2"),
+    (r"blocks\.(\d+)\.cross_attn\.(norm_[qk])", r"blocks.\1.attn2.\2"),
+    (r"blocks\.(\d+)\.ffn\.0", r"blocks.\1.ffn.net.0.proj"),
+    (r"blocks\.(\d+)\.ffn\.2", r"blocks.\1.ffn.net.2"),
+    (r"blocks\.(\d+)\.norm3", r"blocks.\1.norm2"),
+    (r"time_embedding\.0", r"condition_embedder.time_embedder.linear_1"),
+    (r"time_embedding\.2", r"condition_embedder.time_embedder.linear_2"),
+    (r"time_projection\.1", r"condition_embedder.time_proj"),
+    (r"text_embedding\.0", r"condition_embedder.text_embedder.linear_1"),
+    (r"text_embedding\.2", r"condition_embedder.text_embedder.linear_2"),
+    (r"img_emb\.proj\.1", r"condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"img_emb\.proj\.3", r"condition_embedder.image_embedder.ff.net.2"),
+    (r"head\.head", r"proj_out"),
+)
+_FAMILIES = (  # the first whose layer names these are
+    ("Flux, Chroma or HunyuanVideo", r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d"),
+    ("Qwen-Image", r"transformer_blocks[._]\d+[._](attn[._]add_|img_m|txt_m)"),
+    ("LTX-Video or another model with transformer_blocks", r"transformer_blocks[._]\d"),
+    ("Stable Diffusion 3", r"joint_blocks[._]\d"),
+    ("Stable Diffusion or SDXL", r"(input|output|down|up)_blocks[._]\d|mid(dle)?_block"),
+    ("Z-Image or Lumina", r"(^|[._])layers[._]\d+[._](attention|feed_forward)"),
+)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(layer without the prefixes of any tool, part) of a tensor's name; part is "" where it is of an unknown kind."""
+    match = _PART.search(name)
+    layer, part = (name[: match.start()], name[match.start() + 1 :]) if match else (name, "")
+    return layer[_PREFIX.match(layer).end() :] if _PREFIX.match(layer) else layer, part
+
+
+def spellings(layer: str) -> list[str]:
+    """How tools write the name of an official layer: as it is, as diffusers has it, and both with underscores."""
+    names = [layer]
+    for official, diffusers in _DIFFUSERS:
+        if re.fullmatch(official, layer):
+            names.append(re.sub(official, diffusers, layer))
+    return list(dict.fromkeys(names + [name.replace(".", "_") for name in names]))
+
+
+def in_comfyui_names(names, layers) -> dict[str, str]:
+    """{name: the name that ComfyUI reads} of those tensors that belong to one of the layers of a Wan model.
+
+    layers: official names, "blocks.0.self_attn.q". Tensors whose layer or part is unknown are left out.
+    """
+    lookup = {written: layer for layer in layers for written in spellings(layer)}
+    result = {}
+    for name in names:
+        layer, part = split_name(name)
+        if part and layer in lookup and not _TEXT.match(name):
+            part = _NAMED_ADAPTER.sub(r"\1.weight", part)
+            result[name] = f"diffusion_model.{lookup[layer]}.{part}"
+    return result
+
+
+def why_not(names, layers) -> dict[str, list[str]]:
+    """{why: names} for tensors of a LoRA file that act on none of the layers of a Wan model, in a few words each."""
+    known = {re.sub(r"\d+", "0", written) for layer in layers for written in spellings(layer)}
+    blocks = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)", layer) for layer in layers) if m), default=-1)
+    reasons = {}
+    for name in names:
+        reasons.setdefault(_reason(name, known, blocks), []).append(name)
+    return reasons
+
+
+def _reason(name, known, blocks):
+    layer, part = split_name(name)
+    if _TEXT.match(name):
+        return "for a text encoder; Wan's umT5 takes none"
+    for family, pattern in _FAMILIES:
+        if re.search(pattern, layer):
+            return f"for {family}, not for Wan"
+    block = re.search(r"(?:^|[._])blocks[._](\d+)", layer)
+    if block and int(block[1]) >= blocks and re.sub(r"\d+", "0", layer) in known:
+        return f"for a Wan with more blocks; this one has {blocks}"
+    if re.search(r"[kv]_img|add_[kv]_proj|norm_added_k|img_emb|image_embedder", layer):
+        return "for the image branch of an I2V model, which this one does not have"
+    if not part:
+        return "of a kind that is unknown here"
+    if part.startswith("lora_magnitude_vector"):
+        return "a DoRA magnitude as PEFT stores it, which ComfyUI does not read"
+    return "for a layer that this model does not have"
