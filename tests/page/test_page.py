@@ -111,7 +111,7 @@ def test_a_missing_node_would_be_noticed(stub_page):
 
 def test_a_workflow_runs_from_the_page(host_page):
     """Run button to video, with the one change that a small text encoder needs."""
-    workflow = workflow_api.load("turbowan_t2v_turbo_sampler")
+    workflow = workflow_api.load("turbowan_t2v_ksampler")  # the one whose size is typed into its latent
     for node in workflow["nodes"]:
         if node["type"] == "CLIPLoader":
             node.update(type="TurboTextEncoderLoader", widgets_values=node["widgets_values"][:1])
