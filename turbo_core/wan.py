@@ -149,6 +149,7 @@ class Attention(nn.Module):
             proj = self.proj_l
             weight, bias = (None, None) if proj is None else (proj.weight, proj.bias)
             out = sparse_linear_attention(q, k, v, weight, bias, topk, precision=precision)
+        del q, k, v  # three times the size of what o is about to make
         return self.o(out.flatten(2))
 
 
