@@ -91,7 +91,7 @@ def find_comfyui():
 
 
 def host_environment():
-    lines = (find_comfyui() / "requirements.txt").read_text().splitlines()
+    lines = (find_comfyui() / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line.split("#")[0].strip() for line in lines]
     wanted = [w for w in wanted if w and not w.startswith("-") and requirement_name(w) not in HOST_SKIPS]
     return environment(".venv-host", ["torch==2.13.0", "pytest", "rich", *wanted])
@@ -108,7 +108,7 @@ def environment(name, requirements):
     inputs = [(ROOT / f).read_bytes() for f in ("pyproject.toml", "constraints.txt")]
     stamp = folder / "installed-for"
     state = hashlib.sha256(b"\0".join([*inputs, *(r.encode() for r in requirements)])).hexdigest()
-    if not python.is_file() or not stamp.is_file() or stamp.read_text() != state:
+    if not python.is_file() or not stamp.is_file() or stamp.read_text(encoding="utf-8") != state:
         print(f"Setting up {folder.name} (the first time takes a few minutes) ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         editable = ["-e", requirements[0]] if requirements[0].startswith(".") else requirements
@@ -118,7 +118,7 @@ def environment(name, requirements):
             subprocess.run([*pip, *constraints, *editable], cwd=ROOT, check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"Installation failed, pip's words are above. Is the network there? Then run it again. ({error})")
-        stamp.write_text(state)
+        stamp.write_text(state, encoding="utf-8")
     return python
 
 

@@ -152,6 +152,21 @@ def test_no_links_and_no_shell_scripts():
     assert not [name for name in modes if name.endswith((".sh", ".bash", ".bat", ".ps1"))]
 
 
+def test_text_files_are_opened_with_their_encoding():
+    """Else Windows takes the code page of its language."""
+    for file in git("ls-files", "run.py", "__init__.py", "nodes", "turbo_core", "kernels", "benchmarks"):
+        if not file.endswith(".py") or not (ROOT / file).exists():
+            continue
+        for call in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            words = {ast.unparse(a) for a in call.args} | {f"{k.arg}=" for k in call.keywords}
+            binary = name == "open" and any(re.fullmatch(r"'[rwax+]*b[+]?'", word) for word in words)
+            ours = name in ("read_text", "write_text") or (name == "open" and isinstance(call.func, ast.Name))
+            assert not ours or binary or words & {"encoding=", "'utf-8'"}, f"{file}:{call.lineno}"
+
+
 # ---- wheel
 
 
@@ -309,6 +324,7 @@ def test_converting_into_a_read_only_folder_says_so(read_only):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("moment", ["replace", "rename"])  # at the end, and before anything is written
 @pytest.mark.parametrize(
     "error",
     [
@@ -316,16 +332,24 @@ def test_converting_into_a_read_only_folder_says_so(read_only):
         OSError(errno.EINVAL, "The requested operation cannot be performed"),  # 1224: a program has it mapped
     ],
 )
-def test_a_target_that_windows_does_not_let_go_stays_whole(odd, tmp_path, monkeypatch, error):
+def test_a_target_that_windows_does_not_let_go_stays_whole(odd, tmp_path, monkeypatch, error, moment):
     """Windows does not replace a file that a program, ComfyUI itself for one, has open or mapped."""
-    target = tmp_path / "x.safetensors"
+    target, calls = tmp_path / "x.safetensors", []
     checkpoint.convert(odd / "TinyWan2.1-T2V.pth", target, "int8_block")
     before = target.read_bytes()
 
     def refuse(source, destination):
         raise error
 
-    monkeypatch.setattr(stream_safetensors.os, "replace", refuse)
-    with pytest.raises(TurboError, match=r"x\.safetensors could not be written .*Nothing is left over"):
-        checkpoint.convert(odd / "TinyWan2.1-T2V.pth", target, "bf16")
+    monkeypatch.setattr(stream_safetensors.os, moment, refuse)
+    with pytest.raises(TurboError, match=r"x\.safetensors could not be written .*ComfyUI has.*another name"):
+        checkpoint.convert(odd / "TinyWan2.1-T2V.pth", target, "bf16", lambda *call: calls.append(call))
+    assert bool(calls) == (moment == "replace")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"] and target.read_bytes() == before
+
+
+def test_output_fits_any_console(odd):
+    """A path that the code page of a pipe has no letters for is no reason to fail."""
+    command = [sys.executable, "-m", "turbo_core", "inspect", str(odd / "TinyWan2.1-T2V.pth")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 0 and rb"\u041c\u043e\u0438" in done.stdout, done.stderr.decode()

@@ -20,6 +20,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main(argv=None) -> int:
     """Run one command and return its exit code."""
+    if hasattr(sys.stdout, "reconfigure"):  # a path in Cyrillic, piped on a western Windows, has no letters in cp1252
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     # every model is read from the files named; the libraries underneath must not look anything up
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -29,7 +29,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def available_memory() -> tuple[int, int] | None:
     """(available, total) bytes of main memory, or None where the system does not tell."""
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             lines = dict(line.split(":", 1) for line in file)
         return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     except (OSError, KeyError):

@@ -14,6 +14,10 @@ from .errors import TurboError
 from .tensor_file import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_IN_USE = (
+    "Check the rights to that folder, and that no program has the file open (ComfyUI has, while its MODEL is loaded): "
+    "or choose another name."
+)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -79,6 +83,9 @@ def check_target(target: Path, size: int) -> None:
         raise TurboError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
     if target.is_dir():
         raise TurboError(f"{target} is a folder. Expected the name of a file to write.")
+    if target.exists():
+        with _writing(target):
+            os.rename(target, target)  # does nothing, and on Windows says now whether a program has the file open
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise TurboError(
@@ -99,8 +106,9 @@ def _writing(target: Path):
     except OSError as error:
         cure = {
             errno.ENOSPC: "The disk is full: free some room or write to another disk.",
-            errno.EACCES: "Check the rights to that folder, and that no program has the file open.",
-            errno.EPERM: "Check the rights to that folder, and that no program has the file open.",
+            errno.EACCES: _IN_USE,
+            errno.EPERM: _IN_USE,
+            errno.EINVAL: _IN_USE,  # Windows' error 1224, of a file that is mapped
             errno.EROFS: "That disk is read-only: write to another one.",
         }.get(error.errno, "Check the disk, or write to another one.")
         raise TurboError(

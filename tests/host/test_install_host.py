@@ -202,6 +202,17 @@ def test_too_old_a_comfyui_is_told_which_one_is_needed(load, monkeypatch, versio
     _one_line(load(), f"TurboWan needs ComfyUI 0.33 or newer, this is {version}: update ComfyUI.")
 
 
+def test_a_comfyui_from_before_comfy_api_is_told_too(load, monkeypatch):
+    """It knows no comfy_entrypoint, looks for NODE_CLASS_MAPPINGS and would only say that there is none."""
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, usual=importlib.util.find_spec: None if name == "comfy_api" else usual(name),
+    )
+    _, line = load()  # a traceback comes before it, as from any pack that cannot be imported
+    _one_line([line], "Cannot import", "TurboWan needs ComfyUI 0.33 or newer")
+
+
 @pytest.mark.parametrize("version", ["0.33.0", "0.40.1", "1.0.0", "0.34.0rc1"])
 def test_newer_ones_are_taken(load, monkeypatch, version):
     fake = types.SimpleNamespace(__version__=version, __file__=str(find_comfyui() / "comfyui_version.py"))
