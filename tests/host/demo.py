@@ -21,7 +21,7 @@ from . import server as host
 WORKFLOW = "turbowan_t2v_turbo_sampler"
 SIZE = (192, 112, 25)
 STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",
-          "VAELoader": "decoding", "VAEDecode": "decoding", "CreateVideo": "MP4", "SaveVideo": "MP4"}  # fmt: skip
+          "VAELoader": "VAE", "VAEDecode": "decoding", "CreateVideo": "MP4", "SaveVideo": "MP4"}  # fmt: skip
 
 
 class Stopwatch:
