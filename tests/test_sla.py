@@ -309,6 +309,13 @@ def test_linear_branch_sees_all_keys_and_the_unshifted_ones():
     torch.testing.assert_close((whole - sparse).double(), linear_attention(q, k, v, weight, bias), rtol=1e-4, atol=1e-5)
 
 
+def test_linear_branch_in_float16_does_not_overflow():
+    q, k, v = qkv(8192, dtype=torch.float16)
+    v += 1000  # 8192 / 64 * 1000 is above 65504
+    out = sla.linear_branch(q, k, v, torch.eye(64), torch.zeros(64))
+    torch.testing.assert_close(out, torch.full_like(out, 1000), rtol=0.01, atol=0)
+
+
 def test_linear_branch_in_bf16_with_float32_projection():
     q, k, v = qkv(720, h=2, d=128, dtype=torch.bfloat16)
     v += 0.5

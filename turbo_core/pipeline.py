@@ -291,8 +291,10 @@ def _stages(seconds: dict, progress):
 
 
 def _synchronize(device: torch.device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # not always the current one
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _release(device: torch.device):

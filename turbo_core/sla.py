@@ -152,7 +152,8 @@ def linear_branch(q, k, v, proj_weight, proj_bias, fold: bool = True):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     cq, ck = q.softmax(-1, dtype=torch.float32), k.softmax(-1, dtype=torch.float32)
     divisor = 1e-5 + cq @ ck.sum(2).unsqueeze(-1)
-    kv = ck.to(v.dtype).transpose(-1, -2) @ v
+    exact = torch.float32 if v.dtype == torch.float16 else v.dtype  # sums over all tokens leave the range of float16
+    kv = ck.to(exact).transpose(-1, -2) @ v.to(exact)
     weight, bias = proj_weight.float(), proj_bias.float()
     if fold:
         out = cq @ (kv.float() @ weight.t()) / divisor + bias
