@@ -53,7 +53,7 @@ def demo(arguments):
         "weights: this shows that all of it runs (4 steps, sparse-linear attention, W8A8), not how TurboWan looks."
     )
     if os.environ.get("COMFYUI_DIR"):
-        return call(host_environment(), "tests/host/demo.py", models, OUTPUT)
+        return call(host_environment(), "-m", "tests.host.demo", models, OUTPUT)
     return 0
 
 
