@@ -374,6 +374,20 @@ def test_another_model_by_pattern(comfy, lab, flux, kind):
     assert torch.equal(flux_output(lab, flux), before)
 
 
+def test_another_model_is_saved_and_loaded_by_the_host(comfy, lab, flux, tmp_path, monkeypatch):
+    """In the row format, which is the host's own."""
+    import folder_paths
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    quantized = lab.quantize(flux, "row", pattern="double_blocks.*, single_blocks.*, -*mod*")
+    out = flux_output(lab, quantized)
+    ModelSave().save(quantized, "flux")
+    sd, metadata = comfy.utils.load_torch_file(str(next(tmp_path.iterdir())), return_metadata=True)
+    again = comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in sd.items()}, metadata=metadata)
+    assert torch.equal(flux_output(lab, again), out)
+
+
 def test_pattern_on_wan(lab, stock):
     """All of the blocks, the image branch too; proj_l is of a fixed type and stays."""
 
