@@ -31,7 +31,7 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
         layer = key.removesuffix("_scale")
         sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
     parameters = comfy.utils.calculate_parameters(sd)
-    config = comfy.model_detection.model_config_from_unet(sd, "")
+    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=description.metadata)
     if config is None:
         raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
     config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)

@@ -51,9 +51,11 @@ def save_model(patcher, path):
             else:
                 yield name, stored_weight(patcher, prefix + name).detach().cpu()
 
-    config = patcher.model.model_config.unet_config
-    sizes = {"num_heads": config["num_heads"], "text_dim": config.get("text_dim", 4096)}
-    metadata = {"format": "pt", "config": json.dumps({"transformer": sizes})}
+    config = patcher.model.model_config
+    # what the host tells the family by: not all of it can be read off the weights (Animate-2, causal AR)
+    kind = {key: value for key, value in type(config).unet_config.items() if key != "image_model"}
+    sizes = {"num_heads": config.unet_config["num_heads"], "text_dim": config.unet_config.get("text_dim", 4096)}
+    metadata = {"format": "pt", "config": json.dumps({"transformer": {**kind, **sizes}})}
     return stream_safetensors(path, layout, tensors(), metadata)
 
 

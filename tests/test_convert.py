@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from turbo_core import checkpoint, rewrite, stream_safetensors
+from turbo_core import checkpoint, formats, rewrite, stream_safetensors
 from turbo_core.errors import TurboError
 from turbo_core.formats import FORMATS, PROJ_L
 from turbo_core.int8 import dequantize_block, dequantize_rows, quantize_block, quantize_rows
@@ -355,3 +355,22 @@ def test_every_format_reads_back(ragged, tmp_path):
         path = checkpoint.convert(ragged, tmp_path / f"{format}.safetensors", format).path
         found = checkpoint.inspect(path)
         assert (found.format, found.has_sla, found.num_heads) == (format, True, 3)
+
+
+def test_the_blocks_of_vace_are_quantized_as_quantizew8a8_does():
+    assert formats.is_quantizable("vace_blocks.0.ffn.0.weight")
+    assert not formats.is_quantizable("vace_blocks.0.after_proj.weight")
+
+
+def test_weights_lie_on_whole_cache_lines_whatever_the_metadata(tmp_path):
+    """A product of the same numbers rounds differently on a CPU when they lie otherwise."""
+    layout = {"a": (torch.float32, (3,)), "b": (torch.int8, (128, 64)), "c": (torch.bfloat16, (64, 32))}
+    tensors = [(name, torch.zeros(shape, dtype=dtype)) for name, (dtype, shape) in layout.items()]
+    for length in range(0, 70, 7):
+        path = tmp_path / f"{length}.safetensors"
+        stream_safetensors.stream_safetensors(path, layout, tensors, {"note": "x" * length})
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        offsets = {n: start + e["data_offsets"][0] for n, e in json.loads(data[8:start]).items() if n != "__metadata__"}
+        assert offsets["b"] % 64 == offsets["c"] % 64 == offsets["a"] % 4 == 0
+        assert len(data) == start + 128 * 64 + 64 * 32 * 2 + 12

@@ -23,7 +23,7 @@ _SLAB = 512  # rows in float32 at a time
 _WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 _RENAMED = {"int8_weight": "weight", "scale": "weight_scale", "scale_weight": "weight_scale"}
 _HELPERS = (".comfy_quant", ".input_scale", ".scale_input")  # describe a quantized layer, hold no weights
-_LINEAR = re.compile(r"blocks\.\d+\.(?:" + "|".join(map(re.escape, QUANTIZED_LINEARS)) + r")\.weight")
+_LINEAR = re.compile(r"(?:vace_)?blocks\.\d+\.(?:" + "|".join(map(re.escape, QUANTIZED_LINEARS)) + r")\.weight")
 _DELICATE = re.compile(r"\.proj_l\.|(?:^|\.)modulation$|\.norm[^.]*\.")
 
 

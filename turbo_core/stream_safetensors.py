@@ -18,6 +18,7 @@ _IN_USE = (
     "Check the rights to that folder, and that no program has the file open (ComfyUI has, while its MODEL is loaded): "
     "or choose another name."
 )
+_ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -59,17 +60,19 @@ def stream_safetensors(target, layout: Layout, tensors: Iterable, metadata: dict
 
 def _header(layout: Layout, metadata: dict[str, str]):
     """(header bytes, {name: offset in the data}, size of the file)"""
-    # widest dtype first, as safetensors itself does, so that every tensor is aligned and can be used where it lies
-    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}
+    # Tensors are used where they lie in the mapped file, and matrix products round by alignment on a CPU: whole cache
+    # lines first, which keeps them all aligned, then the rest, widest dtype first as safetensors itself does.
+    order = sorted(layout, key=lambda name: (sizes[name] % _ALIGNMENT > 0, -layout[name][0].itemsize, name))
     entries, places, offset = {"__metadata__": metadata}, {}, 0
     for name in order:
         dtype, shape = layout[name]
         places[name] = offset
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        end = offset + sizes[name]
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, places, 8 + len(text) + offset
 
 

@@ -175,6 +175,7 @@ def test_quantized_variant(comfy, lab, stock, tmp_path, name):
         assert lora > 0.05 and order < 0.03
         int8 = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.dtype == torch.int8}
         assert int8 == expected_layers(name)
+        assert type(again.model) is type(model.model)
         assert lab.weights(again).keys() == weights.keys()
         assert all(torch.equal(tensor, weights[key]) for key, tensor in lab.weights(again).items())
     assert torch.equal(evaluate(lab, model, name), dense), "the source is as it was"
