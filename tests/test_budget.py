@@ -127,14 +127,13 @@ def by_shape():
     return fake.FakeTensorMode()
 
 
-# topk 1.0 and dense where sparse attention, one row of blocks at a time, would take half a minute even without data
+# rows or floats, topk 1.0 or dense where the many slices would take a minute even without data
 @pytest.mark.parametrize(
     ("name", "size", "linears", "topk", "precision"),
     [
         ("t2v-1.3b", (832, 480, 81), "float", None, "bf16"),
         ("t2v-1.3b", (832, 480, 81), "int8_block", 0.1, "bf16"),
         ("t2v-1.3b", (832, 480, 81), "float", 0.1, "int8"),
-        ("t2v-14b", (1280, 720, 81), "int8_block", None, "bf16"),
         ("t2v-14b", (1280, 720, 81), "int8_row", None, "bf16"),
         ("i2v-a14b", (1280, 720, 81), "float", 1.0, "bf16"),
     ],
@@ -215,9 +214,10 @@ def test_verdicts_follow_the_room():
     assert stages(12, size=(1280, 720, 81))["VAE decode"].fits == "resident"
     tiled = stages(8, size=(1280, 720, 81))["VAE decode"]
     assert tiled.fits == "tiled" and "in one piece it is 9." in tiled.verdict
-    assert stages(8, size=(1280, 720, 81))["sampling"].fits == "no"
+    assert stages(8, size=(1280, 720, 81))["sampling"].fits == "offload"
+    assert stages(5, size=(1280, 720, 81))["sampling"].fits == "no"
     assert stages(32)["sampling"].fits == "resident"
-    two = stages(32, "i2v-a14b")
+    two = stages(24, "i2v-a14b")
     assert "one expert on the card" in two["sampling"].verdict and "VAE encode" in two
     assert "both experts" in stages(80, "i2v-a14b")["sampling"].verdict
     offload = stages(16)["sampling"]
@@ -263,7 +263,7 @@ def test_command(tmp_path, capsys):
     assert main(["plan", "--model", "t2v-14b", "--size", "720p", "--memory", "16"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "16 GiB: 1280x720" in out and "32 GiB:" not in out and "sampling" in out
-    assert "75600 tokens, first feed-forward matrix" in out and "not a measurement" in out
+    assert "75600 tokens, linear branch" in out and "not a measurement" in out
     torch.save(tiny_state_dict(0, TINY._replace(in_dim=36)), tmp_path / "tiny.pth")
     assert main(["plan", str(tmp_path / "tiny.pth"), "--size", "64x64", "--frames", "5", "--experts", "2"]) == 0
     out = capsys.readouterr().out

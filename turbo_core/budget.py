@@ -12,12 +12,13 @@ workspaces of libraries take on top is the allowance RESERVED.
 import math
 from typing import NamedTuple
 
+from . import int8, sla, wan
 from .describe import Description
 from .errors import TurboError
 from .formats import FLOATS, FORMATS, INTEGERS, is_delicate, is_quantizable
 from .int8 import block_scale_shape
 from .sizes import latent_shape
-from .sla import _CHUNK, PRECISIONS, kept_blocks
+from .sla import PRECISIONS, kept_blocks
 from .validate import Sizes, expected_shapes
 
 GIB = 2**30
@@ -94,7 +95,9 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
     linears: "float" (fp8 too, which is decoded), "int8_block" or "int8_row". topk None: dense attention.
     """
     size = model.sizes
-    e, f = tokens * size.dim, tokens * size.ffn_dim
+    e = tokens * size.dim
+    part = min(tokens, max(1, wan._SLICE // size.dim // 128) * 128)  # tokens of a slice
+    s = part * size.dim
     everywhere = {
         "latents and their conditioning, float32": 16 * tokens * (size.in_dim + size.out_dim),
         "embedded text": 2 * text * size.dim,
@@ -105,56 +108,59 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
     moments = {
         "RoPE of k": attention
         | {
-            "rotated q": 2 * e,
-            "k in float32": 4 * e,
-            "products, differences and sums of the rotation": 8 * e,
-            "sines and cosines": 4 * tokens * size.head_dim,
+            "rotated k": 2 * e,
+            "a slice of k in float32, and its products, differences and sums": 12 * s,
+            "sines and cosines": 4 * part * size.head_dim,
         }
     }
     if topk is not None:
         moments |= _sparse_moments(attention, model, tokens, topk, precision)
-    rest = everywhere | {"hidden state": 2 * e, "output of self-attention": 2 * e, "normed input": 2 * e}
+    rest = everywhere | {"hidden state": 2 * e, "normed input": 2 * e}
+    if part < tokens:
+        rest |= {"output of the feed-forward part": 2 * e}
+    f = part * size.ffn_dim
     if linears == "float":
         moments["GELU"] = rest | {"feed-forward before and after GELU": 4 * f}
-    elif linears == "int8_row":
-        moments["rounding for the second feed-forward matrix"] = rest | {
-            "feed-forward after GELU": 2 * f,
-            "the same in float32, as quotients and as int8": 9 * f,
-        }
-    else:
-        moments["first feed-forward matrix"] = rest | {
-            "int8 input and its scales": e + e // 32,
-            "sum, and the products of this column block and the last": 16 * f,
-        }
-        padded = 4 * f if tokens % 128 else 0
-        moments["rounding for the second feed-forward matrix"] = rest | {
-            "feed-forward after GELU": 2 * f,
-            "the same in float32, padded and as quotients": 8 * f + padded,
-        }
+        return moments
+    rows = min(part, max(1, int8._SLICE // max(size.dim, size.ffn_dim) // 128) * 128)  # of a slice inside that slice
+    x, y = rows * size.dim, rows * size.ffn_dim
+    padded = 4 * y if linears == "int8_block" and rows % 128 else 0
+    first = {"int8 input and its scales": x + x // 32, "sum, and the products of two column blocks": 16 * y}
+    if linears == "int8_block":
+        moments["first feed-forward matrix"] = rest | {"feed-forward before GELU": 2 * f} | first
+    rounding = "the same in float32, padded and as quotients" if linears == "int8_block" else "in float32 and as int8"
+    moments["rounding for the second feed-forward matrix"] = rest | {
+        "feed-forward after GELU": 2 * f,
+        "output of the second matrix": 2 * s,
+        rounding: 8 * y + padded if linears == "int8_block" else 9 * y,
+    }
     return moments
 
 
 def _sparse_moments(attention, model, tokens, topk, precision):
     e, head_dim = tokens * model.sizes.dim, model.sizes.head_dim
-    heads = model.sizes.dim // head_dim
+    heads = min(model.sizes.dim // head_dim, max(1, sla._HEADS // (tokens * head_dim)))  # worked on together
+    g = tokens * heads * head_dim
     of_one_row = heads * kept_blocks(topk, -(-tokens // 64)) * 64 * head_dim
-    gathered = of_one_row * min(-(-tokens // 128), max(1, _CHUNK // of_one_row))  # elements of k, and as many of v
+    room = sla._CHUNK // (4 if precision == "int8" else 2)
+    gathered = of_one_row * min(-(-tokens // 128), max(1, room // of_one_row))  # elements of k, and as many of v
     scores = gathered * 128 // head_dim
+    attention = attention | {"output": 2 * e}
     if precision == "int8":
-        wide = attention | {"q, k, v in float32": 12 * e, "their blocks": 12 * e}
+        wide = attention | {"q, k, v of some heads in float32": 12 * g, "their blocks": 12 * g}
         moments = {
-            "rounding k": wide | {"rounded q": 4 * e, "quotients of k": 4 * e},
+            "rounding k": wide | {"rounded q": 4 * g, "quotients of k": 4 * g},
             "sparse attention": wide
-            | {"output": 4 * e, "gathered keys and values": 8 * gathered, "scores and probabilities": 16 * scores},
+            | {"their output": 4 * g, "gathered keys and values": 8 * gathered, "scores, probabilities": 16 * scores},
         }
     else:
-        blocks = {"blocks of q, k, v": 6 * e, "output": 2 * e, "gathered keys and values": 4 * gathered}
-        moments = {"sparse attention": attention | blocks}
+        blocks = {"blocks of q, k, v of some heads": 6 * g, "their output": 2 * g}
+        moments = {"sparse attention": attention | blocks | {"gathered keys and values": 4 * gathered}}
     if model.has_sla:
         moments["linear branch"] = attention | {
-            "output of sparse attention": 2 * e,
-            "softmax of q and k over channels": 8 * e,
-            "product and quotient": 8 * e,
+            "sparse attention of some heads": 2 * g,
+            "softmax of their q and k over channels": 8 * g,
+            "product and quotient": 8 * g,
         }
     return moments
 
