@@ -6,6 +6,7 @@ test   style check and tests; also in the real ComfyUI where one is found (COMFY
        or ~/ComfyUI)
 check  style check only
 host   only the tests in the real ComfyUI
+soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
 bench  the benchmarks this machine can run, results in benchmarks/results/
 
 Needs Python 3.10 or newer and its standard library; everything else goes into .venv (and .venv-host for ComfyUI's own
@@ -30,7 +31,7 @@ HOST_SKIPS = ("torch", "torchvision", "torchaudio", "kornia", "spandrel", "pyope
 def main():
     if sys.version_info < (3, 10):  # noqa: UP036 (whoever runs this may have an older one)
         sys.exit("TurboWan needs Python 3.10 or newer, this is " + sys.version.split()[0])
-    verbs = {"demo": demo, "test": test, "check": check, "host": host, "bench": bench}
+    verbs = {"demo": demo, "test": test, "check": check, "host": host, "soak": soak, "bench": bench}
     if len(sys.argv) < 2 or sys.argv[1] not in verbs:
         sys.exit(__doc__)
     sys.exit(verbs[sys.argv[1]](sys.argv[2:]))
@@ -77,6 +78,12 @@ def host(arguments):
         print("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).", file=sys.stderr)
         return 1
     return call(host_environment(), "-m", "pytest", "-q", "tests/host", *arguments)
+
+
+def soak(arguments):
+    if find_comfyui() is None:
+        return host(arguments)
+    return call(host_environment(), "-m", "tests.host.soak", *arguments)
 
 
 def bench(arguments):

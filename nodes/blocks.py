@@ -76,6 +76,10 @@ class SLASelfAttention(wan.WanSelfAttention):
         settings = active_settings(transformer_options, x.shape[1], self.head_dim)
         if settings is None:
             return super().forward(x, freqs, transformer_options)
+        # q, k and v are gone by the time of the last product
+        return self.o(self._attend(x, freqs, settings, transformer_options))
+
+    def _attend(self, x, freqs, settings, transformer_options):
         heads = (self.num_heads, self.head_dim)
         q = apply_rope1(self.norm_q(self.q(x)).unflatten(-1, heads), freqs)
         k = apply_rope1(self.norm_k(self.k(x)).unflatten(-1, heads), freqs)
@@ -96,7 +100,7 @@ class SLASelfAttention(wan.WanSelfAttention):
         out = out.flatten(2)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
-        return self.o(out)
+        return out
 
 
 class SLAWanBlock(wan.WanAttentionBlock):
