@@ -236,6 +236,16 @@ def test_int8_linear_in_half_precision_rounds_once_at_the_end(fmt, dtype):
     assert_near(y, emulate(fmt, x, w, bias), torch.finfo(dtype).eps / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_float_product_in_half_precision_adds_less_than_its_output_rounding(dtype, monkeypatch):
+    monkeypatch.setattr(int8, "_has_slow_passes", lambda _: True)
+    x, w, bias = (gaussian(*s, seed=i, dtype=dtype) for i, s in enumerate([(140, 300), (130, 300), (130,)]))
+    y = int8.int8_linear(x, *int8.quantize_block(w), bias)
+    assert y.dtype == dtype
+    expected = torch.as_tensor(emulate("block", x, w, bias), dtype=torch.float64)
+    assert ((y.double() - expected).norm() / expected.norm()).item() < torch.finfo(dtype).eps / 2
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_int8_linear_does_not_saturate_at_the_largest_products(fmt):
     # int8 dot instructions with 16-bit intermediates give wrong sums here

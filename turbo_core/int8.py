@@ -133,11 +133,11 @@ def _mm_block(x_q, x_scale, w_q, w_scale):
 
 
 def _mm_float(x_q, x_scale, weight):
-    return dequantize_block(x_q, x_scale) @ weight
+    return dequantize_block(x_q, x_scale, weight.dtype) @ weight
 
 
 def _has_slow_passes(device) -> bool:
-    """True where reading and writing y once for each block of columns takes longer than a product in float32."""
+    """True where reading and writing y once for each block of columns takes longer than a product of floats."""
     return device.type != "cpu"
 
 
@@ -172,7 +172,9 @@ def _linear(x, weight_q, weight_scale, bias):
     elif not _has_slow_passes(x.device):
         quantize, multiply = quantize_block, _mm_block
     else:
-        quantize, multiply, weight = quantize_block, _mm_float, (dequantize_block(*weight).t(),)
+        # in x's own half precision, whose rounding is that of y and a tenth of int8's: tensor cores take no float32
+        dtype = x.dtype if x.dtype.itemsize == 2 else torch.float32
+        quantize, multiply, weight = quantize_block, _mm_float, (dequantize_block(*weight, dtype).t(),)
     y = x.new_empty(m, n)
     for start in range(0, m, step):
         part = multiply(*quantize(x[start : start + step]), *weight)
