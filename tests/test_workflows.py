@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from turbo_core.cli import main
+
 from . import workflow_api
 
 NAMES = workflow_api.names()
@@ -20,6 +22,7 @@ SHIPPED = {  # and the frames that each makes
     "turbowan_t2v_14b_720p": 81,
     "turbowan_t2v_ksampler": 81,
     "turbowan_t2v_turbo_sampler": 81,
+    "turbowan_try_it": 25,
     "wan_stock_faster": 81,
 }
 WEIGHT_FOLDERS = {"diffusion_models", "loras", "text_encoders", "vae"}
@@ -129,20 +132,30 @@ def test_links_lead_to_the_same_or_a_later_step(workflow):
         assert start <= end, (nodes[source]["type"], nodes[target]["type"])
 
 
-def test_the_note_names_every_file_with_its_folder_and_where_it_comes_from(workflow):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != workflow_api.MADE_HERE])
+def test_the_note_names_every_file_with_its_folder_and_where_it_comes_from(name):
+    workflow = workflow_api.load(name)
     notes, files = _notes(workflow), workflow_api.files(workflow)
-    wanted = {
-        node["widgets_values"][0]
-        for node in workflow["nodes"]
-        if node["type"] in workflow_api.FILES and node["type"] != "LoadImage"
-    }
-    assert {file for _, file in files} == wanted
+    assert {file for _, file in files} == workflow_api.asked_for(workflow)
     assert {folder for folder, _ in files} <= WEIGHT_FOLDERS
     for folder, file in files:
         assert f"  {folder}/\n" in notes and f"    {file}\n" in notes
         assert re.search(rf"\[{re.escape(file)}\]\(https://huggingface\.co/[\w./-]+/{re.escape(file)}\)", notes)
     for said in ("16 fps", "81 frames", "4n + 1"):
         assert said in notes
+
+
+def test_the_workflow_without_downloads_asks_for_files_that_its_note_says_how_to_make(tmp_path):
+    pytest.importorskip("sentencepiece")
+    workflow = workflow_api.load(workflow_api.MADE_HERE)
+    notes = _notes(workflow)
+    (command,) = re.findall(r"^python -m turbo_core (.+)$", notes, re.MULTILINE)
+    assert main([str(tmp_path) if part == "../../models" else part for part in command.split()]) == 0
+    made = {path.name: path.parent.name for path in tmp_path.glob("*/*")}
+    assert len(made) == 9 and "nine files" in notes
+    for file in workflow_api.asked_for(workflow):
+        assert f"  {made[file]}/\n    {file}\n" in notes
+    assert not workflow_api.files(workflow) and "http" not in json.dumps(workflow), "the page would offer a download"
 
 
 def test_links_offered_for_download_are_those_of_the_note(workflow):
@@ -156,13 +169,13 @@ def _length(prompt, value):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_makes_whole_seconds_at_sixteen_frames(schema, name):
+def test_it_makes_the_listed_frames_at_sixteen_a_second(schema, name):
     prompt = workflow_api.to_api(workflow_api.load(name), schema)
     nodes = [node["inputs"] for node in prompt.values()]
     lengths = [_length(prompt, inputs["length"]) for inputs in nodes if "length" in inputs and "width" in inputs]
     dropped = sum(inputs.get("batch_index") == 1 for inputs in nodes)  # the frame that two parts share
     assert sum(lengths) - dropped == SHIPPED[name]
-    assert max(lengths) == 81 or any(inputs.get("context_length") == 81 for inputs in nodes)
+    assert max(lengths) == min(SHIPPED[name], 81) or any(inputs.get("context_length") == 81 for inputs in nodes)
     (rate,) = [node["inputs"]["fps"] for node in prompt.values() if node["class_type"] == "CreateVideo"]
     assert rate == 16
 

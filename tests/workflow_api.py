@@ -11,6 +11,8 @@ GROWING = "COMFY_AUTOGROW_V3"  # as many inputs as are connected, called name.fi
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 TEXTS = ("tooltip", "description", "search_aliases", "output_tooltips")
 
+MADE_HERE = "turbowan_try_it"  # its files are made on the user's machine, not downloaded
+
 # Inputs that list the files of one machine: no part of a node's schema.
 FILES = {
     "TurboLoader": "model_name",
@@ -69,9 +71,15 @@ def _list_no_files(spec):
 
 
 def files(workflow):
-    """{(folder, file name)} of everything the loaders of a workflow ask for."""
+    """{(folder, file name)} of everything a workflow offers to download."""
     models = (model for node in workflow["nodes"] for model in node["properties"].get("models", ()))
     return {(model["directory"], model["name"]) for model in models}
+
+
+def asked_for(workflow):
+    """Names of the weight files that the loaders of a workflow are set to."""
+    loaders = [node for node in workflow["nodes"] if node["type"] in FILES and node["type"] != "LoadImage"]
+    return {node["widgets_values"][0] for node in loaders}
 
 
 def widgets(inputs, values, prefix=""):

@@ -33,6 +33,10 @@ PUBLISHED = {
     "diffusion_models/wan2.1_t2v_14B_bf16.safetensors": "tiny_wan_stock_bf16.safetensors",
     "vae/wan_2.1_vae.safetensors": "tiny_wan_vae.safetensors",
     "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_umt5.safetensors",
+    # turbowan_try_it asks for the small family by its own names
+    "diffusion_models/TinyWan2.1-T2V-quant.pth": "TinyWan2.1-T2V-quant.pth",
+    "vae/tiny_wan_vae.safetensors": "tiny_wan_vae.safetensors",
+    "text_encoders/tiny_umt5.safetensors": "tiny_umt5.safetensors",
 }
 LORAS = (
     "loras/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
