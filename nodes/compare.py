@@ -1,6 +1,5 @@
 """TurboCompare: two MODELs on the same states, block by block and step by step, as a picture and a table."""
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
@@ -10,10 +9,10 @@ from ..turbo_core.errors import TurboError
 from ..turbo_core.heatmap import draw
 from ..turbo_core.schedule import MAX_STEPS
 from .blocks import wan_network
+from .compare_run import run_both
 from .facts import summary
-from .sampling import TurboScheduler, check_sigmas
+from .sampling import check_sigmas, sigmas_of
 from .show import show
-from .watch import run_both
 
 TITLE = "Turbo Compare: B against A, both on A's states"
 
@@ -90,9 +89,9 @@ class TurboCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_alike(model_a, model_b)
         if sigmas is None:
-            sigmas = TurboScheduler.execute(steps, 0.0, model_a)[0]
+            sigmas = sigmas_of(steps, 0.0, model_a)
         check_sigmas(sigmas)
-        ours, theirs, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
+        a, b, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
         size = len(sigmas) - 1, len(model_a.model.diffusion_model.blocks)
         errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]
         figures = sigmas.tolist(), errors, denoised, trial.recalls(*size)
@@ -100,11 +99,7 @@ class TurboCompare(io.ComfyNode):
         picture = torch.from_numpy(draw(TITLE, head, panels(*figures))).float()[None] / 255
         text = table([TITLE, *head], *figures)
         show(cls, text)
-        management = comfy.model_management
-        place = {"device": management.intermediate_device(), "dtype": management.intermediate_dtype()}
-        kept = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
-        latents = [{**kept, "samples": samples.to(**place)} for samples in (ours, theirs)]
-        return io.NodeOutput(picture, text, *latents, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(picture, text, a, b, ui=ui.PreviewImage(picture, cls=cls))
 
 
 NODES = [TurboCompare]

@@ -2,6 +2,7 @@
 
 import logging
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -60,38 +61,55 @@ class Relay:
         return self.x
 
 
+class GuidedRun:
+    """One run on a latent, under the host's own guider: loading, offload, hooks and interrupt are the host's.
+
+    latent: LATENT dict; model: the MODEL that its channels and the preview follow; total: steps of all parts.
+    """
+
+    def __init__(self, model, positive, latent, seed, total):
+        ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+        self.image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
+        self.noise = comfy.sample.prepare_noise(self.image, seed, latent.get("batch_index"))
+        self.preview = latent_preview.prepare_callback(model, total)
+        self.positive, self.latent, self.seed, self.total, self.done = positive, latent, seed, total, 0
+
+    def sample(self, model, function, sigmas):
+        """The next part of the steps, by a sampler function of k-diffusion's signature. Returns its latent."""
+        done = self.done
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": self.positive})  # guidance is distilled away: no negative, CFG 1
+        self.done += len(sigmas) - 1
+        return guider.sample(
+            self.noise,
+            self.image,
+            comfy.samplers.KSAMPLER(function),
+            sigmas,
+            denoise_mask=self.latent.get("noise_mask"),
+            callback=lambda step, x0, x, _: self.preview(done + step, x0, x, self.total),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )
+
+    def packed(self, samples):
+        """The LATENT dict with these samples, where and as the host keeps what goes between nodes."""
+        kept = {k: v for k, v in self.latent.items() if not k.startswith("downscale_ratio")}
+        management = comfy.model_management
+        place = {"device": management.intermediate_device(), "dtype": management.intermediate_dtype()}
+        return {**kept, "samples": samples.to(**place)}
+
+
 def sample_experts(experts, positive, latent, seed, ode=False, stages=None):
     """Sample through one or two experts.
 
     experts: [(MODEL, its sigmas)], the last sigma of one being the first of the next. latent: LATENT dict.
-    Each expert runs under the host's own guider, so loading, offload, hooks and interrupt are the host's.
     stages: a Stages that times the steps. Returns a LATENT dict.
     """
-    first = experts[0][0]
-    ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    image = comfy.sample.fix_empty_latent_channels(first, latent["samples"], *ratios)
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-    total = sum(len(sigmas) - 1 for _, sigmas in experts)
-    preview = latent_preview.prepare_callback(first, total)
-    sampler, done = comfy.samplers.KSAMPLER(Relay(ode, stages)), 0
+    run = GuidedRun(experts[0][0], positive, latent, seed, sum(len(sigmas) - 1 for _, sigmas in experts))
+    relay = Relay(ode, stages)
     for model, sigmas in experts:
-        guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive})  # guidance is distilled away: no negative, CFG 1
-        samples = guider.sample(
-            noise,
-            image,
-            sampler,
-            sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=lambda step, x0, x, _, done=done: preview(done + step, x0, x, total),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-        done += len(sigmas) - 1
-    out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-    management = comfy.model_management
-    samples = samples.to(device=management.intermediate_device(), dtype=management.intermediate_dtype())
-    return {**out, "samples": samples}
+        samples = run.sample(model, relay, sigmas)
+    return run.packed(samples)
 
 
 class TurboScheduler(io.ComfyNode):
@@ -114,7 +132,7 @@ class TurboScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, steps, sigma_max, model=None) -> io.NodeOutput:
-        return io.NodeOutput(_sigmas(steps, sigma_max, model))
+        return io.NodeOutput(sigmas_of(steps, sigma_max, model))
 
 
 def _sigma_max_input():
@@ -129,7 +147,7 @@ def _sigma_max_input():
     )
 
 
-def _sigmas(steps, sigma_max, model):
+def sigmas_of(steps, sigma_max, model):
     if model is not None:
         wan_network(model, "TurboScheduler")
     default = default_sigma_max(16) if model is None else sigma_max_of(model.model)
@@ -197,7 +215,7 @@ class TurboSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         wan_network(model, "TurboSampler")
         if sigmas is None:
-            sigmas = _sigmas(steps, sigma_max, model)
+            sigmas = sigmas_of(steps, sigma_max, model)
         check_sigmas(sigmas)
         experts = [(model, sigmas)]
         if model_low is not None:

@@ -1,15 +1,11 @@
 """Two MODELs on the same states: samples of what one run's blocks gave, and the other run held against them."""
 
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 
 from ..turbo_core.compare import TOPKS, error_of, recall_by_topk, sample_tokens, squared_norms
 from ..turbo_core.errors import TurboError
 from .blocks import DEFAULTS, active_settings, has_trained_sla
-from .sampling import Relay
+from .sampling import GuidedRun, Relay
 
 _HEADS, _ROWS = 8, 128  # of each self-attention, for the recall
 
@@ -118,29 +114,11 @@ class Trial:
 def run_both(model_a, model_b, positive, latent, seed, sigmas, ode, tokens):
     """Sample with A, then evaluate B on A's states, each under the host's own guider and loaded once.
 
-    Returns (A's samples, B's denoised latent of the last step, the Trial).
+    Returns (LATENT that A samples, LATENT that B makes of A's last state, the Trial).
     """
-    ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
-    image = comfy.sample.fix_empty_latent_channels(model_a, latent["samples"], *ratios)
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-    steps = len(sigmas) - 1
-    preview = latent_preview.prepare_callback(model_a, 2 * steps)
-
-    def sample(run, model, done):
-        guider = comfy.samplers.CFGGuider(run.watching(model))
-        guider.inner_set_conds({"positive": positive})
-        return guider.sample(
-            noise,
-            image,
-            comfy.samplers.KSAMPLER(run),
-            sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=lambda step, x0, x, _: preview(done + step, x0, x, 2 * steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-
+    run = GuidedRun(model_a, positive, latent, seed, 2 * (len(sigmas) - 1))
     reference = Reference(tokens, ode)
-    ours = sample(reference, model_a, 0)
+    ours = run.sample(reference.watching(model_a), reference, sigmas)
     trial = Trial(reference)
-    return ours, sample(trial, model_b, steps), trial
+    theirs = run.sample(trial.watching(model_b), trial, sigmas)
+    return run.packed(ours), run.packed(theirs), trial
