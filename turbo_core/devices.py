@@ -1,8 +1,24 @@
-"""What a device has and has not, where torch does not tell before it fails."""
+"""The device to compute on, and what it has and has not, where torch does not tell before it fails."""
 
 import functools
 
 import torch
+
+from .errors import TurboError
+
+
+def pick_device(device=None) -> torch.device:
+    """The torch device of this name, or the best one there is. Raises TurboError when it is not available."""
+    if device is None:
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(accelerator)
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TurboError(f"Device {device!s} cannot be used ({reason}). Leave --device out, or use cpu.") from error
+    return device
 
 
 def widest_float(device) -> torch.dtype:

@@ -9,9 +9,8 @@ import torch
 
 from . import __version__
 from .console import human_bytes
-from .devices import has_int_mm
+from .devices import has_int_mm, pick_device
 from .memory import available_memory
-from .pipeline import pick_device
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
@@ -107,4 +106,3 @@ def _int8_path(device: torch.device) -> str:
 
 def _library_path(name: str, device: torch.device) -> str:
     return f"{name} on {device}" if importlib.util.find_spec(name) else f"none: {name} is not installed"
-

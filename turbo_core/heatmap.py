@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .optional import missing_library
+from .errors import missing_library
 
 # light is good, dark is bad; even steps of lightness, readable with any kind of colour vision
 _COLOURS = np.array([(252, 253, 219), (254, 196, 131), (248, 118, 92), (205, 64, 113), (129, 37, 129), (59, 15, 112)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, sizes
-from .devices import widest_float
+from .devices import pick_device, widest_float
 from .errors import TurboError
 from .memory import peak_memory, reset_peak_memory
 from .sampler import sample_rcm
@@ -125,20 +125,6 @@ def generate(
         "device": str(device), "dtype": str(dtype).removeprefix("torch."), "noise_device": str(noise_device),
     }  # fmt: skip
     return Result(video, latents.cpu(), settings, seconds, step_seconds, peak_memory(device))
-
-
-def pick_device(device=None) -> torch.device:
-    """The torch device of this name, or the best one there is. Raises TurboError when it is not available."""
-    if device is None:
-        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(accelerator)
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise TurboError(f"Device {device!s} cannot be used ({reason}). Leave --device out, or use cpu.") from error
-    return device
 
 
 def check_models(dit, dit_low=None, image=None) -> checkpoint.Description:

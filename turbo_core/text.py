@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import TurboError
-from .optional import missing_library
+from .errors import TurboError, missing_library
 from .tensor_file import open_tensors
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import TurboError
-from .optional import missing_library
+from .errors import TurboError, missing_library
 from .stream_safetensors import stream_safetensors
 from .video import complete_or_nothing
 

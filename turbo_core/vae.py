@@ -4,8 +4,7 @@ import re
 
 import torch
 
-from .errors import TurboError
-from .optional import missing_library
+from .errors import TurboError, missing_library
 from .tensor_file import open_tensors
 
 LATENT_CHANNELS = 16

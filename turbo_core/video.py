@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .errors import TurboError
-from .optional import missing_library
+from .errors import TurboError, missing_library
 from .sizes import FPS
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")

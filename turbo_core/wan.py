@@ -209,9 +209,7 @@ def _quantized_layers(model, sd):
     missing = [name for name in shapes if name not in sd]
     unknown = [name for name in sd if name not in shapes and name not in scales]
     if missing or unknown:
-        raise TurboError(
-            f"{_NO_FIT}: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
-        )
+        raise TurboError(f"{_NO_FIT}: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
     for name, shape in shapes.items():
         if sd[name].shape != shape:
             raise TurboError(f"{_NO_FIT}: {name} must be {list(shape)}, got {list(sd[name].shape)}")
@@ -248,9 +246,7 @@ class WanModel(nn.Module):
         self.dim, self.num_heads, self.freq_dim = dim, num_heads, freq_dim
         self.in_dim, self.out_dim = in_dim, out_dim
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps, sla) for _ in range(num_layers))
