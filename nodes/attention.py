@@ -5,8 +5,11 @@ from comfy_api.latest import io
 from ..turbo_core.sla import PRECISIONS, sparse_linear_attention
 from .block_list import parse_blocks
 from .blocks import OPTIONS, active_settings, has_trained_sla, wan_network
+from .inputs import check_choice, check_number
 
 OVERRIDE = "optimized_attention_override"
+MODES = ("auto", "sparse only", "dense")
+MAX_TOKENS = 1 << 20
 _LAST = "turbowan_last_self_attention"  # block of the last one, in the options of one evaluation
 
 
@@ -74,7 +77,7 @@ class SparseLowBitAttention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=["auto", "sparse only", "dense"],
+                    options=list(MODES),
                     advanced=True,
                     tooltip="auto: with the trained linear branch where the model has one. sparse only: without it. "
                     "dense: ordinary attention, for comparison (a TurboWan model is not itself without its branch).",
@@ -107,7 +110,7 @@ class SparseLowBitAttention(io.ComfyNode):
                     "min_tokens",
                     default=0,
                     min=0,
-                    max=1 << 20,
+                    max=MAX_TOKENS,
                     advanced=True,
                     tooltip="Below this many tokens attention is dense.",
                 ),
@@ -122,6 +125,11 @@ class SparseLowBitAttention(io.ComfyNode):
         verbose=False,
     ) -> io.NodeOutput:  # fmt: skip
         network = wan_network(model, "SparseLowBitAttention")
+        for name, value in {"topk": topk, "start_percent": start_percent, "end_percent": end_percent}.items():
+            check_number(name, value, 0, 1)
+        check_number("min_tokens", min_tokens, 0, MAX_TOKENS)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("mode", mode, MODES)
         trained = has_trained_sla(network)
         to_sigma = model.get_model_object("model_sampling").percent_to_sigma
         model = model.clone()

@@ -5,10 +5,10 @@ import re
 from ..turbo_core.errors import TurboError
 
 
-def parse_blocks(text: str, count: int) -> frozenset[int]:
+def parse_blocks(text: str | None, count: int) -> frozenset[int]:
     """Block numbers in a text such as "0, 1, 38-39"; empty means none. Raises TurboError for anything else."""
     blocks = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= count:

@@ -111,9 +111,17 @@ class SLAWanBlock(wan.WanAttentionBlock):
         self.self_attn = SLASelfAttention(dim, num_heads, window_size, qk_norm, eps, **kwargs)
 
 
+def network_of(model, node) -> torch.nn.Module:
+    """The network of any MODEL. Raises TurboError naming the node where there is none."""
+    network = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if network is None:
+        raise TurboError(f"{node} got no MODEL but {type(model).__name__}: connect one, from Turbo Loader for example.")
+    return network
+
+
 def wan_network(model, node, otherwise="") -> wan.WanModel:
     """The network of a Wan MODEL. Raises TurboError naming the node, and another way out, for any other."""
-    network = model.model.diffusion_model
+    network = network_of(model, node)
     if not isinstance(network, wan.WanModel):
         cure = ", ".join(filter(None, ["connect a Wan MODEL", otherwise]))
         raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: {cure}.")

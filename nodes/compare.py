@@ -11,9 +11,11 @@ from ..turbo_core.schedule import MAX_STEPS
 from .blocks import wan_network
 from .compare_run import run_both
 from .facts import summary
-from .sampling import check_sigmas, sigmas_of
+from .inputs import check_choice, check_number, check_sigmas
+from .sampling import MODES, sigmas_of
 from .show import show
 
+MIN_TOKENS, MAX_TOKENS = 16, 8192
 TITLE = "Turbo Compare: B against A, both on A's states"
 
 
@@ -55,12 +57,12 @@ class TurboCompare(io.ComfyNode):
                     tooltip="Of the noise, the same for both.",
                 ),
                 io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Steps of the Turbo Scheduler."),
-                io.Combo.Input("mode", options=["SDE", "ODE"], tooltip="How A goes from step to step."),
+                io.Combo.Input("mode", options=list(MODES), tooltip="How A goes from step to step."),
                 io.Int.Input(
                     "tokens",
                     default=512,
-                    min=16,
-                    max=8192,
+                    min=MIN_TOKENS,
+                    max=MAX_TOKENS,
                     advanced=True,
                     tooltip="Tokens of each block's output that are compared, drawn at random. They wait in main "
                     "memory: 512 take 0.8 GB for a 14B model at 4 steps, 0.2 GB for 1.3B.",
@@ -91,6 +93,8 @@ class TurboCompare(io.ComfyNode):
         if sigmas is None:
             sigmas = sigmas_of(steps, 0.0, model_a)
         check_sigmas(sigmas)
+        check_choice("mode", mode, MODES)
+        check_number("tokens", tokens, MIN_TOKENS, MAX_TOKENS)
         a, b, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
         size = len(sigmas) - 1, len(model_a.model.diffusion_model.blocks)
         errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]

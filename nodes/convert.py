@@ -13,7 +13,10 @@ from ..turbo_core.console import human_bytes
 from ..turbo_core.errors import TurboError
 from ..turbo_core.formats import FORMATS
 from ..turbo_core.merge import merge
+from .file_names import check_name
+from .inputs import check_number, model_file
 
+MAX_STRENGTH = 2.0
 _FORMAT_HELP = (
     "int8_block: 128x128 blocks as the published TurboWan files, for Turbo Loader. int8_row and fp8: ComfyUI's own "
     "formats, which its loaders read as well. bf16, fp16, fp32: unquantized."
@@ -24,6 +27,7 @@ def target_path(filename, overwrite):
     """Where a new file goes: below the folder named diffusion_models. Raises TurboError for any other place."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
     folder = next((f for f in folders if f.name == "diffusion_models"), folders[0])
+    check_name(filename)
     if Path(filename).suffix.lower() != ".safetensors":
         filename += ".safetensors"
     target = Path(os.path.normpath(folder / filename))  # links are followed: models lie on other disks
@@ -46,7 +50,7 @@ def progress_bar():
 
 
 def _source(name):
-    return folder_paths.get_full_path_or_raise("diffusion_models", name)
+    return model_file("diffusion_models", name)
 
 
 def _output(done, *lines):
@@ -92,8 +96,9 @@ class TurboConvert(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, format, filename="", overwrite=False) -> io.NodeOutput:
-        target = target_path(filename.strip() or f"{Path(source).stem}_{format}", overwrite)
-        done = checkpoint.convert(_source(source), target, format, progress_bar())
+        path = _source(source)
+        target = target_path((filename or "").strip() or f"{Path(source).stem}_{format}", overwrite)
+        done = checkpoint.convert(path, target, format, progress_bar())
         return _output(done, *done.warnings)
 
 
@@ -114,8 +119,8 @@ class TurboMerge(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-2.0,
-                    max=2.0,
+                    min=-MAX_STRENGTH,
+                    max=MAX_STRENGTH,
                     step=0.05,
                     tooltip="How much of the acceleration is added; proj_l is taken whole at any strength.",
                 ),
@@ -131,8 +136,9 @@ class TurboMerge(io.ComfyNode):
     def execute(
         cls, finetune, base, turbo, strength, format, filename="", overwrite=False
     ) -> io.NodeOutput:  # fmt: skip
-        target = target_path(filename.strip() or f"{Path(finetune).stem}_turbo_{format}", overwrite)
+        check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         paths = _source(finetune), _source(base), [_source(turbo)]
+        target = target_path((filename or "").strip() or f"{Path(finetune).stem}_turbo_{format}", overwrite)
         done = merge(*paths, target, format, strength, progress_bar())
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
         return _output(done, *apart, *done.warnings)

@@ -14,6 +14,7 @@ from ..turbo_core import checkpoint
 from ..turbo_core.errors import TurboError
 from ..turbo_core.schedule import default_sigma_max
 from .blocks import SLAWanBlock
+from .inputs import check_choice, model_file
 from .ops import quant_entry, quantized_ops
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,7 +118,8 @@ class TurboLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        check_choice("dtype", dtype, DTYPES)
+        path = model_file("diffusion_models", model_name)
         return io.NodeOutput(load_turbo_model(path, DTYPES[dtype]))
 
 

@@ -1,13 +1,16 @@
 """TurboLoraReport: a LoRA in any tool's spelling on a MODEL, and what of it acts where, as text."""
 
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..turbo_core.errors import TurboError
+from .blocks import network_of
+from .inputs import check_number, model_file, read_tensors
 from .lora_facts import Examined
 from .show import show
+
+MAX_STRENGTH = 100.0
 
 
 class TurboLoraReport(io.ComfyNode):
@@ -29,8 +32,8 @@ class TurboLoraReport(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-100.0,
-                    max=100.0,
+                    min=-MAX_STRENGTH,
+                    max=MAX_STRENGTH,
                     step=0.01,
                     tooltip="Of the LoRA in the model that comes out; the report is about strength 1.",
                 ),
@@ -42,8 +45,10 @@ class TurboLoraReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        network_of(model, "TurboLoraReport")
+        check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
+        path = model_file("loras", lora_name)
+        tensors, metadata = read_tensors(path)
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise TurboError(f"{path} is not a LoRA: expected a flat file of tensors, got nested entries.")
         examined = Examined(model, tensors, metadata)

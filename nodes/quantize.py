@@ -20,7 +20,8 @@ from ..turbo_core.errors import TurboError
 from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .block_list import parse_blocks
-from .blocks import wan_network
+from .blocks import network_of, wan_network
+from .inputs import check_choice
 from .loader import mark_sigma_max
 from .ops import quant_entry, quantized_ops
 from .weights import float_weight, original_weight
@@ -191,13 +192,16 @@ class QuantizeW8A8(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, format, layers="all", skip_blocks="", pattern="") -> io.NodeOutput:
+        pattern, skip_blocks = pattern or "", skip_blocks or ""
+        check_choice("format", format, FORMATS)
+        check_choice("layers", layers, LAYERS)
         if pattern.strip():
             if skip_blocks.strip() or layers != "all":
                 raise TurboError(
                     f"pattern {pattern!r} stands in place of layers and skip_blocks: set layers to all, empty "
                     'skip_blocks, and write what to leave out into pattern, as in "blocks.*, -blocks.0.*".'
                 )
-            names = matching_layers(model.model.diffusion_model, pattern)
+            names = matching_layers(network_of(model, "QuantizeW8A8"), pattern)
         else:
             network = wan_network(model, "QuantizeW8A8", "or name its linear layers in pattern")
             names = wan_layers(network, LAYERS[layers], parse_blocks(skip_blocks, len(network.blocks)))

@@ -15,11 +15,13 @@ from ..turbo_core.sampler import sample_rcm
 from ..turbo_core.schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from .blocks import log_once, wan_network
 from .experts import check_experts, split_sigmas
+from .inputs import check_channels, check_choice, check_latent, check_number, check_positive, check_sigmas
 from .loader import sigma_max_of
 from .show import show
 from .stages import Stages
 
 SCHEDULER = "turbo_rcm"
+MODES = ("SDE", "ODE")
 
 
 def _scheduler(model_sampling, steps):
@@ -65,11 +67,16 @@ class GuidedRun:
     """One run on a latent, under the host's own guider: loading, offload, hooks and interrupt are the host's.
 
     latent: LATENT dict; model: the MODEL that its channels and the preview follow; total: steps of all parts.
+    Raises TurboError for a prompt or a latent that is empty or made for another model.
     """
 
     def __init__(self, model, positive, latent, seed, total):
+        check_positive(positive, model)
+        check_latent(latent)
+        check_number("seed", seed, -(2**63), 2**64 - 1)
         ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
         self.image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
+        check_channels("latent_image", self.image.shape[1], model)
         self.noise = comfy.sample.prepare_noise(self.image, seed, latent.get("batch_index"))
         self.preview = latent_preview.prepare_callback(model, total)
         self.positive, self.latent, self.seed, self.total, self.done = positive, latent, seed, total, 0
@@ -154,13 +161,6 @@ def sigmas_of(steps, sigma_max, model):
     return rcm_sigmas(steps, sigma_max or default).float()
 
 
-def check_sigmas(sigmas):
-    falling = len(sigmas) > 1 and bool((sigmas[:-1] > sigmas[1:]).all())
-    if not falling or sigmas[0] > 1 or sigmas[-1] < 0:
-        got = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6].tolist()) or "none"
-        raise TurboError(f"sigmas must fall from at most 1 to at least 0, got {got}: use Turbo Scheduler.")
-
-
 class TurboSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -189,7 +189,7 @@ class TurboSampler(io.ComfyNode):
                 _sigma_max_input(),
                 io.Combo.Input(
                     "mode",
-                    options=["SDE", "ODE"],
+                    options=list(MODES),
                     tooltip="SDE: fresh noise at each step, the original's default. ODE: sharper, less robust.",
                 ),
                 io.Float.Input(
@@ -217,6 +217,8 @@ class TurboSampler(io.ComfyNode):
         if sigmas is None:
             sigmas = sigmas_of(steps, sigma_max, model)
         check_sigmas(sigmas)
+        check_choice("mode", mode, MODES)
+        check_number("boundary", boundary, 0, 1)
         experts = [(model, sigmas)]
         if model_low is not None:
             wan_network(model_low, "TurboSampler")

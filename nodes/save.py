@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..turbo_core.errors import TurboError
 from ..turbo_core.stream_safetensors import stream_safetensors
 from .blocks import wan_network
+from .file_names import check_name
 from .weights import original_weight, stored_weight
 
 
@@ -84,9 +85,13 @@ class TurboSave(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         wan_network(model, "TurboSave")
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
+        output, prefix = folder_paths.get_output_directory(), (filename_prefix or "").strip()
+        check_name(prefix)
+        if not folder_paths.is_within_directory(output, os.path.join(output, os.path.normpath(prefix))):
+            raise TurboError(
+                f"{prefix!r} lies outside {output}. Expected a file name, or a folder below it and a name."
+            )
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
         save_model(model, os.path.join(folder, f"{name}_{counter:05}_.safetensors"))
         return io.NodeOutput()
 

@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
 from ..turbo_core.sizes import FPS, PRESETS, adaptive_size
+from .inputs import check_choice, check_number
 
+MAX_SECONDS = 60.0
 MAX_ASPECT = 4  # beyond it nothing was trained, and a strip of an image asks for a latent of any length
 
 
@@ -34,7 +36,7 @@ class TurboSize(io.ComfyNode):
                     "seconds",
                     default=5.0,
                     min=0.0,
-                    max=60.0,
+                    max=MAX_SECONDS,
                     step=0.25,
                     tooltip="At 16 frames a second, rounded to 4n + 1 frames: 5 gives 81, which the models know best; "
                     "0 gives one picture.",
@@ -55,8 +57,16 @@ class TurboSize(io.ComfyNode):
 
     @classmethod
     def execute(cls, resolution, aspect_ratio, seconds, image=None) -> io.NodeOutput:
+        check_choice("resolution", resolution, PRESETS)
+        check_choice("aspect_ratio", aspect_ratio, PRESETS[resolution])
+        check_number("seconds", seconds, 0, MAX_SECONDS)
         width, height = PRESETS[resolution][aspect_ratio]
         if image is not None:
+            if image.ndim != 4 or 0 in image.shape:
+                raise TurboError(
+                    f"image must be [batch, height, width, channels], none of them 0, got {list(image.shape)}: "
+                    "connect a picture, from Load Image for example."
+                )
             height_of, width_of = image.shape[1:3]
             if max(height_of, width_of) > MAX_ASPECT * min(height_of, width_of):
                 raise TurboError(
