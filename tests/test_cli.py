@@ -9,7 +9,7 @@ import av
 import pytest
 from PIL import Image
 
-from turbo_core import checkpoint, pipeline
+from turbo_core import checkpoint, cli, formats, pipeline, sla
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 
@@ -150,6 +150,11 @@ def test_the_command_starts_without_heavy_imports():
     assert done.returncode == 0
     for verb in ("generate", "inspect", "convert", "quantize", "doctor", "make-tiny"):
         assert verb in done.stdout
+
+
+def test_choices_are_those_of_the_library():
+    assert cli.FORMATS == formats.FORMATS and cli.FORMATS[:2] == tuple(formats.INTEGERS)
+    assert tuple(sla.PRECISIONS) == cli.PRECISIONS
 
 
 def test_plain_output_without_rich(tiny, tmp_path, monkeypatch, capsys):
