@@ -328,7 +328,7 @@ def test_working_in_slices_changes_no_bit(fmt, has_int_mm, monkeypatch):
     whole = int8.int8_linear(x, *weight, bias)
     assert rows == [400]
     for size in (1, 300 * 256):  # one block of rows at a time; two, then a ragged rest
-        monkeypatch.setattr(int8, "_SLICE", size)
+        monkeypatch.setattr(int8, "SLICE", size)
         rows.clear()
         assert torch.equal(int8.int8_linear(x, *weight, bias), whole)
         assert rows == ([128, 128, 128, 16] if size == 1 else [256, 144])

@@ -181,7 +181,7 @@ def test_working_in_pieces_changes_nothing(precision, monkeypatch):
     q, k, v = qkv(720, b=2, h=2)
     index = sla.block_map(q, k, 0.4)
     whole = sla.sparse_attention(q, k, v, index, precision=precision)
-    monkeypatch.setattr(sla, "_CHUNK", 1)
+    monkeypatch.setattr(sla, "GATHERED", 1)
     torch.testing.assert_close(sla.sparse_attention(q, k, v, index, precision=precision), whole, rtol=1e-6, atol=1e-6)
 
 
@@ -197,7 +197,7 @@ def test_some_heads_at_a_time_change_nothing(precision, topk, monkeypatch):
     monkeypatch.setattr(sla, "linear_branch", lambda q, *args: seen.append(q.shape[2]) or branch(q, *args))
     for limit, heads in ((1, [1] * 5), (2 * 300 * 128 * 2, [2, 2, 1])):
         seen.clear()
-        monkeypatch.setattr(sla, "_HEADS", limit)
+        monkeypatch.setattr(sla, "SLICE", limit)
         torch.testing.assert_close(sla.sparse_linear_attention(*args, precision=precision), whole, rtol=0, atol=1e-6)
         assert seen == heads
 
@@ -355,7 +355,7 @@ def test_nothing_of_size_l_by_l_is_ever_built(precision):
 @pytest.mark.parametrize("topk", [0.1, 1.0])
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_memory_is_linear_in_the_length(precision, topk, monkeypatch):
-    monkeypatch.setattr(sla, "_CHUNK", 1 << 18)  # pieces in proportion to lengths that a test can wait for
+    monkeypatch.setattr(sla, "GATHERED", 1 << 18)  # pieces in proportion to lengths that a test can wait for
     largest = {}
     for length in (1024, 4096):
         q, k, v = qkv(length)

@@ -96,7 +96,7 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
     """
     size = model.sizes
     e = tokens * size.dim
-    part = min(tokens, max(1, wan._SLICE // size.dim // 128) * 128)  # tokens of a slice
+    part = min(tokens, max(1, wan.SLICE // size.dim // 128) * 128)  # tokens of a slice
     s = part * size.dim
     everywhere = {
         "latents and their conditioning, float32": 16 * tokens * (size.in_dim + size.out_dim),
@@ -122,7 +122,7 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
     if linears == "float":
         moments["GELU"] = rest | {"feed-forward before and after GELU": 4 * f}
         return moments
-    rows = min(part, max(1, int8._SLICE // max(size.dim, size.ffn_dim) // 128) * 128)  # of a slice inside that slice
+    rows = min(part, max(1, int8.SLICE // max(size.dim, size.ffn_dim) // 128) * 128)  # of a slice inside that slice
     x, y = rows * size.dim, rows * size.ffn_dim
     padded = 4 * y if linears == "int8_block" and rows % 128 else 0
     first = {"int8 input and its scales": x + x // 32, "sum, and the products of two column blocks": 16 * y}
@@ -139,10 +139,10 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
 
 def _sparse_moments(attention, model, tokens, topk, precision):
     e, head_dim = tokens * model.sizes.dim, model.sizes.head_dim
-    heads = min(model.sizes.dim // head_dim, max(1, sla._HEADS // (tokens * head_dim)))  # worked on together
+    heads = min(model.sizes.dim // head_dim, max(1, sla.SLICE // (tokens * head_dim)))  # worked on together
     g = tokens * heads * head_dim
     of_one_row = heads * kept_blocks(topk, -(-tokens // 64)) * 64 * head_dim
-    room = sla._CHUNK // (4 if precision == "int8" else 2)
+    room = sla.GATHERED // (4 if precision == "int8" else 2)
     gathered = of_one_row * min(-(-tokens // 128), max(1, room // of_one_row))  # elements of k, and as many of v
     scores = gathered * 128 // head_dim
     attention = attention | {"output": 2 * e}

@@ -11,7 +11,7 @@ from .errors import TurboError
 
 BLOCK = 128
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
-_SLICE = 1 << 24  # elements of x or y computed at a time: their int32 and float32 forms stay small beside them
+SLICE = 1 << 24  # elements of x or y computed at a time: their int32 and float32 forms stay small beside them
 
 
 def _cdiv(a, b):
@@ -165,7 +165,7 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
 def _linear(x, weight_q, weight_scale, bias):
     m, n = x.shape[0], weight_q.shape[0]
     # whole blocks of rows, so that a slice has the scales that it has in the whole
-    step = max(1, _SLICE // max(weight_q.shape) // BLOCK) * BLOCK
+    step = max(1, SLICE // max(weight_q.shape) // BLOCK) * BLOCK
     weight = weight_q, weight_scale
     if is_row_scale(*weight):
         quantize, multiply = quantize_rows, _mm_rows

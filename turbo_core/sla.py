@@ -12,8 +12,8 @@ from .errors import TurboError
 
 HEAD_DIMS = (64, 128)
 PRECISIONS = ("bf16", "int8")
-_CHUNK = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
-_HEADS = 1 << 25  # elements of q computed at a time: heads are independent, and their copies stay small beside q
+GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
+SLICE = 1 << 25  # elements of q computed at a time: heads are independent, and their copies stay small beside q
 _FP8_MAX = 448.0
 
 
@@ -126,7 +126,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     kept = index.shape[-1]
     batch = torch.arange(b * h, device=q.device)[:, None, None]
     out = torch.empty_like(qb)
-    step = max(1, _CHUNK // (b * h * kept * block_k * d * kb.element_size()))
+    step = max(1, GATHERED // (b * h * kept * block_k * d * kb.element_size()))
     for start in range(0, qb.shape[1], step):
         rows = slice(start, start + step)
         chosen = index[:, rows]
@@ -182,7 +182,7 @@ def sparse_linear_attention(
 def _by_heads(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, precision):
     out = q.new_empty(q.shape)
     b, _, h, d = q.shape
-    step = max(1, _HEADS // (b * max(q.shape[1], k.shape[1]) * d))
+    step = max(1, SLICE // (b * max(q.shape[1], k.shape[1]) * d))
     for start in range(0, h, step):
         heads = (slice(None), slice(None), slice(start, start + step))
         some = q[heads], k[heads], v[heads]

@@ -22,14 +22,14 @@ PATCH = (1, 2, 2)
 QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
 
 
-_SLICE = 1 << 24  # elements computed in float32 at a time: one copy of the tokens is 1.5 GB at 14B and 720p
+SLICE = 1 << 24  # elements computed in float32 at a time: one copy of the tokens is 1.5 GB at 14B and 720p
 _NO_FIT = "state dict does not fit a Wan model"
 _BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
 
 
 def _slices(x):
     """Slices of the tokens of x [B, L, ...], whole int8 blocks of 128 of them."""
-    step = max(1, _SLICE * x.shape[1] // x.numel() // 128) * 128
+    step = max(1, SLICE * x.shape[1] // x.numel() // 128) * 128
     return [slice(start, start + step) for start in range(0, x.shape[1], step)]
 
 
