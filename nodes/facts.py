@@ -10,11 +10,11 @@ from comfy.quant_ops import QuantizedTensor
 from ..turbo_core import layout
 from ..turbo_core.console import human_bytes
 from ..turbo_core.wan import QUANTIZED_LINEARS
+from .attention import OVERRIDE
 from .blocks import DEFAULTS, OPTIONS, has_trained_sla
 from .loader import SOURCE
 
 _LAYOUTS = {layout.NAME: "int8_block", "TensorWiseINT8Layout": "int8_row", "TensorCoreFP8Layout": "fp8"}
-OVERRIDE = "optimized_attention_override"
 
 
 def weight_format(weight) -> str:
