@@ -14,7 +14,7 @@ from .memory import available_memory
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
-    ("triton", ("triton", "triton-windows", "pytorch-triton-rocm"), "compiled kernels, none of which are in this version"),
+    ("triton", ("triton", "triton-windows", "pytorch-triton-rocm"), "compiled kernels, none in this version"),
     ("comfy_kitchen", ("comfy-kitchen",), "int8 layouts inside ComfyUI"),
     ("sageattention", ("sageattention",), "not used: the low-bit attention here is its own"),
     ("av", ("av",), "writing MP4"),
