@@ -27,7 +27,9 @@ def check_positive(positive, model):
     """Raise TurboError unless the conditioning holds what a Wan MODEL takes: text of its width, latents of its VAE."""
     if not positive:
         raise TurboError("positive holds no prompt: connect a CLIP Text Encode node, or what WanImageToVideo gives.")
-    expected = model.model.diffusion_model.text_dim
+    network = model.model.diffusion_model
+    expected = network.text_dim
+    room = network.patch_embedding.in_channels - model.get_model_object("latent_format").latent_channels
     for text, more in positive:
         if text.shape[-1] != expected:
             raise TurboError(
@@ -35,7 +37,8 @@ def check_positive(positive, model):
                 f"{text.shape[-1]}. Encode it with Wan's umT5 (Turbo Text Encoder Loader, CLIPLoader with type wan)."
             )
         image = more.get("concat_latent_image")
-        if image is not None and image.shape[1] % 16:  # control models take two or three latents side by side
+        # some control models have room for two or three latents of 16 channels; the VAE of the 5B model makes 48
+        if image is not None and (image.shape[1] % 16 or room < image.shape[1] == 48):
             check_channels("the start image in positive", image.shape[1], model)
 
 

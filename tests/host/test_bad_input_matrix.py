@@ -263,6 +263,11 @@ def test_batches_that_differ_are_repeated(lab, given):
     assert out.shape == (2, *SHAPE[1:]) and out.isfinite().all()
 
 
+def test_start_image_of_the_vae_of_the_5b_model(refused, lab, given):
+    image = {"concat_latent_image": torch.zeros(1, 48, 2, 4, 5), "concat_mask": torch.ones(1, 1, 2, 8, 10)}
+    refused("TurboSampler", "48 channels.*Wan 2.1's", model=given["i2v"], positive=lab.positive(**image))
+
+
 @pytest.mark.parametrize("node", ["TurboSampler", "TurboCompare"])
 def test_conditioning_that_is_empty_or_of_another_encoder(lab, refused, node):
     refused(node, "positive holds no prompt: connect", positive=[])
