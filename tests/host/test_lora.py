@@ -153,7 +153,8 @@ def test_two_loras_and_another_strength(lab, base, merged, kind):
     plain = lab.denoise(model)
     assert 0 < lab.distance(weaker, plain) < lab.distance(a, plain)
     assert torch.equal(lab.denoise(one), a) and torch.equal(lab.denoise(both), ab)
-    assert torch.equal(lab.denoise(merged(model, first, 0.0)), plain) or kind == "block"
+    off = lab.distance(lab.denoise(merged(model, first, 0.0)), plain)
+    assert off == 0 if kind == "float" else off < 0.03, off  # int8 sums are rounded once more, of nothing too
 
 
 def test_lora_through_the_sampler(lab, base, merged):
