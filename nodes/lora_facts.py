@@ -14,9 +14,8 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..turbo_core import lora_keys
 from .facts import weight_format
-from .weights import original_weight
+from .weights import PREFIX, original_weight
 
-PREFIX = "diffusion_model."
 _HALVES = (("lora_up.", "lora_down."), ("lora_B", "lora_A"), ("lora.up.", "lora.down."), ("hada_w1_a", "hada_w1_b"))
 _KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT", "glora": "GLoRA"}
 _ROWS = 128  # of a layer that the size of a change is taken from

@@ -24,7 +24,7 @@ from .blocks import network_of, wan_network
 from .inputs import check_choice
 from .loader import mark_sigma_max
 from .ops import quant_entry, quantized_ops
-from .weights import float_weight, original_weight
+from .weights import PREFIX, float_weight, original_weight
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}
 LAYOUTS = {quantize_block: layout.NAME, quantize_rows: "TensorWiseINT8Layout"}
@@ -34,8 +34,6 @@ LAYERS = {
     "attention": tuple(name for name in QUANTIZED_LINEARS if "attn" in name),
 }
 
-
-PREFIX = "diffusion_model."
 _BLOCK = re.compile(r"(vace_)?blocks\.(\d+)\.(.+)")  # VACE's own blocks are Wan blocks as well
 
 

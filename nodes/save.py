@@ -13,7 +13,7 @@ from ..turbo_core.errors import TurboError
 from ..turbo_core.stream_safetensors import stream_safetensors
 from .blocks import wan_network
 from .file_names import check_name
-from .weights import original_weight, stored_weight
+from .weights import PREFIX, original_weight, stored_weight
 
 
 def save_model(patcher, path):
@@ -22,7 +22,6 @@ def save_model(patcher, path):
     The host's ModelSave does the same for a MODEL that lies on its device as a whole; of an int8 one that does not,
     ComfyUI 0.33 makes parameters that ask for gradients, which torch refuses. Raises TurboError like the writer.
     """
-    prefix = "diffusion_model."
     if patcher.injections:
         names = ", ".join(patcher.injections)
         raise TurboError(f"TurboSave cannot bake in the injection {names} (a bypass LoRA is one): use a LoRA loader.")
@@ -30,11 +29,11 @@ def save_model(patcher, path):
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sd.items()}
     quantized = {}  # name of a weight: the names of all its tensors
     for name in [n for n in sd if n.endswith(".weight")]:
-        weight = original_weight(patcher, prefix + name)
+        weight = original_weight(patcher, PREFIX + name)
         if isinstance(weight, QuantizedTensor):
             quantized[name] = set(weight.state_dict(name))
-    for name in [n for n in sd if prefix + n in patcher.backup and n not in quantized]:
-        layout[name] = (original_weight(patcher, prefix + name).dtype, layout[name][1])
+    for name in [n for n in sd if PREFIX + n in patcher.backup and n not in quantized]:
+        layout[name] = (original_weight(patcher, PREFIX + name).dtype, layout[name][1])
     parts = set().union(*quantized.values()) - set(quantized)
     progress = comfy.utils.ProgressBar(len(sd))
 
@@ -45,12 +44,12 @@ def save_model(patcher, path):
             if name in parts:
                 continue
             if name in quantized:
-                pieces = stored_weight(patcher, prefix + name).state_dict(name)
+                pieces = stored_weight(patcher, PREFIX + name).state_dict(name)
                 yield from ((n, t.cpu()) for n, t in pieces.items())
             elif name.endswith(".comfy_quant"):
                 yield name, tensor
             else:
-                yield name, stored_weight(patcher, prefix + name).detach().cpu()
+                yield name, stored_weight(patcher, PREFIX + name).detach().cpu()
 
     config = patcher.model.model_config
     # what the host tells the family by: not all of it can be read off the weights (Animate-2, causal AR)

@@ -9,6 +9,8 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..turbo_core.errors import TurboError
 
+PREFIX = "diffusion_model."  # of the names of the network's weights in a MODEL
+
 
 def original_weight(patcher, key):
     """A weight without any LoRA, also while the host has one merged in."""
