@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 OUTPUT = ROOT / "output"
 DEMO_PROMPT = "A red circle drifts slowly across a calm blue sea at sunset, cinematic, warm light."
 # of ComfyUI's requirements what our tests do not use (torchvision and torchaudio have no build for every torch)
-HOST_SKIPS = ("torch", "torchvision", "torchaudio", "kornia", "spandrel", "pyopengl", "comfy-angle",
+HOST_SKIPS = ("torch", "torchvision", "torchaudio", "spandrel", "pyopengl", "comfy-angle",
               "comfyui-workflow-templates", "comfyui-embedded-docs")  # fmt: skip
 
 
