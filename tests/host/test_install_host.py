@@ -100,7 +100,9 @@ def test_a_switched_off_copy_does_nothing(server):
 def test_nothing_of_ours_asks_for_triton(server):
     started = server.log.split("Starting server")[0]
     assert "No module named 'triton'" in started  # said by comfy_kitchen: it is hidden indeed
-    assert not re.search(r"IMPORT FAILED|Cannot import|Error while", started)
+    # of this pack: a host may lack what some of its own extra nodes want
+    failed = [line for line in started.splitlines() if re.search(r"IMPORT FAILED|Cannot import|Error while", line)]
+    assert not [line for line in failed if FOLDER in line]
 
 
 def test_a_folder_with_spaces_and_other_scripts_loads_converts_saves_and_generates(server, object_info):
