@@ -31,6 +31,11 @@ CASES = {
     "quantized t2v topk 0.3": {"topk": 0.3, "quantized": True},
     "quantized t2v topk 1 batch 2": {"topk": 1.0, "batch": 2, "quantized": True},
     "quantized i2v topk 0.3": {"topk": 0.3, **_I2V, "quantized": True},
+    # self-attention makes two thirds of the velocity, and its rounding counts accordingly
+    "strong gates SLA t2v topk 0.3": {"topk": 0.3, "gates": 1.0},
+    "strong gates SLA i2v topk 1": {"topk": 1.0, **_I2V, "gates": 1.0},
+    "strong gates quantized t2v topk 0.3": {"topk": 0.3, "quantized": True, "gates": 1.0},
+    "strong gates quantized i2v topk 0.3": {"topk": 0.3, **_I2V, "quantized": True, "gates": 1.0},
 }
 # as published: weights and activations in bf16, their Triton norms
 PUBLISHED = {
