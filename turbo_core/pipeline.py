@@ -15,6 +15,7 @@ import torch
 from . import checkpoint, sizes
 from .devices import pick_device, widest_float
 from .errors import TurboError
+from .handover import Handover, can_follow
 from .memory import peak_memory, reset_peak_memory
 from .sampler import sample_rcm
 from .schedule import default_sigma_max, rcm_sigmas
@@ -106,13 +107,16 @@ def generate(
             y = encode_image(vae.to(device), prepare_image(picture, width, height), frames).to(dtype)
             vae.to("cpu")
             _release(device)
-    experts = _Experts(dit, dit_low, boundary, device, dtype, stage)
-    with stage("sampling", steps):
-        latents = sample(
-            experts.at, context, shape, sigmas, y=y, seed=seed, topk=topk, precision=precision, ode=ode, device=device,
-            noise_device=noise_device, step_seconds=step_seconds, progress=lambda i: progress("sampling", i, steps),
-        )  # fmt: skip
-    experts.free()
+    experts = _Experts(dit, dit_low, boundary, sigmas, device, dtype, stage)
+    try:
+        with stage("sampling", steps):
+            latents = sample(
+                experts.at, context, shape, sigmas, y=y, seed=seed, topk=topk, precision=precision, ode=ode,
+                device=device, noise_device=noise_device, step_seconds=step_seconds,
+                progress=lambda i: progress("sampling", i, steps),
+            )  # fmt: skip
+    finally:
+        experts.free()
     seconds["sampling"] -= seconds.get("load DiT", 0.0)
     if not torch.isfinite(latents).all():
         raise TurboError(f"Sampling gave NaN or infinity in {dtype}. Use --dtype bfloat16 or float32, or another file.")
@@ -240,25 +244,41 @@ def sample(
 
 
 class _Experts:
-    """Reads the expert that a sigma asks for, after letting go of the other one."""
+    """Reads the expert that a sigma asks for in the place of the other one.
 
-    def __init__(self, high, low, boundary, device, dtype, stage):
+    On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
+    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
+    """
+
+    def __init__(self, high, low, boundary, sigmas, device, dtype, stage):
         self.high, self.low, self.boundary = high, low, boundary
         self.device, self.dtype, self.stage = device, dtype, stage
-        self.path = self.model = None
+        self.in_place = device.type != "cpu"
+        steps = [sigma for sigma in sigmas.tolist() if sigma > 0]
+        self.last_high = min((sigma for sigma in steps if sigma >= boundary), default=None)
+        if low is None or min(steps) >= boundary:
+            self.last_high = None
+        self.path = self.model = self.handover = None
 
     def at(self, sigma: float) -> WanModel:
         path = self.high if self.low is None or sigma >= self.boundary else self.low
-        if path != self.path:
+        if path != self.path and self.handover is None:
             self.free()
             with self.stage("load DiT"):
                 state, described = checkpoint.load(path)
                 self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=described.num_heads)
-            self.path = path
+        self.path = path
+        if self.in_place and sigma == self.last_high and self.handover is None:
+            with self.stage("load DiT"):
+                state, _ = checkpoint.load(self.low)
+                if can_follow(self.model, state):
+                    self.handover = Handover(self.model, state)
         return self.model
 
     def free(self):
-        self.path = self.model = None
+        if self.handover is not None:
+            self.handover.cancel()
+        self.path = self.model = self.handover = None
         _release(self.device)
 
 
