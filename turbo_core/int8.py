@@ -162,19 +162,30 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     return linear(x.reshape(-1, x.shape[-1]), weight_q, weight_scale, bias).view(*x.shape[:-1], n)
 
 
+def slice_rows(weight_q) -> int:
+    """Rows of x computed at a time: whole blocks of them, so that a slice has the scales that it has in the whole."""
+    return max(1, SLICE // max(weight_q.shape) // BLOCK) * BLOCK
+
+
+def multiplier(weight_q, weight_scale, rows: bool, dtype):
+    """(multiply, arguments): multiply(x_q, x_scale, *arguments) is the product of quantized rows in torch.
+
+    rows: the row format. dtype: that of the result to come. Float32 [M, N], or dtype where floats are multiplied.
+    """
+    if rows:
+        return _mm_rows, (weight_q, weight_scale)
+    if not _has_slow_passes(weight_q.device):
+        return _mm_block, (weight_q, weight_scale)
+    # in the result's own half precision, whose rounding is a tenth of int8's: tensor cores take no float32
+    dtype = dtype if dtype.itemsize == 2 else torch.float32
+    return _mm_float, (dequantize_block(weight_q, weight_scale, dtype).t(),)
+
+
 def _linear(x, weight_q, weight_scale, bias):
     m, n = x.shape[0], weight_q.shape[0]
-    # whole blocks of rows, so that a slice has the scales that it has in the whole
-    step = max(1, SLICE // max(weight_q.shape) // BLOCK) * BLOCK
-    weight = weight_q, weight_scale
-    if is_row_scale(*weight):
-        quantize, multiply = quantize_rows, _mm_rows
-    elif not _has_slow_passes(x.device):
-        quantize, multiply = quantize_block, _mm_block
-    else:
-        # in x's own half precision, whose rounding is that of y and a tenth of int8's: tensor cores take no float32
-        dtype = x.dtype if x.dtype.itemsize == 2 else torch.float32
-        quantize, multiply, weight = quantize_block, _mm_float, (dequantize_block(*weight, dtype).t(),)
+    rows, step = is_row_scale(weight_q, weight_scale), slice_rows(weight_q)
+    quantize = quantize_rows if rows else quantize_block
+    multiply, weight = multiplier(weight_q, weight_scale, rows, x.dtype)
     y = x.new_empty(m, n)
     for start in range(0, m, step):
         part = multiply(*quantize(x[start : start + step]), *weight)

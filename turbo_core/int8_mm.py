@@ -1,0 +1,211 @@
+"""The int8 matrix product and the forms of it that a Wan block needs: y = x w^T on quantized x and w.
+
+x_q int8 [M, K] and w_q int8 [N, K] come with float32 scales in one format for both, told by their shapes: block,
+[ceil(M/128), ceil(K/128)] and [ceil(N/128), ceil(K/128)], or row, [M, 1] and [N, 1]. Accumulated in float32, to which
+bias [N] is added.
+Triton kernels (kernels/int8_mm.py) compute where they can, their torch twins (int8_twins) elsewhere.
+Every function raises TurboError, before any launch, where type, shape or device of an operand does not fit.
+"""
+
+import torch
+
+from . import int8_twins
+from .errors import TurboError
+from .int8 import BLOCK, block_scale_shape, check_scale
+from .paths import use_triton
+
+
+def _refuse(name, what, expected, got):
+    raise TurboError(f"{name}: {what} must be {expected}, got {got}")
+
+
+def _check_int8(name, what, q, scale, k, device):
+    if q.dtype != torch.int8 or q.ndim != 2 or (k is not None and q.shape[1] != k):
+        _refuse(name, what, f"int8 [rows, {'K' if k is None else k}]", f"{q.dtype} {list(q.shape)}")
+    if scale.dtype != torch.float32 or scale.ndim != 2:
+        _refuse(name, f"the scale of {what}", "a float32 matrix", f"{scale.dtype} {list(scale.shape)}")
+    check_scale(q, scale, f"{name}, {what}")
+    _check_device(name, f"the scale of {what}", scale, device)
+    _check_device(name, what, q, device)
+
+
+def _check_device(name, what, t, device):
+    if t.device != device:
+        _refuse(name, what, f"on {device} as x is", f"on {t.device}")
+
+
+def _check_float(name, what, t, shape, device, dtype=None):
+    if not t.is_floating_point() or (dtype and t.dtype != dtype) or tuple(t.shape) != tuple(shape):
+        _refuse(name, what, f"{dtype or 'float'} {list(shape)}", f"{t.dtype} {list(t.shape)}")
+    _check_device(name, what, t, device)
+
+
+def _check(name, x_q, x_scale, w_q, w_scale, bias):
+    device = x_q.device
+    _check_int8(name, "x", x_q, x_scale, None, device)
+    _check_int8(name, "the weight", w_q, w_scale, x_q.shape[1], device)
+    (m, k), n = x_q.shape, w_q.shape[0]
+    shapes = [(x_scale, (m, 1), block_scale_shape(m, k)), (w_scale, (n, 1), block_scale_shape(n, k))]
+    # where K <= 128 and a matrix has one row, its scale belongs to both formats
+    if not any(all(tuple(s.shape) == pair[i] for s, *pair in shapes) for i in range(2)):
+        got = f"{list(x_scale.shape)} and {list(w_scale.shape)}"
+        _refuse(name, "the scales of x and the weight", "in one format, both block or both row", got)
+    if bias is not None:
+        _check_float(name, "bias", bias, (n,), device)
+
+
+def _check_out(name, dtype):
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        _refuse(name, "out_dtype", "bfloat16, float16 or float32", dtype)
+
+
+def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False):
+    """x w^T + bias, after GELU (tanh form) where asked. Returns [M, N] in out_dtype."""
+    _check("int8_mm", x_q, x_scale, w_q, w_scale, bias)
+    _check_out("int8_mm", out_dtype)
+    run = torch.ops.turbowan.int8_mm if torch.compiler.is_compiling() else _int8_mm
+    return run(x_q, x_scale, w_q, w_scale, bias, out_dtype, gelu)
+
+
+def int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias=None, gelu=True):
+    """The same, quantized from float32 in the block format: (int8 [M, N], float32 [ceil(M/128), ceil(N/128)]).
+
+    The operands are in the block format too.
+    """
+    name = "int8_mm_quantize"
+    _check(name, x_q, x_scale, w_q, w_scale, bias)
+    if tuple(x_scale.shape) != block_scale_shape(*x_q.shape) or tuple(w_scale.shape) != block_scale_shape(*w_q.shape):
+        _refuse(name, "the scale of x", f"{list(block_scale_shape(*x_q.shape))} (block format)", list(x_scale.shape))
+    run = torch.ops.turbowan.int8_mm_quantize if torch.compiler.is_compiling() else _int8_mm_quantize
+    return run(x_q, x_scale, w_q, w_scale, bias, gelu)
+
+
+def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stats=True):
+    """residual + gate * (x w^T + bias), computed in float32, and the row statistics that the next LayerNorm needs.
+
+    residual: float [M, N]. gate: float32 [G, N], one row for each M/G consecutive rows, or None for 1.
+    Returns (y [M, N] in residual's dtype, float32 [ceil(N/128), M, 2] or None without stats): mean and sum of squared
+    deviations, of y as it is stored, over each span of 128 columns.
+    """
+    name = "int8_mm_residual"
+    _check(name, x_q, x_scale, w_q, w_scale, bias)
+    m, n = x_q.shape[0], w_q.shape[0]
+    _check_float(name, "residual", residual, (m, n), x_q.device)
+    _check_out(name, residual.dtype)
+    if gate is not None:
+        _check_float(name, "gate", gate, (len(gate) if gate.ndim else 1, n), x_q.device, torch.float32)
+        if len(gate) == 0 or m % len(gate):
+            _refuse(name, "the number of rows of x", f"a multiple of the {len(gate)} rows of the gate", m)
+    run = torch.ops.turbowan.int8_mm_residual if torch.compiler.is_compiling() else _int8_mm_residual
+    y, sums = run(x_q, x_scale, w_q, w_scale, bias, residual, gate, stats)
+    return y, sums if stats else None
+
+
+def int8_mm_qkv(x_q, x_scale, weights, scales, biases=None, out_dtype=torch.bfloat16):
+    """Three products of one x, for q, k and v, and what RMSNorm of q and k over their full width needs.
+
+    weights: three int8 [N, K]. scales: theirs. biases: three [N], or None.
+    Returns (y [3, M, N] in out_dtype, float32 [2, ceil(N/128), M]): sums of squares of each row of q and k, as they
+    are stored, over each span of 128 columns.
+    """
+    name = "int8_mm_qkv"
+    if len(weights) != 3 or len(scales) != 3 or (biases is not None and len(biases) != 3):
+        count = f"{len(weights)}, {len(scales)} and {3 if biases is None else len(biases)}"
+        _refuse(name, "weights, scales and biases", "three each (q, k, v)", count)
+    biases = None if biases is None or all(b is None for b in biases) else list(biases)
+    for i, (w_q, w_scale) in enumerate(zip(weights, scales)):
+        if w_q.shape != weights[0].shape or w_scale.shape != scales[0].shape:
+            _refuse(name, "the weights of q, k and v", "of one shape and format", [list(w.shape) for w in weights])
+        if biases and biases[i] is None:
+            _refuse(name, "biases", "three tensors or None", "some of each")
+        _check(name, x_q, x_scale, w_q, w_scale, biases and biases[i])
+    _check_out(name, out_dtype)
+    run = torch.ops.turbowan.int8_mm_qkv if torch.compiler.is_compiling() else _int8_mm_qkv
+    return run(x_q, x_scale, list(weights), list(scales), biases or [], out_dtype)
+
+
+def _int8_mm(x_q, x_scale, w_q, w_scale, bias, out_dtype, gelu):
+    if use_triton(x_q.device, "int8_mm"):
+        from .kernels.int8_mm import int8_mm as run
+    else:
+        run = int8_twins.int8_mm
+    return run(*_contiguous(x_q, x_scale, w_q, w_scale, bias), out_dtype, gelu)
+
+
+def _int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias, gelu):
+    if use_triton(x_q.device, "int8_mm"):
+        from .kernels.int8_mm import int8_mm_quantize as run
+    else:
+        run = int8_twins.int8_mm_quantize
+    return run(*_contiguous(x_q, x_scale, w_q, w_scale, bias), gelu)
+
+
+def _int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate, stats):
+    if use_triton(x_q.device, "int8_mm"):
+        from .kernels.int8_mm import int8_mm_residual as run
+    else:
+        run = int8_twins.int8_mm_residual
+    y, sums = run(*_contiguous(x_q, x_scale, w_q, w_scale, bias, residual, gate), stats)
+    return y, x_scale.new_empty(0) if sums is None else sums  # an operator returns tensors only
+
+
+def _int8_mm_qkv(x_q, x_scale, weights, scales, biases, out_dtype):
+    if use_triton(x_q.device, "int8_mm"):
+        from .kernels.int8_mm import int8_mm_qkv as run
+    else:
+        run = int8_twins.int8_mm_qkv
+    weights, scales, biases = (_contiguous(*tensors) for tensors in (weights, scales, biases))
+    return run(*_contiguous(x_q, x_scale), weights, scales, biases or None, out_dtype)
+
+
+def _contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _spans(n):
+    return -(-n // BLOCK)
+
+
+def _op(name, arguments, results, function, fake):
+    op = torch.library.custom_op(f"turbowan::{name}", function, mutates_args=(), schema=f"({arguments}) -> {results}")
+    op.register_fake(fake)
+
+
+_OPERANDS = "Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias"
+_op(
+    "int8_mm",
+    f"{_OPERANDS}, ScalarType out_dtype, bool gelu",
+    "Tensor",
+    _int8_mm,
+    lambda x, xs, w, ws, bias, out_dtype, gelu: xs.new_empty(x.shape[0], w.shape[0], dtype=out_dtype),
+)
+_op(
+    "int8_mm_quantize",
+    f"{_OPERANDS}, bool gelu",
+    "(Tensor, Tensor)",
+    _int8_mm_quantize,
+    lambda x, xs, w, ws, bias, gelu: (
+        x.new_empty(x.shape[0], w.shape[0]),
+        xs.new_empty(block_scale_shape(x.shape[0], w.shape[0])),
+    ),
+)
+_op(
+    "int8_mm_residual",
+    f"{_OPERANDS}, Tensor residual, Tensor? gate, bool stats",
+    "(Tensor, Tensor)",
+    _int8_mm_residual,
+    lambda x, xs, w, ws, bias, residual, gate, stats: (
+        residual.new_empty(residual.shape),
+        xs.new_empty((_spans(w.shape[0]), x.shape[0], 2) if stats else (0,)),
+    ),
+)
+_op(
+    "int8_mm_qkv",
+    "Tensor x_q, Tensor x_scale, Tensor[] weights, Tensor[] scales, Tensor[] biases, ScalarType out_dtype",
+    "(Tensor, Tensor)",
+    _int8_mm_qkv,
+    lambda x, xs, weights, scales, biases, out_dtype: (
+        xs.new_empty(3, x.shape[0], weights[0].shape[0], dtype=out_dtype),
+        xs.new_empty(2, _spans(weights[0].shape[0]), x.shape[0]),
+    ),
+)
