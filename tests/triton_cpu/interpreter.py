@@ -123,7 +123,7 @@ def _repair_arithmetic(builder, interpreter, narrow, tl):
         return handle(data, tl.int1) if op in _COMPARISONS else rounded(data, dtype)
 
     def ternary(self, x, y, z, op):
-        if z.dtype.scalar not in narrow or op is np.where:  # a select moves bits, whatever they mean
+        if op is np.where or z.dtype.scalar not in narrow:  # a select moves bits, whatever they mean
             return shipped_ternary(self, x, y, z, op)
         return rounded(op(*floats(x, y, z)), z.dtype.scalar)
 
