@@ -14,6 +14,7 @@ OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
 DEFAULTS = {
     "mode": "sparse-linear",
     "topk": 0.1,
+    "coverage": None,  # in place of topk, see turbo_core.sla
     "precision": "bf16",
     "sigma_start": None,  # None: no limit, and no comparison in the model's forward
     "sigma_end": None,
@@ -86,7 +87,8 @@ class SLASelfAttention(wan.WanSelfAttention):
         v = self.v(x).unflatten(-1, heads)
 
         def attend(weight=None, bias=None):
-            return sparse_linear_attention(q, k, v, weight, bias, settings["topk"], precision=settings["precision"])
+            given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
+            return sparse_linear_attention(q, k, v, weight, bias, settings["topk"], **given)
 
         proj_l = self.attn_op["local_attn"]["proj_l"]
         if settings["mode"] == "sparse":
