@@ -1,6 +1,6 @@
-"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, make-tiny.
+"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, bench, tune, make-tiny.
 
-Exit codes: 0 done, 2 input that a person can mend (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 bench found a wrong result, 2 input that a person can mend (one line on stderr), 130 interrupted.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from .errors import TurboError
 FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
 PRECISIONS = ("bf16", "int8")
 DTYPES = ("bfloat16", "float16", "float32")
+BENCHMARKS = ("linear", "streaming", "attention", "block")
 
 
 def main(argv=None) -> int:
@@ -73,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="for machines")
     command.set_defaults(run=commands.doctor)
 
+    _add_bench(verbs.add_parser("bench", parents=[common], help="times and errors of the kernels on this machine"))
+
+    command = verbs.add_parser("tune", parents=[common], help="measure and keep this card's own launch parameters")
+    command.add_argument("--shapes", nargs="+", default=[], metavar="MxNxK", help="default the models' own")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="default where turbo-core looks for it")
+    command.add_argument("--device", help="cuda, cuda:1; default the best there is")
+    command.set_defaults(run=commands.tune)
+
     command = verbs.add_parser("make-tiny", parents=[common], help="a complete small model family for tests")
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("--seed", type=int, default=0)
@@ -85,6 +94,25 @@ def _add_source_and_target(command) -> None:
     command.add_argument("source", type=Path, metavar="SRC")
     command.add_argument("target", type=Path, metavar="DST")
     command.set_defaults(run=commands.convert)
+
+
+def _add_bench(command) -> None:
+    add = command.add_argument
+    add("what", nargs="*", choices=(*BENCHMARKS, "all"), default="all", metavar="WHAT", help=", ".join(BENCHMARKS))
+    add(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="AxB",
+        help="MxK streaming, LxDIM block, MxNxK linear, BxHxLxD attention",
+    )
+    add("--quick", action="store_true", help="tiny shapes, nothing compiled: does it run?")
+    add("--check", action="store_true", help="first hold every kernel to an oracle on awkward shapes")
+    add("--seconds", type=float, default=2.0, help="for each contender, or 50 runs; default %(default)s")
+    add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="default %(default)s")
+    add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
+    add("--threads", type=int, help="of a CPU; default as torch has it")
+    command.set_defaults(run=commands.bench)
 
 
 def _add_plan(command) -> None:

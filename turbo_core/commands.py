@@ -211,3 +211,52 @@ def make_tiny(arguments) -> None:
 
     make = tiny_family.make_tiny_for_comfyui if arguments.comfyui else tiny_family.make_tiny
     make(arguments.folder, arguments.seed, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))
+
+
+def bench(arguments) -> int:
+    import torch
+
+    from . import bench_check, bench_report, bench_run
+    from .bench_machine import slug
+    from .devices import pick_device
+
+    named = [arguments.what] if isinstance(arguments.what, str) else arguments.what
+    groups = tuple(bench_run.GROUPS) if "all" in named else tuple(dict.fromkeys(named))
+    sizes = bench_run.parse_shapes(arguments.shapes, groups) if arguments.shapes else None
+    if arguments.seconds <= 0 or (arguments.threads or 1) < 1:
+        raise TurboError(f"--seconds and --threads are above 0, got {arguments.seconds:g} and {arguments.threads}")
+    device = pick_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    wrong = 0
+    with torch.no_grad():
+        if arguments.check:
+            found = bench_check.check(device, status=_status)
+            _status("")
+            wrong = sum(not one["ok"] for one in found)
+            path = arguments.out / slug(device) / "check.json"
+            bench_report.write(path, (json.dumps(found, indent=1) + "\n").encode())
+            print(f"check: {len(found) - wrong} of {len(found)} right; {path}")
+        reports = bench_run.run(
+            groups, device, arguments.out, sizes, arguments.quick, arguments.seconds, status=_status
+        )
+    rows = [row for report in reports.values() for case in report["cases"] for row in case["rows"]]
+    return int(wrong > 0 or any(row["status"] == "wrong" and "turbo-core" in row["name"] for row in rows))
+
+
+def _status(text: str) -> None:
+    """One line on stderr that the next one overwrites, where somebody is looking."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def tune(arguments) -> None:
+    from .bench_run import parse_shapes
+    from .console import progress_bars
+    from .devices import pick_device
+    from .tune import tune as measure
+
+    shapes = parse_shapes(arguments.shapes, ["linear"])["linear"] or None
+    with progress_bars() as progress:
+        path = measure(pick_device(arguments.device), shapes, progress, arguments.output)
+    print(path)
