@@ -7,7 +7,8 @@ test   style check and tests; also in the real ComfyUI where one is found (COMFY
 check  style check only
 host   only the tests in the real ComfyUI
 soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
-bench  the benchmarks this machine can run, results in benchmarks/results/
+bench  times and errors of all that this machine can run, results in benchmarks/results/; "bench --check" first holds
+       every kernel to an oracle: the one command for a borrowed card; "bench --help" tells the rest
 
 Needs Python 3.10 or newer and its standard library; everything else goes into .venv (and .venv-host for ComfyUI's own
 requirements). No GPU needed.
@@ -87,8 +88,7 @@ def soak(arguments):
 
 
 def bench(arguments):
-    python = environment(".venv", [".[test]"])
-    return max(call(python, script, *arguments) for script in sorted((ROOT / "benchmarks").glob("*.py")))
+    return call(environment(".venv", [".[test]"]), "-m", "turbo_core", "bench", *arguments)
 
 
 def find_comfyui():

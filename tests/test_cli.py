@@ -148,7 +148,7 @@ def test_the_command_starts_without_heavy_imports():
     assert done.returncode == 0, done.stderr
     done = subprocess.run([sys.executable, "-m", "turbo_core", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for verb in ("generate", "inspect", "convert", "quantize", "doctor", "make-tiny"):
+    for verb in ("generate", "inspect", "convert", "quantize", "doctor", "bench", "tune", "make-tiny"):
         assert verb in done.stdout
 
 

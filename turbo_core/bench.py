@@ -140,6 +140,10 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
         row["first_s"] = round(time.perf_counter() - start, 4)
         error = None if contender.error is None else contender.error(result)
         del result
+        row["error"] = float(f"{error:.3g}") if error is not None and math.isfinite(error) else None
+        if contender.bound is not None and not error <= contender.bound:
+            said = "not finite" if row["error"] is None else f"{error:.2e}"
+            return row | {"status": "wrong", "reason": f"relative error {said}, more than {contender.bound:.0e}"}, None
         for _ in range(WARM_UP):
             function()
         clock.synchronize()
@@ -148,10 +152,6 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
     except Exception as error:  # a compiler's, a driver's or a foreign library's: the others go on
         first = (str(error).strip() or "no message").splitlines()[0]
         return row | {"status": "failed", "reason": f"{type(error).__name__}: {first[:200]}"}, None
-    row["error"] = float(f"{error:.3g}") if error is not None and math.isfinite(error) else None
-    if contender.bound is not None and not error <= contender.bound:
-        said = "not finite" if row["error"] is None else f"{error:.2e}"
-        return row | {"status": "wrong", "reason": f"relative error {said}, more than {contender.bound:.0e}"}, None
     return row | {"status": "ok"}, function
 
 
