@@ -1,9 +1,10 @@
-"""What sparse-linear attention must know over all tokens before it can quantize them: block means, key mean, v's range."""
+"""What sparse-linear attention must know over all tokens first: block means, the mean key, the range of v."""
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import run
 from .rope import load_rotation, load_weight, norm_and_rotate, rms_factors
 
 GROUP = 4  # heads per program: they share cos, sin and the row sums, which together are as large as one head of q
@@ -76,10 +77,9 @@ def _pool_kernel(
     if block < blocks_q:
         at = pooled_q_ptr + (rows * blocks_q + block) * D + d[None, :]
         tl.store(at, q_sum / tl.minimum(Lq - block * 128, 128), there)
-    if v_ptr is not None:
-        if block < blocks_v:
-            v_part = v_part_ptr + (rows * blocks_v + block) * D + d[None, :]
-            tl.store(v_part, v_amax, there)
+    if v_ptr is not None and block < blocks_v:
+        v_part = v_part_ptr + (rows * blocks_v + block) * D + d[None, :]
+        tl.store(v_part, v_amax, there)
 
 
 @triton.jit
@@ -141,32 +141,21 @@ def pool_means(q, k, v=None, sums=None, q_weight=None, k_weight=None, eps=1e-6, 
     if v is not None:
         v_part = q.new_empty(b, h, triton.cdiv(lk, 128), d, dtype=torch.float32)
         v_amax = q.new_empty(b, h, d, dtype=torch.float32)
-    _pool_kernel[(triton.cdiv(max(lq, lk), 128), triton.cdiv(h, GROUP), b)](
-        q,
-        q.stride()[:3],
-        k,
-        k.stride()[:3],
-        v,
-        k.stride()[:3] if v is None else v.stride()[:3],
-        sums,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        pooled_q,
-        pooled_k,
-        v_part,
-        lq,
-        lk,
-        b,
-        h,
-        1 if sums is None else sums.shape[1],
-        eps,
-        D=d,
-        GROUP=GROUP,
-        num_warps=d // 16,
+    strides = [x.stride()[:3] for x in (q, k, k if v is None else v)]
+    pointers = (q, strides[0], k, strides[1], v, strides[2], sums, q_weight, k_weight, cos, sin)
+    sizes = (lq, lk, b, h, 1 if sums is None else sums.shape[1], eps)
+    run(
+        _pool_kernel,
+        (triton.cdiv(max(lq, lk), 128), triton.cdiv(h, GROUP), b),
+        (*pointers, pooled_q, pooled_k, v_part, *sizes),
+        {"D": d, "GROUP": GROUP, "num_warps": d // 16},
     )
-    _finish_kernel[(b * h, d // 32)](pooled_k, v_part, k_mean, v_amax, lk, D=d, BLOCK_D=32, num_warps=4)
+    run(
+        _finish_kernel,
+        (b * h, d // 32),
+        (pooled_k, v_part, k_mean, v_amax, lk),
+        {"D": d, "BLOCK_D": 32, "num_warps": 4},
+    )
     return pooled_q, pooled_k, k_mean, v_amax
 
 
