@@ -94,6 +94,37 @@ def test_the_wall_clock_tells_what_passed():
     assert 0.01 <= first < 1 and second < first
 
 
+def test_the_event_clock_records_around_each_run_after_the_flush(monkeypatch):
+    now, happened = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+            happened.append("record")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def lasting(milliseconds):
+        def run():
+            now[0] += milliseconds
+            happened.append("run")
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("synchronize"))
+    clock = bench.EventClock("cuda")
+    monkeypatch.setattr(clock, "flush", lambda: (lasting(100)(), happened.append("flush")))
+    assert clock.round([lasting(2), lasting(3)], flush=True) == [2e-3, 3e-3]
+    one = ["run", "flush", "record", "run", "record"]
+    assert happened == [*one, *one, "synchronize"]
+    assert type(bench.clock_of("cuda")) is bench.EventClock and type(bench.clock_of("cpu")) is bench.WallClock
+
+
 def test_rates_are_fractions_of_the_machine_s_own():
     found = bench.rates(2e9, 1e7, 1.0, {"tflops": 4.0, "gb_s": 20.0})
     assert found == {"tflops": 2.0, "of_matmul": 0.5, "gb_s": 10.0, "of_copy": 0.5}

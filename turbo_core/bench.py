@@ -7,6 +7,7 @@ reason. On a card device events are recorded around each run, elsewhere the wall
 import contextlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class WallClock:
         if self.device.type == "mps":
             torch.mps.synchronize()
 
+    def release(self):
+        """Give back the memory that the last case used and nobody holds."""
+
     def flush(self):
         """Write more than the caches hold, so that no operand of the next run lies in them."""
         if not self.dirt.numel():
@@ -109,6 +113,9 @@ class EventClock(WallClock):
 
     def synchronize(self):
         torch.cuda.synchronize(self.device)
+
+    def release(self):
+        torch.cuda.empty_cache()
 
     def round(self, functions, flush):
         marks = []
@@ -204,7 +211,7 @@ def measure(case: Case, clock, limits: dict, repeats=REPEATS, seconds=SECONDS, t
     limits: {"tflops", "gb_s"} of the machine. watch: context manager whose value, a list, takes what the card says of
     its clocks meanwhile.
     """
-    if hasattr(torch, "_dynamo"):
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else the shapes of earlier cases make the compiled contenders dynamic ones
     admitted = [admit(contender, clock) for contender in case.contenders]
     ready = [i for i, (_, function) in enumerate(admitted) if function]

@@ -21,7 +21,8 @@ CARD_SHAPES = ((1, 12, TOKENS_480P, 128), (1, 40, TOKENS_480P, 128), (1, 40, TOK
 CPU_SHAPES = ((1, 2, 4096, 128),)
 QUICK_SHAPES = ((1, 2, 1000, 64),)  # ragged blocks of queries and of keys
 TEXT = 512  # keys of cross-attention
-STAGES = {"sla_prepare": ("pool_means", "prepare"), "block_map": ("block_map",), "sla_attention": ("attention",)}
+FILES = ("sla_pool", "block_map", "sla_prepare", "sla_attention")  # of kernels/
+STAGES = ("pool_means", "block_map", "prepare", "attention")  # the wrappers in them
 LOW_BIT, FEW_KEYS, OTHER_LOW_BIT = 0.02, 0.04, 0.05  # largest errors: ours, ours where few keys average, others' int8
 FLOAT = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -207,10 +208,12 @@ def _torch_path(o, precision, linear):
 def recorded():
     """{kernel wrapper: (function, arguments, keywords, result)} of the calls made to attention kernels meanwhile."""
     calls, restore = {}, []
-    for file, names in STAGES.items():
-        module = importlib.import_module(f".kernels.{file}", __package__)
-        for name in names:
-            function = getattr(module, name)
+    modules = [importlib.import_module(f".kernels.{file}", __package__) for file in FILES]
+    for module in modules:
+        for name in STAGES:
+            function = getattr(module, name, None)
+            if function is None:
+                continue
 
             def record(*arguments, _name=name, _function=function, **keywords):
                 result = _function(*arguments, **keywords)
@@ -299,7 +302,7 @@ def attention_case(device, b, h, length, d, quick=False) -> Case:
             flop=linear_flop,
         ),
     ]  # fmt: skip
-    for stage in ("pool_means", "block_map", "prepare", "attention"):
+    for stage in STAGES:
         error = linear if stage == "attention" else None
         for precision in ("int8",) if error is None else ("bf16", "int8"):
             contenders.append(

@@ -228,6 +228,8 @@ def bench(arguments) -> int:
     device = pick_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and libraries go by the current one
     wrong = 0
     with torch.no_grad():
         if arguments.check:
