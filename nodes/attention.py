@@ -9,6 +9,7 @@ from .inputs import check_choice, check_number
 
 OVERRIDE = "optimized_attention_override"
 MODES = ("auto", "sparse only", "dense")
+SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
 _LAST = "turbowan_last_self_attention"  # block of the last one, in the options of one evaluation
 
@@ -41,7 +42,8 @@ def training_free(previous):
                 q, k, v, heads, *args, **kwargs
             )
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        out = sparse_linear_attention(q, k, v, None, None, settings["topk"], precision=settings["precision"])
+        given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
+        out = sparse_linear_attention(q, k, v, None, None, settings["topk"], **given)
         return out.flatten(2)
 
     return attention
@@ -56,8 +58,8 @@ class SparseLowBitAttention(io.ComfyNode):
             category="model/patch",
             description="How a Wan MODEL attends to itself. TurboWan files carry a trained linear branch (proj_l): "
             "there it is sparse-linear attention (SLA), as in the original. On stock Wan models it is training-free "
-            "sparsity, which costs quality the smaller top-k is. ComfyUI's own sparse attention node ignores proj_l; "
-            "use one or the other.",
+            "sparsity, which costs quality, the more the less is kept. ComfyUI's own sparse attention node ignores "
+            "proj_l; use one or the other.",
             search_aliases=["SLA", "SageSLA", "TurboWan", "sparse attention", "topk"],
             inputs=[
                 io.Model.Input("model", tooltip="A Wan MODEL, TurboWan or stock."),
@@ -73,7 +75,8 @@ class SparseLowBitAttention(io.ComfyNode):
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
-                    tooltip="bf16: SLA. int8: SageSLA, int8 scores and fp8 values.",
+                    tooltip="bf16: SLA. int8: SageSLA, int8 scores and fp8 values. Without the Triton kernels (Turbo "
+                    "Doctor tells) int8 is emulated: slower, and with more memory than bf16.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -104,7 +107,7 @@ class SparseLowBitAttention(io.ComfyNode):
                     "dense_blocks",
                     default="",
                     advanced=True,
-                    tooltip='Blocks that stay dense, for example "0, 1, 38-39".',
+                    tooltip='Blocks that stay dense, for example "0, 1, 38-39" or "first 2, last 1".',
                 ),
                 io.Int.Input(
                     "min_tokens",
@@ -115,6 +118,27 @@ class SparseLowBitAttention(io.ComfyNode):
                     tooltip="Below this many tokens attention is dense.",
                 ),
                 io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Log once why a block is dense."),
+                io.Combo.Input(
+                    "selection",
+                    options=list(SELECTIONS),
+                    default=SELECTIONS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which key blocks are kept. top-k: the same number for every query block, as TurboWan was "
+                    "trained. cumulative score: as many as reach coverage, few where attention is sharp and many "
+                    "where it is spread; for stock models. topk is then not used.",
+                ),
+                io.Float.Input(
+                    "coverage",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With cumulative score: share of the pooled score that the kept blocks add up to. More "
+                    "keeps more blocks; how many, and how much time that takes, depends on the video.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -122,14 +146,16 @@ class SparseLowBitAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, topk, precision, mode="auto", start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0,
-        verbose=False,
+        verbose=False, selection=SELECTIONS[0], coverage=0.7,
     ) -> io.NodeOutput:  # fmt: skip
         network = wan_network(model, "SparseLowBitAttention")
-        for name, value in {"topk": topk, "start_percent": start_percent, "end_percent": end_percent}.items():
+        shares = {"topk": topk, "coverage": coverage, "start_percent": start_percent, "end_percent": end_percent}
+        for name, value in shares.items():
             check_number(name, value, 0, 1)
         check_number("min_tokens", min_tokens, 0, MAX_TOKENS)
         check_choice("precision", precision, PRECISIONS)
         check_choice("mode", mode, MODES)
+        check_choice("selection", selection, SELECTIONS)
         trained = has_trained_sla(network)
         to_sigma = model.get_model_object("model_sampling").percent_to_sigma
         model = model.clone()
@@ -137,6 +163,7 @@ class SparseLowBitAttention(io.ComfyNode):
         options[OPTIONS] = {
             "mode": {"auto": "sparse-linear" if trained else "sparse", "sparse only": "sparse", "dense": "dense"}[mode],
             "topk": topk,
+            "coverage": None if selection == SELECTIONS[0] else coverage,
             "precision": precision,
             "sigma_start": to_sigma(start_percent) if start_percent > 0 else None,
             "sigma_end": to_sigma(end_percent) if end_percent < 1 else None,

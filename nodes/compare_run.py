@@ -91,7 +91,8 @@ class Trial:
         q, k = q[:, :, heads], k[:, :, heads]
         rows = sample_tokens(q.shape[1], _ROWS, q.device)
         topks = TOPKS if settings is None else (settings["topk"], *TOPKS)
-        share = recall_by_topk(q, k, topks, rows).mean(-1).flatten(1).cpu()  # [top-k, B * heads]
+        coverage = None if settings is None else settings.get("coverage")
+        share = recall_by_topk(q, k, topks, rows, coverage=coverage).mean(-1).flatten(1).cpu()  # [top-k, B * heads]
         share = share if settings is not None else torch.cat([torch.ones_like(share[:1]), share])
         found = self.recall.setdefault((self.step, options["block_index"]), [])
         found.append(torch.stack([share.mean(1), share.amin(1)], 1))

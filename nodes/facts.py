@@ -51,7 +51,9 @@ def attention_text(model, network) -> str:
     limits += [f"dense below {settings['min_tokens']} tokens"] * bool(settings["min_tokens"])
     limits += ["part of the sigmas only"] * (settings["sigma_start"] is not None or settings["sigma_end"] is not None)
     as_trained = [] if OPTIONS in options else ["no Sparse Low-Bit Attention node: the default"]
-    return ", ".join([kind, f"top-k {settings['topk']:g}", settings["precision"], *limits, *as_trained])
+    coverage = settings.get("coverage")
+    kept = f"top-k {settings['topk']:g}" if coverage is None else f"cumulative score to {coverage:g}"
+    return ", ".join([kind, kept, settings["precision"], *limits, *as_trained])
 
 
 def host_attention() -> str:

@@ -17,7 +17,7 @@ from turbo_core.compare import (
 )
 from turbo_core.compare_report import panels, table
 from turbo_core.heatmap import badness, draw, percent
-from turbo_core.sla import block_map
+from turbo_core.sla import block_map, covering_map
 
 
 def draw_qk(length, heads=2, batch=1, seed=0):
@@ -44,6 +44,16 @@ def test_recall_equals_float64(length, batch, topk):
     ours = attention_recall(q, k, index, rows)
     assert ours.shape == (batch, 2, min(length, 40))
     torch.testing.assert_close(ours.double(), recall_in_float64(q, k, index, rows), atol=1e-5, rtol=0)
+
+
+def test_recall_by_cumulative_score_counts_each_block_once():
+    q, k = draw_qk(600)
+    q[:, 128:256] *= 5  # one row needs fewer blocks than the others: its last is repeated
+    (index, counts), rows = covering_map(q, k, 0.6), sample_tokens(600, 128)
+    assert counts.min() < counts.max()
+    together = recall_by_topk(q, k, (0.1, 0.3), rows, coverage=0.6)
+    torch.testing.assert_close(together[0].double(), recall_in_float64(q, k, index, rows), atol=1e-5, rtol=0)
+    assert torch.equal(together[1], attention_recall(q, k, block_map(q, k, 0.3), rows))
 
 
 def test_everything_kept_is_all_of_the_mass():

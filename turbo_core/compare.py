@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .sla import block_map
+from .sla import block_map, covering_map
 
 TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # what recall_by_topk tells about by default
 
@@ -43,13 +43,18 @@ def key_block_mass(q, k, rows, block_k: int = 64):
     return torch.stack(mass, 1)
 
 
-def kept_share(mass, index, rows, block_q: int = 128):
+def kept_share(mass, index, rows, block_q: int = 128, counts=None):
     """Share of the mass that lies in the kept blocks.
 
     mass: [B, H, R, key blocks] as from key_block_mass; index: int [B, H, query blocks, kept] as from block_map;
-    rows: [R], the token index of each row. Returns float32 [B, H, R], 0 to 1.
+    rows: [R], the token index of each row; counts: int [B, H, query blocks] as from covering_map, or None.
+    Returns float32 [B, H, R], 0 to 1.
     """
-    return mass.gather(-1, index[:, :, rows // block_q].long()).sum(-1)
+    kept = mass.gather(-1, index[:, :, rows // block_q].long())
+    if counts is not None:
+        there = torch.arange(kept.shape[-1], device=kept.device) < counts[:, :, rows // block_q, None]
+        kept = kept.masked_fill(~there, 0.0)
+    return kept.sum(-1)
 
 
 def attention_recall(q, k, index, rows=None, block_q: int = 128, block_k: int = 64):
@@ -62,8 +67,16 @@ def attention_recall(q, k, index, rows=None, block_q: int = 128, block_k: int = 
     return kept_share(key_block_mass(q, k, rows, block_k), index, rows, block_q)
 
 
-def recall_by_topk(q, k, topks=TOPKS, rows=None, block_q: int = 128, block_k: int = 64):
-    """attention_recall for each top-k, the attention itself computed once. Returns float32 [len(topks), B, H, R]."""
+def recall_by_topk(q, k, topks=TOPKS, rows=None, block_q: int = 128, block_k: int = 64, coverage=None):
+    """attention_recall for each top-k, the attention itself computed once.
+
+    coverage: puts blocks by cumulative score in the place of the first top-k. Returns float32 [len(topks), B, H, R].
+    """
     rows = sample_tokens(q.shape[1], 128, q.device) if rows is None else rows
-    mass = key_block_mass(q, k, rows, block_k)
-    return torch.stack([kept_share(mass, block_map(q, k, topk, block_q, block_k), rows, block_q) for topk in topks])
+    mass, blocks = key_block_mass(q, k, rows, block_k), (block_q, block_k)
+    shares = []
+    if coverage is not None:
+        index, counts = covering_map(q, k, coverage, *blocks)
+        shares, topks = [kept_share(mass, index, rows, block_q, counts)], topks[1:]
+    shares += [kept_share(mass, block_map(q, k, topk, *blocks), rows, block_q) for topk in topks]
+    return torch.stack(shares)

@@ -224,7 +224,25 @@ def test_steps_and_sigma_max_out_of_range(lab, healthy):
     healthy()
 
 
-@pytest.mark.parametrize("text", ["x", "0,,x", "-1", "2", "1-0", "0-2", "0 1", "0.5", "0-", "99999999999999999999"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x",
+        "0,,x",
+        "-1",
+        "2",
+        "1-0",
+        "0-2",
+        "0 1",
+        "0.5",
+        "0-",
+        "99999999999999999999",
+        "first 3",
+        "last 0",
+        "last",
+        "first -1",
+    ],
+)
 def test_block_lists(lab, text):
     model = lab.load()
     for run in (lambda: lab.attention(model, dense_blocks=text), lambda: lab.quantize(model, skip_blocks=text)):
@@ -236,6 +254,7 @@ def test_block_lists_as_people_write_them(lab):
     parse = lab.pack.attention.parse_blocks
     assert parse(" 0 , 3-5,5 , 39,", 40) == {0, 3, 4, 5, 39}
     assert parse("", 40) == parse(" , ", 40) == frozenset()
+    assert parse("first 2, Last 1, 20", 40) == {0, 1, 20, 39}
 
 
 def test_odd_sizes_do_not_crash(lab, healthy):

@@ -279,6 +279,7 @@ def test_conditioning_that_is_empty_or_of_another_encoder(lab, refused, node):
 NUMBERS = {
     "steps": ("set steps to 4", ["TurboSampler", "TurboCompare", "TurboScheduler"], [0, 9, 10**9, -1, NAN, 2.5, "4"]),
     "topk": ("topk must be a number", ["SparseLowBitAttention"], [-1, 2, NAN, math.inf, "0.1", True]),
+    "coverage": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN, "0.5"]),
     "start_percent": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN]),
     "end_percent": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN]),
     "min_tokens": ("from 0 to", ["SparseLowBitAttention"], [-1, NAN, 1e18]),
@@ -317,6 +318,7 @@ CHOICES = [
     ("QuantizeW8A8", "layers", "none"),
     ("SparseLowBitAttention", "precision", "fp3"),
     ("SparseLowBitAttention", "mode", "x"),
+    ("SparseLowBitAttention", "selection", "x"),
     ("TurboSampler", "mode", "x"),
     ("TurboCompare", "mode", "x"),
     ("TurboSize", "resolution", "999p"),

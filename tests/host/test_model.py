@@ -178,6 +178,19 @@ def test_settings_decide_which_attention_is_sparse(lab, sparse_calls, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_blocks_by_cumulative_score(lab, name):
+    """Coverage decides, top-k does not; 1 is dense; the standalone attention with the same coverage agrees."""
+    base = lab.load(name)
+    by_score = {"selection": "cumulative score"}
+    low, high, everything = (lab.denoise(lab.attention(base, 0.1, coverage=c, **by_score)) for c in (0.2, 0.8, 1.0))
+    assert torch.equal(lab.denoise(lab.attention(base, 0.9, coverage=0.2, **by_score)), low)
+    dense = lab.denoise(lab.attention(base, 1.0))
+    assert torch.equal(everything, dense)
+    assert lab.distance(low, dense) > lab.distance(high, dense) > 1e-4
+    assert torch.equal(lab.denoise(lab.attention(base, 0.1, coverage=0.2)), lab.denoise(lab.attention(base, 0.1)))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_percent_window_of_steps(lab, sparse_calls, name):
     """start and end percent are those of the host: sampling progress, turned to sigmas by the model's own rule."""
     base = lab.load(name)
