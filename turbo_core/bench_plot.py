@@ -6,32 +6,43 @@ from .bench_report import describe
 
 _INK, _FAINT, _PAPER, _GRID = (28, 28, 36), (110, 110, 122), (255, 255, 255), (225, 225, 228)
 _OURS, _OTHERS, _BASE = (205, 64, 113), (140, 150, 170), (70, 80, 100)
-_MARGIN, _LABELS, _BARS, _FIGURES, _ROW = 24, 300, 520, 330, 21
+_MARGIN, _LABELS, _BARS, _FIGURES, _ROW = 24, 300, 520, 200, 21
 
 
 def draw(report: dict) -> bytes | None:
-    """The PNG of a report, or None without Pillow or without a time. Bars are times as fast as the case's baseline."""
+    """The PNG of a report, or None without Pillow or without a time.
+
+    Bars tell how many times as fast as the case's baseline. Parts of a contender are left to the table.
+    """
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         return None
-    cases = [(case, [row for row in case["rows"] if "speedup" in row]) for case in report["cases"]]
+    cases = [(case, [row for row in case["rows"] if _is_bar(row)]) for case in report["cases"][1:]]
     cases = [(case, rows) for case, rows in cases if rows]
     if not cases:
         return None
     font, small, large = (ImageFont.load_default(size) for size in (14, 12, 20))
-    height = 2 * _MARGIN + 62 + sum(40 + _ROW * len(rows) for _, rows in cases)
+    height = 2 * _MARGIN + 82 + sum(40 + _ROW * len(rows) for _, rows in cases)
     image = Image.new("RGB", (2 * _MARGIN + _LABELS + _BARS + _FIGURES, height), _PAPER)
     canvas = ImageDraw.Draw(image)
     canvas.text((_MARGIN, _MARGIN), f"turbo-core bench {report['group']}", fill=_INK, font=large, anchor="la")
-    below = "; ".join([describe(report["machine"]), *report["notes"]])
-    canvas.text((_MARGIN, _MARGIN + 30), _plain(below), fill=_FAINT, font=small, anchor="la")
-    y = _MARGIN + 62
+    canvas.text((_MARGIN, _MARGIN + 30), _plain(describe(report["machine"])), fill=_FAINT, font=small, anchor="la")
+    limits = report["limits"]
+    rates = [f"copy {limits['gb_s']:.4g} GB/s"] if "gb_s" in limits else []
+    rates += [f"matrix product {limits['tflops']:.3g} TFLOP/s"] if "tflops" in limits else []
+    below = "; ".join([*rates, *report["notes"]])
+    canvas.text((_MARGIN, _MARGIN + 48), _plain(below), fill=_FAINT, font=small, anchor="la")
+    y = _MARGIN + 82
     for case, rows in cases:
         y = _draw_case(canvas, font, small, case, rows, y)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _is_bar(row):
+    return "speedup" in row and not (row["alone"] and row["error"] is None)
 
 
 def _plain(text):
