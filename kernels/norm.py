@@ -1,0 +1,290 @@
+"""LayerNorm with modulation to int8, row statistics and RMSNorm, computed in float32.
+
+Row statistics are partial: (mean, sum of squared deviations) of each span of 128 columns, as the epilogue of a matrix
+product leaves them. A scale of the block format spans 128 rows and 128 columns while a norm needs whole rows, so the
+block format takes two launches: one merges the partial statistics into (mean, 1 / deviation) of each row, 8 bytes a
+row, the other gives every 128 x 128 block a program of its own (23,640 at 14B and 720p, 3,072 at 1.3B and 480p). A
+program that merged for itself would read 320 bytes of statistics for each 256 bytes of a row.
+Bytes per value of a bfloat16 x: 3.1 with statistics given (2 read, 1 written, 0.06 of statistics), 5.1 without; 3 in
+the row format, which has the row in registers; 2.1 for the statistics; 4 for RMSNorm.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .quantize import matrix_shape
+from .rounding import block_scale, magnitude, row_scale, to_int8
+from .rows import load_columns, load_rows, part_columns, row_tile
+
+SPAN = 128  # columns of a partial statistic, rows and columns of a block
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_stats_kernel(
+    x_ptr,  # [M, K] any strides
+    stats_ptr,  # [ceil(K/SPAN), M, 2] float32
+    M,
+    K,
+    stride_m,
+    stride_k,
+    SPAN: tl.constexpr,
+):
+    # one program owns SPAN rows of one span of columns; the spans of the same rows run next to each other
+    spans = tl.cdiv(K, SPAN)
+    span = tl.program_id(0) % spans
+    rows = tl.program_id(0) // spans * SPAN + tl.arange(0, SPAN)
+    cols = span * SPAN + tl.arange(0, SPAN)
+    x = load_columns(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, cols, stride_k, K)
+    count = tl.minimum(K - span * SPAN, SPAN).to(tl.float32)
+    mean = tl.sum(x, 1) / count
+    deviation = tl.where((cols < K)[None, :], x - mean[:, None], 0.0)
+    place = (span.to(tl.int64) * M + rows) * 2
+    tl.store(
+        stats_ptr + place[:, None] + tl.arange(0, 2)[None, :],
+        tl.join(mean, tl.sum(deviation * deviation, 1)),
+        mask=(rows < M)[:, None],
+    )
+
+
+@triton.jit
+def inverse_deviation(squares, K, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
+
+
+@triton.jit(do_not_specialize=["M"])
+def merge_stats_kernel(
+    stats_ptr,  # [ceil(K/SPAN), M, 2] float32: mean, sum of squared deviations
+    merged_ptr,  # [M, 2] float32: mean, 1 / deviation
+    M,
+    K,
+    eps,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,  # a power of two
+    ROWS: tl.constexpr,
+):
+    # one program owns ROWS rows and all their spans
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    spans = tl.arange(0, SPANS)
+    place = (spans.to(tl.int64)[:, None] * M + rows[None, :]) * 2
+    inside = (spans * SPAN < K)[:, None] & (rows < M)[None, :]
+    stats = tl.load(stats_ptr + place[:, :, None] + tl.arange(0, 2)[None, None, :], mask=inside[:, :, None], other=0.0)
+    means, squares = tl.split(stats)
+    count = tl.maximum(tl.minimum(K - spans * SPAN, SPAN), 0).to(tl.float32)[:, None]
+    mean = tl.sum(means * count, 0) / K
+    away = means - mean[None, :]
+    total = tl.sum(squares + count * away * away, 0)  # Chan's formula; spans past the end count nothing
+    merged = tl.join(mean, inverse_deviation(total, K, eps))
+    tl.store(merged_ptr + rows[:, None] * 2 + tl.arange(0, 2)[None, :], merged, mask=(rows < M)[:, None])
+
+
+@triton.jit
+def load_vector(ptr, cols, K, y):
+    if y.shape[1] <= 128:
+        return tl.load(ptr + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
+    # spread over y's rows before the load: a long vector would take its way to y's layout through shared memory
+    ptrs = tl.broadcast_to((ptr + cols)[None, :], y.shape)
+    return tl.load(ptrs, mask=(cols < K)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def affine(y, cols, K, weight_ptr, bias_ptr):
+    """y * weight + bias, each [K] or None. Zeros past column K stay zeros, here and in modulate."""
+    if weight_ptr is not None:
+        y *= load_vector(weight_ptr, cols, K, y)
+    if bias_ptr is not None:
+        y += load_vector(bias_ptr, cols, K, y)
+    return y
+
+
+@triton.jit
+def modulate_group(y, cols, K, group, shift_ptr, scale_ptr):
+    if scale_ptr is not None:
+        y *= 1.0 + load_vector(scale_ptr + group * K, cols, K, y)
+    if shift_ptr is not None:
+        y += load_vector(shift_ptr + group * K, cols, K, y)
+    return y
+
+
+@triton.jit
+def modulate(y, cols, K, rows, first, last, GROUP, shift_ptr, scale_ptr):
+    """y * (1 + scale) + shift, each [groups, K] or None; rows first to last, GROUP of them in a group (None: all)."""
+    if GROUP is None:
+        y = modulate_group(y, cols, K, 0, shift_ptr, scale_ptr)
+    else:
+        # nearly always one group; a vector for every row would be four times the bytes of x
+        for group in range(first // GROUP, last // GROUP + 1):
+            mine = modulate_group(y, cols, K, tl.cast(group, tl.int64), shift_ptr, scale_ptr)
+            y = tl.where((rows // GROUP == group)[:, None], mine, y)
+    return y
+
+
+@triton.jit(do_not_specialize=["M", "GROUP"])
+def layer_norm_block_kernel(
+    x_ptr,  # [M, K] any strides
+    stats_ptr,  # [M, 2] float32: mean, 1 / deviation
+    weight_ptr,  # [K] or None
+    bias_ptr,  # [K] or None
+    shift_ptr,  # [groups, K] or None
+    scale_ptr,  # [groups, K] or None
+    q_ptr,  # [M, K] int8
+    q_scale_ptr,  # [ceil(M/BLOCK), ceil(K/BLOCK)] float32
+    M,
+    K,
+    GROUP,  # rows of a group, None: all of them
+    stride_m,
+    stride_k,
+    EVEN_K: tl.constexpr,  # BLOCK divides K
+    BLOCK: tl.constexpr,
+):
+    # one program owns one BLOCK x BLOCK block of q, in registers from its one read to its one write
+    blocks_k = tl.cdiv(K, BLOCK)
+    first = tl.program_id(0) // blocks_k * BLOCK
+    rows = first + tl.arange(0, BLOCK)
+    cols = tl.program_id(0) % blocks_k * BLOCK + tl.arange(0, BLOCK)
+    # rows past the end repeat the last one, which leaves the block's maximum as it is
+    source = tl.minimum(rows, M - 1)
+    y = load_columns(x_ptr + source.to(tl.int64)[:, None] * stride_m, cols, stride_k, K)
+    y = (y - tl.load(stats_ptr + source * 2)[:, None]) * tl.load(stats_ptr + source * 2 + 1)[:, None]
+    if not EVEN_K:
+        y = tl.where((cols < K)[None, :], y, 0.0)
+    last = tl.minimum(first + BLOCK, M) - 1
+    y = affine(y, cols, K, weight_ptr, bias_ptr)
+    y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr)
+    q_scale = block_scale(tl.max(magnitude(y)))
+    tl.store(q_scale_ptr + tl.program_id(0), q_scale)
+    target = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(q_ptr + target, to_int8(y, q_scale), mask=(rows < M)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "GROUP"])
+def layer_norm_rows_kernel(
+    x_ptr,  # [M, K] any strides
+    weight_ptr,  # [K] or None
+    bias_ptr,  # [K] or None
+    shift_ptr,  # [groups, K] or None
+    scale_ptr,  # [groups, K] or None
+    q_ptr,  # [M, K] int8
+    q_scale_ptr,  # [M] float32
+    M,
+    K,
+    GROUP,  # rows of a group, None: all of them
+    eps,
+    stride_m,
+    stride_k,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # one program owns ROWS whole rows, in registers from their one read to their one write
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, M) - 1
+    rows = first + tl.arange(0, ROWS)
+    source = tl.minimum(rows, M - 1)
+    x = load_rows(x_ptr + source.to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    total = x[0]
+    for part in tl.static_range(1, PARTS):
+        total += x[part]
+    mean = (tl.sum(total, 1) / K)[:, None]
+    squares = tl.zeros_like(total)
+    for part in tl.static_range(PARTS):
+        deviation = tl.where((part_columns(part, WIDTH) < K)[None, :], x[part] - mean, 0.0)
+        squares += deviation * deviation
+    inverse = inverse_deviation(tl.sum(squares, 1), K, eps)[:, None]
+    normed = ()
+    bits = tl.zeros_like(total).to(tl.int32)
+    for part in tl.static_range(PARTS):
+        cols = part_columns(part, WIDTH)
+        y = tl.where((cols < K)[None, :], x[part] - mean, 0.0) * inverse
+        y = affine(y, cols, K, weight_ptr, bias_ptr)
+        y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr)
+        bits = tl.maximum(bits, magnitude(y))
+        normed = normed + (y,)
+    q_scale = row_scale(tl.max(bits, 1))
+    tl.store(q_scale_ptr + rows, q_scale, mask=rows < M)
+    for part in tl.static_range(PARTS):
+        cols = part_columns(part, WIDTH)
+        target = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        q = to_int8(normed[part], q_scale[:, None])
+        tl.store(q_ptr + target, q, mask=(rows < M)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def rms_norm_kernel(
+    x_ptr,  # [M, K] any strides
+    weight_ptr,  # [K]
+    y_ptr,  # [M, K]
+    M,
+    K,
+    eps,
+    stride_m,
+    stride_k,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # one program owns ROWS whole rows, in registers from their one read to their one write
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    squares = x[0] * x[0]
+    for part in tl.static_range(1, PARTS):
+        squares += x[part] * x[part]
+    inverse = inverse_deviation(tl.sum(squares, 1), K, eps)[:, None]
+    for part in tl.static_range(PARTS):
+        cols = part_columns(part, WIDTH)
+        target = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        y = affine(x[part] * inverse, cols, K, weight_ptr, None).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + target, y, mask=(rows < M)[:, None] & (cols < K)[None, :])
+
+
+def row_stats(x):
+    """Partial row statistics of x [M, K]: float32 [ceil(K/128), M, 2], mean and sum of squared deviations."""
+    m, k = matrix_shape(x)
+    spans = triton.cdiv(k, SPAN)
+    stats = torch.empty((spans, m, 2), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(m, SPAN) * spans,)
+    launch.run(row_stats_kernel, grid, (x, stats, m, k, *x.stride()), {"SPAN": SPAN, "num_warps": 8})
+    return stats
+
+
+def merge_stats(stats, k, eps):
+    """Partial row statistics [ceil(k/128), M, 2] -> float32 [M, 2]: mean and 1 / sqrt(variance + eps) of each row."""
+    spans, m, _ = stats.shape
+    merged = torch.empty((m, 2), dtype=torch.float32, device=stats.device)
+    rows = 32
+    options = {"SPAN": SPAN, "SPANS": triton.next_power_of_2(spans), "ROWS": rows, "num_warps": 4}
+    launch.run(merge_stats_kernel, (triton.cdiv(m, rows),), (stats, merged, m, k, eps), options)
+    return merged
+
+
+def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, stats=None, rows=False):
+    """Quantize (LayerNorm(x) * weight + bias) * (1 + scale) + shift, all in float32, to int8.
+
+    x: float16, bfloat16 or float32 [M, K], any strides. weight, bias: [K]. shift, scale: [groups, K] for groups of
+    M / groups consecutive rows. All contiguous, each may be None. stats: row_stats(x), or None to read x for it; the
+    row format does without. Returns (q int8 [M, K], float32 scale [ceil(M/128), ceil(K/128)], or [M, 1] with rows).
+    """
+    m, k = matrix_shape(x)
+    blocks = triton.cdiv(m, SPAN), triton.cdiv(k, SPAN)
+    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    q_scale = torch.empty((m, 1) if rows else blocks, dtype=torch.float32, device=x.device)
+    groups = max(1 if t is None else t.shape[0] for t in (shift, scale))
+    operands = weight, bias, shift, scale, q, q_scale, m, k, None if groups == 1 else m // groups
+    if rows:
+        tile = row_tile(k)
+        launch.run(layer_norm_rows_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, *operands, eps, *x.stride()), tile)
+    else:
+        merged = merge_stats(row_stats(x) if stats is None else stats, k, eps)
+        options = {"EVEN_K": k % SPAN == 0, "BLOCK": SPAN, "num_warps": 8}
+        launch.run(layer_norm_block_kernel, (q_scale.numel(),), (x, merged, *operands, *x.stride()), options)
+    return q, q_scale
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight of each row of x [M, K], computed in float32, in x's dtype. weight: [K]."""
+    m, k = matrix_shape(x)
+    y = torch.empty((m, k), dtype=x.dtype, device=x.device)
+    tile = row_tile(k)
+    launch.run(rms_norm_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, weight, y, m, k, eps, *x.stride()), tile)
+    return y
