@@ -346,6 +346,17 @@ def test_an_interrupted_run_leaves_the_old_results_and_what_it_had(tiny_group, t
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
 
 
+def test_a_case_that_cannot_be_made_is_named_and_the_others_go_on(tiny_group, tmp_path, monkeypatch):
+    def cases(device, sizes, quick):
+        yield broken
+        yield from tiny_group.cases(device, sizes, quick)
+
+    monkeypatch.setitem(bench_run.GROUPS, "linear", (type("Group", (), {"cases": staticmethod(cases)}), 3))
+    report = bench_run.run(["linear"], "cpu", tmp_path, quick=True)["linear"]
+    assert "a case was left out: RuntimeError: no kernel image" in report["notes"]
+    assert [case["name"] for case in report["cases"]] == ["machine", "case 0", "case 1"]
+
+
 def test_a_file_that_cannot_be_written_is_a_person_s_error(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(TurboError, match="could not be written"):

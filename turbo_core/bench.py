@@ -136,6 +136,12 @@ def clock_of(device) -> WallClock:
     return (EventClock if torch.device(device).type == "cuda" else WallClock)(device)
 
 
+def in_short(error: Exception) -> str:
+    """Its kind and the first line of its message."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
     """Build a contender, run it once and compare: (its row of the table, the function to time or None)."""
     row = {"name": contender.name, "alone": contender.alone, "bound": contender.bound, "note": contender.note}
@@ -157,8 +163,7 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
     except Missing as reason:
         return row | {"status": "missing", "reason": str(reason)}, None
     except Exception as error:  # a compiler's, a driver's or a foreign library's: the others go on
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return row | {"status": "failed", "reason": f"{type(error).__name__}: {first[:200]}"}, None
+        return row | {"status": "failed", "reason": in_short(error)}, None
     return row | {"status": "ok"}, function
 
 

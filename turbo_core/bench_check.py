@@ -59,7 +59,11 @@ def check(device, tell=print, status=None) -> list[dict]:
             add(f"{quantize.__name__} {m} x {k}", said is None, said or "same bits")
     cases = list(_cases(device))
     for done, make in enumerate(cases):
-        case = make()
+        try:
+            case = make()
+        except Exception as error:  # a kernel's: the other cases go on
+            add(f"case {done + 1} of {len(cases)}", False, bench.in_short(error))
+            continue
         if status:
             status(f"check {done + 1} of {len(cases)}: {case.name}")
         for contender in case.contenders:

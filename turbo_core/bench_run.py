@@ -81,7 +81,13 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=bench.SECOND
         partial = folder / f"{group}.partial.json"
         for make in GROUPS[group][0].cases(device, given, quick):
             clock.release()
-            measured = timed(make(), limits)
+            try:
+                case = make()
+            except Exception as error:  # out of memory, or a kernel's: the other cases go on
+                report["notes"].append(f"a case was left out: {bench.in_short(error)}")
+                print(report["notes"][-1])
+                continue
+            measured = timed(case, limits)
             show(measured)
             report["cases"].append(measured)
             write(partial, json.dumps(report, indent=1).encode())
