@@ -82,10 +82,11 @@ def merge_stats_kernel(
 @triton.jit
 def load_vector(ptr, cols, K, y):
     if y.shape[1] <= 128:
-        return tl.load(ptr + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
-    # spread over y's rows before the load: a long vector would take its way to y's layout through shared memory
-    ptrs = tl.broadcast_to((ptr + cols)[None, :], y.shape)
-    return tl.load(ptrs, mask=(cols < K)[None, :], other=0.0).to(tl.float32)
+        vector = tl.load(ptr + cols, mask=cols < K, other=0.0)[None, :]
+    else:
+        # spread over y's rows before the load: a long vector would take its way to y's layout through shared memory
+        vector = tl.load(tl.broadcast_to((ptr + cols)[None, :], y.shape), mask=(cols < K)[None, :], other=0.0)
+    return vector.to(tl.float32)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def modulate(y, cols, K, rows, first, last, GROUP, shift_ptr, scale_ptr):
     return y
 
 
-@triton.jit(do_not_specialize=["M", "GROUP"])
+@triton.jit(do_not_specialize=["M"])
 def layer_norm_block_kernel(
     x_ptr,  # [M, K] any strides
     stats_ptr,  # [M, 2] float32: mean, 1 / deviation
@@ -158,7 +159,7 @@ def layer_norm_block_kernel(
     tl.store(q_ptr + target, to_int8(y, q_scale), mask=(rows < M)[:, None] & (cols < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "GROUP"])
+@triton.jit(do_not_specialize=["M"])
 def layer_norm_rows_kernel(
     x_ptr,  # [M, K] any strides
     weight_ptr,  # [K] or None
