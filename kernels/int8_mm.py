@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .int8_mm_persistent import int8_mm_persistent_kernel
 from .int8_tile import MAGIC, MAGIC_VALUE, finish_tile, tile_place
 
 SPAN = 128  # side of a scale block, columns of a row's statistics
@@ -41,8 +42,10 @@ def int8_mm_kernel(
     ROWS: tl.constexpr,  # the row format
     EVEN_K: tl.constexpr,
     GELU: tl.constexpr,
+    ONE_GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,  # of one dot, which takes two on sm_8x
     GROUP_M: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -62,7 +65,7 @@ def int8_mm_kernel(
     m0, n0 = row * BLOCK_M, column * BLOCK_N
     # rows past the end read the last one again: their products are not stored
     rows, columns = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - m0), tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
-    depth = tl.arange(0, SPAN)
+    depth = tl.arange(0, DEPTH)
     x_ptrs = x_ptr + m0.to(tl.int64) * K + (rows[:, None] * K + depth[None, :])
     w_ptrs = w_ptr + n0.to(tl.int64) * K + (columns[None, :] * K + depth[:, None])
     blocks = tl.cdiv(K, SPAN)
@@ -73,22 +76,23 @@ def int8_mm_kernel(
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for block in range(blocks):
-        if EVEN_K:
-            x, w = tl.load(x_ptrs), tl.load(w_ptrs)
-        else:
-            left = K - block * SPAN
-            x = tl.load(x_ptrs, depth[None, :] < left, other=0)
-            w = tl.load(w_ptrs, depth[:, None] < left, other=0)
-        if ROWS:
+        if not ROWS:
+            scale = tl.load(x_scale_ptrs + block) * tl.load(w_scale_ptrs + block)  # before the dot, which hides it
+            total = tl.full((BLOCK_M, BLOCK_N), MAGIC, tl.int32)
+        for part in tl.static_range(SPAN // DEPTH):
+            if EVEN_K:
+                x, w = tl.load(x_ptrs), tl.load(w_ptrs)
+            else:
+                left = K - block * SPAN - part * DEPTH
+                x = tl.load(x_ptrs, depth[None, :] < left, other=0)
+                w = tl.load(w_ptrs, depth[:, None] < left, other=0)
             total = tl.dot(x, w, total, out_dtype=tl.int32)
-        else:
-            bits = tl.dot(x, w, tl.full((BLOCK_M, BLOCK_N), MAGIC, tl.int32), out_dtype=tl.int32)
-            scale = tl.load(x_scale_ptrs + block) * tl.load(w_scale_ptrs + block)
+            x_ptrs += DEPTH
+            w_ptrs += DEPTH
+        if not ROWS:
             if BLOCK_N > SPAN:
                 scale = scale[None, :]
-            y += (bits.to(tl.float32, bitcast=True) - MAGIC_VALUE) * scale
-        x_ptrs += SPAN
-        w_ptrs += SPAN
+            y += (total.to(tl.float32, bitcast=True) - MAGIC_VALUE) * scale
     if ROWS:
         y = total.to(tl.float32) * tl.load(x_scale_ptr + m0 + rows)[:, None]
         y *= tl.load(w_scale_ptr + n0 + columns)[None, :]
@@ -108,57 +112,54 @@ def int8_mm_kernel(
         N,
         group_rows,
         GELU,
+        ONE_GATE,
         BLOCK_M,
         BLOCK_N,
         SPAN,
     )
 
 
-def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=None, capability=None, **epilogue):
+def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=None, card=None, **epilogue):
     """(kernel, grid, arguments, options) of a launch; launch.run runs it.
 
-    form: "plain", "quantize", "residual" or "qkv". config: a launch.Config, default from the table. capability: of
-    the card to prepare for, default that of x's. epilogue: further operands of finish_tile by name.
+    form: "plain", "quantize", "residual" or "qkv". config: a launch.Config, default from the table. card: the kind to
+    prepare for, see launch.card_kind, default that of x's device. epilogue: further operands of finish_tile by name.
     """
     (m, k), n = x_q.shape, weights[0].shape[0]
-    rows = x_scale.shape == (m, 1) and scales[0].shape == (n, 1)
     blocks = -(-k // SPAN)
+    rows = x_scale.shape == (m, 1) and scales[0].shape == (n, 1)
     if not rows and (x_scale.shape != (-(-m // SPAN), blocks) or scales[0].shape != (-(-n // SPAN), blocks)):
         raise ValueError(f"scales {list(x_scale.shape)} and {list(scales[0].shape)} of int8 {[m, k]} and {[n, k]}")
-    for t in (x_q, x_scale, y, *weights, *scales, *epilogue.values()):
-        if isinstance(t, torch.Tensor) and not t.is_contiguous():
-            raise ValueError(f"every operand must be contiguous, got strides {t.stride()}")
-    form = f"{'row' if rows else 'block'} {form}"
-    config = config or launch.config(form, m, x_q.device if capability is None else capability)
-    missing = (None,) * 3
-    operands = [(w, s, b) for w, s, b in zip(weights, scales, biases)] + [missing] * (3 - len(weights))
+    tensors = [t for t in (x_q, x_scale, y, *weights, *scales, *biases, *epilogue.values()) if t is not None]
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError(f"every operand must be contiguous, got strides {[t.stride() for t in tensors]}")
+    config = config or launch.config(f"{'row' if rows else 'block'} {form}", m, x_q.device, card)
+    if config.variant != "pointers" and (k % 16 or any(t.data_ptr() % 16 for t in (x_q, *weights))):
+        config = launch.DEFAULT  # what the tensor memory accelerator cannot address
+    if form == "quantize" and (config.block_m, config.block_n) != (SPAN, SPAN):
+        raise ValueError(f"a tile must be one scale block, got {config}")
+    operands = [t for operand in zip(weights, scales, biases) for t in operand] + [None] * 3 * (3 - len(weights))
     gate = epilogue.get("gate")
-    arguments = (
-        x_q,
-        x_scale,
-        *(t for operand in operands for t in operand),
-        y,
-        *(epilogue.get(name) for name in ("y_scale", "residual")),
-        gate,
-        *(epilogue.get(name) for name in ("stats", "squares")),
-        m,
-        n,
-        k,
-        m if gate is None else m // gate.shape[0],
-    )
+    extra = [epilogue.get(name) for name in ("y_scale", "residual", "gate", "stats", "squares")]
+    arguments = (x_q, x_scale, *operands, y, *extra, m, n, k, m if gate is None else m // gate.shape[0])
     options = {
         "ROWS": rows,
         "EVEN_K": k % SPAN == 0,
         "GELU": gelu,
+        "ONE_GATE": gate is None or gate.shape[0] == 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "DEPTH": config.depth,
         "GROUP_M": config.group_m,
         "SPAN": SPAN,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
     tiles = -(-m // config.block_m) * -(-n // config.block_n) * len(weights)
-    return int8_mm_kernel, (tiles,), arguments, options
+    if config.variant == "pointers":
+        return int8_mm_kernel, (tiles,), arguments, options
+    options |= {"SPECIALIZE": config.variant != "persistent", "FLATTEN": config.variant == "flattened"}
+    return int8_mm_persistent_kernel, (min(tiles, launch.processors(x_q.device)),), arguments, options
 
 
 def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False, config=None):

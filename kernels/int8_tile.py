@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .rounding import block_scale, magnitude, to_int8
+
 MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2^23: an int32 sum started here reads as a float32 that is
 MAGIC_VALUE = tl.constexpr(12582912.0)  # this value too large, exactly while |sum| < 2^22 (128 products of int8)
 
@@ -21,17 +23,6 @@ def gelu_tanh(x):
     """x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)): no tanh, which not every backend has; exp may overflow to 0."""
     u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(-u))
-
-
-@triton.jit
-def quantize_tile(y, inside):
-    """(int8, scale) of one 128 x 128 scale block. A NaN makes the scale NaN: as integers, its bits are the largest."""
-    bits = tl.where(inside, tl.abs(y), 0.0).to(tl.int32, bitcast=True)
-    amax = tl.max(tl.max(bits, 1), 0).to(tl.float32, bitcast=True)
-    amax = tl.where(amax < 1e-8, 1e-8, amax)
-    steps = tl.div_rn(y, tl.zeros_like(y) + amax) * 128.0
-    steps = (steps + MAGIC_VALUE) - MAGIC_VALUE  # to the nearest integer, ties to even
-    return tl.minimum(tl.maximum(steps, -128.0), 127.0).to(tl.int8), amax / 128.0
 
 
 @triton.jit
@@ -66,6 +57,7 @@ def finish_tile(
     N,
     group_rows,
     GELU: tl.constexpr,
+    ONE_GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPAN: tl.constexpr,
@@ -83,12 +75,17 @@ def finish_tile(
         y = gelu_tanh(y)
     if residual_ptr is not None:
         if gate_ptr is not None:
-            group = tl.minimum(m0 + rows, M - 1) // group_rows
-            y *= tl.load(gate_ptr + group[:, None] * N + (n0 + columns)[None, :], there[None, :], other=0.0)
+            if ONE_GATE:
+                y *= tl.load(gate_ptr + n0 + columns, there, other=0.0)[None, :]
+            else:
+                group = tl.minimum(m0 + rows, M - 1) // group_rows
+                y *= tl.load(gate_ptr + group[:, None] * N + (n0 + columns)[None, :], there[None, :], other=0.0)
         y += tl.load(residual_ptr + corner + place, inside, other=0.0).to(tl.float32)
     if y_scale_ptr is not None:
-        out, scale = quantize_tile(y, inside)
+        # the tile is one scale block
+        scale = block_scale(tl.max(magnitude(tl.where(inside, y, 0.0))))
         tl.store(y_scale_ptr + m0 // SPAN * spans + n0 // SPAN, scale)
+        out = to_int8(y, scale)
     else:
         out = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + corner + place, out, inside)
