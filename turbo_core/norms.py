@@ -1,0 +1,142 @@
+"""LayerNorm with modulation to int8, row statistics and RMSNorm.
+
+Triton kernels (kernels/norm.py) compute where they can, their torch twins (norm_twins) elsewhere.
+
+x is [M, K], batch and tokens flattened. Row statistics are partial: mean and sum of squared deviations (M2) of each
+span of 128 columns, as the epilogue of a matrix product leaves them; the reader merges them.
+Every function raises TurboError, before any launch, where type, shape or device of an operand does not fit.
+"""
+
+import torch
+
+from . import norm_twins
+from .errors import TurboError
+from .int8 import BLOCK, block_scale_shape
+from .paths import use_triton
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _refuse(name, what, expected, got):
+    raise TurboError(f"{name}: {what} must be {expected}, got {got}")
+
+
+def _check_matrix(name, x):
+    if x.ndim != 2 or x.dtype not in _DTYPES:
+        _refuse(name, "x", "a float16, bfloat16 or float32 matrix [M, K]", f"{x.dtype} {list(x.shape)}")
+
+
+def _check_operand(name, what, t, shape, device):
+    if not t.is_floating_point() or tuple(t.shape) != tuple(shape):
+        _refuse(name, what, f"float {list(shape)}", f"{t.dtype} {list(t.shape)}")
+    if t.device != device:
+        _refuse(name, what, f"on {device} as x is", f"on {t.device}")
+
+
+def row_stats(x):
+    """Partial row statistics for layer_norm_quantize.
+
+    x: float16, bfloat16 or float32 [M, K], any strides. Returns float32 [ceil(K/128), M, 2]: mean and sum of squared
+    deviations over each span of 128 columns, the last one over the columns that are there.
+    """
+    _check_matrix("row_stats", x)
+    return (torch.ops.turbowan.row_stats if torch.compiler.is_compiling() else _row_stats)(x)
+
+
+def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, stats=None, rows=False):
+    """(LayerNorm(x) * weight + bias) * (1 + scale) + shift, all in float32, quantized to int8.
+
+    x: float16, bfloat16 or float32 [M, K], any strides. weight, bias: float [K] or None. shift, scale: float [G, K] or
+    None, one row for each M/G consecutive rows of x. stats: row statistics of x, see row_stats; None reads x for them,
+    and the row format, which has whole rows at hand, does not need them.
+    Returns (int8 [M, K], float32 scale): the block format, [ceil(M/128), ceil(K/128)], or with rows the row format,
+    [M, 1], see turbo_core.int8.
+    """
+    name = "layer_norm_quantize"
+    _check_matrix(name, x)
+    m, k = x.shape
+    for what, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check_operand(name, what, t, (k,), x.device)
+    modulation = [(what, t) for what, t in (("shift", shift), ("scale", scale)) if t is not None]
+    for what, t in modulation:
+        groups = len(modulation[0][1]) if modulation[0][1].ndim else 1
+        _check_operand(name, what, t, (groups, k), x.device)
+        if groups == 0 or m % groups:
+            _refuse(name, "the number of rows of x", f"a multiple of the {groups} rows of {what}", m)
+    if stats is not None:
+        _check_operand(name, "stats", stats, (-(-k // BLOCK), m, 2), x.device)
+        if stats.dtype != torch.float32:
+            _refuse(name, "stats", "float32", stats.dtype)
+    run = torch.ops.turbowan.layer_norm_quantize if torch.compiler.is_compiling() else _layer_norm_quantize
+    return run(x, eps, weight, bias, shift, scale, None if rows else stats, rows)
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight of each row, computed in float32.
+
+    x: float16, bfloat16 or float32 [M, K], any strides. weight: float [K]. Returns [M, K] in x's dtype.
+    """
+    _check_matrix("rms_norm", x)
+    _check_operand("rms_norm", "weight", weight, x.shape[1:], x.device)
+    return (torch.ops.turbowan.rms_norm if torch.compiler.is_compiling() else _rms_norm)(x, weight, eps)
+
+
+def _row_stats(x):
+    if use_triton(x.device, "norm"):
+        from .kernels.norm import row_stats as run
+    else:
+        run = norm_twins.row_stats
+    return run(x)
+
+
+def _layer_norm_quantize(x, eps, weight, bias, shift, scale, stats, rows):
+    if use_triton(x.device, "norm"):
+        from .kernels.norm import layer_norm_quantize as run
+
+        weight, bias, shift, scale, stats = (
+            None if t is None else t.contiguous() for t in (weight, bias, shift, scale, stats)
+        )
+    else:
+        run = norm_twins.layer_norm_quantize
+    return run(x, eps, weight, bias, shift, scale, stats, rows)
+
+
+def _rms_norm(x, weight, eps):
+    if use_triton(x.device, "norm"):
+        from .kernels.norm import rms_norm as run
+    else:
+        run = norm_twins.rms_norm
+    return run(x, weight.contiguous(), eps)
+
+
+def _empty_quantized(x, eps, weight, bias, shift, scale, stats, rows):
+    m, k = x.shape
+    q_scale = x.new_empty((m, 1) if rows else block_scale_shape(m, k), dtype=torch.float32)
+    return x.new_empty(m, k, dtype=torch.int8), q_scale
+
+
+def _register(name, function, schema, fake):
+    torch.library.custom_op(f"turbowan::{name}", function, mutates_args=(), schema=schema).register_fake(fake)
+
+
+# torch.compile gets one node for each
+_register(
+    "row_stats",
+    _row_stats,
+    "(Tensor x) -> Tensor",
+    lambda x: x.new_empty(-(-x.shape[1] // BLOCK), x.shape[0], 2, dtype=torch.float32),
+)
+_register(
+    "layer_norm_quantize",
+    _layer_norm_quantize,
+    "(Tensor x, float eps, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? scale, Tensor? stats, bool rows)"
+    " -> (Tensor, Tensor)",
+    _empty_quantized,
+)
+_register(
+    "rms_norm",
+    _rms_norm,
+    "(Tensor x, Tensor weight, float eps) -> Tensor",
+    lambda x, weight, eps: x.new_empty(x.shape),
+)
