@@ -26,6 +26,7 @@ TEXT_CONFIG = {  # ComfyUI's umt5xxl_model_config with small numbers; text_dim o
     "relative_attention_num_buckets": 32,
     "vocab_size": 640,
 }
+_LETTERS = " ".join(map(chr, range(33, 127)))
 # ComfyUI recognizes the kind of a T5 file by the shape of this tensor of the full model; nothing reads its values.
 MARKER = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
@@ -120,15 +121,15 @@ def tiny_text_encoder(tokenizer: bytes, seed: int = 0) -> dict[str, torch.Tensor
     return state
 
 
-def tiny_tokenizer() -> bytes:
-    """A sentencepiece model trained on generated captions; unknown characters fall back to bytes."""
+def tiny_tokenizer(sentences: list[str] | None = None) -> bytes:
+    """A sentencepiece model trained on sentences, default generated captions; unknown characters fall back to bytes."""
     try:
         import sentencepiece
     except ImportError as error:
         raise missing_library("sentencepiece", "make-tiny") from error
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions()),
+        sentence_iterator=iter([*sentences, _LETTERS] if sentences else captions()),
         model_writer=model,
         vocab_size=TEXT_CONFIG["vocab_size"],
         model_type="bpe",
@@ -152,9 +153,8 @@ def captions() -> list[str]:
     verbs = ("moves left across", "spins slowly above", "bounces over", "walks through", "drifts toward", "grows by")
     places = ("a white background", "the quiet sea at sunset", "a dark city street in the rain", "high mountains")
     styles = ("Cinematic, warm light.", "Close-up shot, 35mm film.", "Watercolor, soft focus.", "Highly detailed.")
-    letters = "".join(map(chr, range(33, 127)))
     scenes = [" ".join(parts) + "." for parts in itertools.product(subjects, verbs, places)]
-    return [f"{scene} {styles[i % len(styles)]}" for i, scene in enumerate(scenes)] + [" ".join(letters)]
+    return [f"{scene} {styles[i % len(styles)]}" for i, scene in enumerate(scenes)] + [_LETTERS]
 
 
 def _make_vae(folder: Path, seed: int):

@@ -1,0 +1,119 @@
+"""A training that was killed goes on to the weights of one that was not, and bad folders are told before anything."""
+
+import pytest
+import torch
+
+from turbo_core.errors import TurboError
+from turbo_core.train import data, distill, engine, sparsify, teacher
+from turbo_core.train.dit import TrainWan
+
+STEPS = 6
+
+
+def model():
+    torch.manual_seed(0)
+    return TrainWan(64, 96, 1, 2, text_dim=8, sla=True)
+
+
+def clips():
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(6, 16, 3, 4, 4, generator=random)
+    text = torch.randn(7, 5, 8, generator=random)
+    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None])
+
+
+def stages(folder, steps=STEPS):
+    quiet = {"batch": 2, "log": lambda line: None}
+    return {
+        "teacher": lambda: teacher.train(model(), clips(), folder, steps, kept_frames=2, **quiet),
+        "distill": lambda: distill.train(model(), model(), model(), clips(), folder, steps, **quiet),
+        "sparsify": lambda: sparsify.train(model(), model(), clips(), folder, steps, topk=0.5, **quiet),
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill", "sparsify"])
+def test_killed_and_resumed_is_the_same_bit_for_bit(stage, tmp_path, monkeypatch):
+    whole, history = stages(tmp_path / "whole")[stage]()
+    real, calls = engine.generator, []
+
+    def until_killed(seed, step, *stream):
+        calls.append(step)
+        if step == 4 and len(calls) < 20:
+            raise Killed
+        return real(seed, step, *stream)
+
+    monkeypatch.setattr(engine, "generator", until_killed)
+    saved = engine.save
+    # after every second step a checkpoint: step 3 was made and is lost
+    monkeypatch.setattr(engine, "save", lambda parts, done, path: len(done) % 2 == 0 and saved(parts, done, path))
+    monkeypatch.setattr(engine.run, "__defaults__", (None, 0.0, print))
+    with pytest.raises(Killed):
+        stages(tmp_path / "killed")[stage]()
+    calls.extend([0] * 20)
+    resumed, again = stages(tmp_path / "killed")[stage]()
+    assert again == history
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(one, other), name
+    moved = [not torch.equal(a, b) for a, b in zip(whole.parameters(), model().parameters())]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    first, _ = stages(tmp_path)["teacher"]()
+    written = (tmp_path / engine.CHECKPOINT).stat().st_mtime_ns
+    second, history = stages(tmp_path)["teacher"]()
+    assert len(history) == STEPS and (tmp_path / engine.CHECKPOINT).stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
+    stages(tmp_path)["teacher"]()
+    before = (tmp_path / engine.CHECKPOINT).read_bytes()
+    with pytest.raises(TurboError, match="does not fit this training"):
+        stages(tmp_path)["distill"]()
+    assert (tmp_path / engine.CHECKPOINT).read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    (tmp_path / engine.CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(TurboError, match="Remove it"):
+        stages(tmp_path)["teacher"]()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    stages(tmp_path, 2)["teacher"]()
+    before = (tmp_path / engine.CHECKPOINT).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TurboError, match="Free space"):
+        stages(tmp_path, 3)["teacher"]()
+    assert (tmp_path / engine.CHECKPOINT).read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [engine.CHECKPOINT]
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TurboError, match="cannot be a folder"):
+        stages(tmp_path / "file")["teacher"]()
+
+
+def test_missing_and_wrong_data(tmp_path):
+    with pytest.raises(TurboError, match="there is no file"):
+        data.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(TurboError, match="cannot be read"):
+        data.load(tmp_path / "bad.safetensors")
+
+
+def test_data_comes_back(tmp_path):
+    path = tmp_path / "data.safetensors"
+    data.save(clips(), path)
+    back = data.load(path)
+    assert torch.equal(back.lengths, clips().lengths) and torch.equal(back.latents, clips().latents.bfloat16())

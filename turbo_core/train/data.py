@@ -1,0 +1,110 @@
+"""What the transformer is trained on: latents of clips and embeddings of their captions, encoded once, in one file."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import TurboError
+from ..text import clean_prompt, encode_text
+from ..vae import LATENT_MEAN, LATENT_STD
+from ..video import complete_or_nothing
+from . import clips
+
+_NAMES = ("latents", "text", "lengths", "captions_of")
+
+
+class Data(NamedTuple):
+    """latents [N, 16, T, H, W] normalized; text [M, tokens, text_dim], of which lengths [M] are a caption's;
+    captions_of int64 [N, k]: rows of text that describe each clip. Row 0 of text is the empty caption."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    lengths: torch.Tensor
+    captions_of: torch.Tensor
+
+
+def save(data: Data, path) -> None:
+    """Write a data set as safetensors, latents and text in bfloat16."""
+    state = {name: getattr(data, name).contiguous() for name in _NAMES}
+    state |= {name: state[name].to(torch.bfloat16) for name in ("latents", "text")}
+    try:
+        with complete_or_nothing(path) as part:
+            save_file(state, part, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+
+
+def load(path) -> Data:
+    """Read a data set. Raises TurboError when the file is missing or holds something else."""
+    if not Path(path).is_file():
+        raise TurboError(f"data: there is no file {path}. Make it with turbo-core train data.")
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise TurboError(f"data: {path} cannot be read ({error}). Make it again.") from error
+    if set(found) != set(_NAMES) or found["latents"].ndim != 5 or found["text"].ndim != 3:
+        raise TurboError(f"data: {path} is no training data, expected the tensors {', '.join(_NAMES)}.")
+    return Data(**found)
+
+
+def batch(data: Data, count: int, random: torch.Generator, dropout: float = 0.0, device="cpu"):
+    """(latents, context, lengths) of random clips, each with one of its captions, or with the empty one."""
+    rows = torch.randint(len(data.latents), (count,), generator=random)
+    wording = torch.randint(data.captions_of.shape[1], (count,), generator=random)
+    empty = torch.rand(count, generator=random) < dropout
+    captions = data.captions_of[rows, wording].masked_fill(empty, 0)
+    return (data.latents[rows].float().to(device), *text_rows(data, captions, device))
+
+
+def text_rows(data: Data, rows: torch.Tensor, device="cpu"):
+    """(context float32, lengths) of rows of text."""
+    return data.text[rows].float().to(device), data.lengths[rows].to(device)
+
+
+def encode_captions(encoder, tokenize, captions: list[str]):
+    """(text [M, tokens, text_dim], lengths [M]): no longer than the longest of them."""
+    lengths = torch.tensor([len(tokenize(clean_prompt(caption))) for caption in captions])
+    longest = int(lengths.max())
+    parts = [encode_text(encoder, tokenize, captions[i : i + 64], longest) for i in range(0, len(captions), 64)]
+    return torch.cat(parts).clone(), lengths.clamp_max(longest)
+
+
+@torch.no_grad()
+def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
+    """Normalized latents of clips [B, 3, T, H, W] by a train.wan_vae.WanVAE."""
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(row, device=video.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
+    with torch.autocast(video.device.type, dtype=torch.bfloat16):
+        latent = vae.encode(video.contiguous(memory_format=torch.channels_last_3d))[0]
+    return (latent.float() - mean) / std
+
+
+@torch.no_grad()
+def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
+    """Clips float32 of normalized latents [B, 16, T, H, W]."""
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(row, device=latent.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
+    with torch.autocast(latent.device.type, dtype=torch.bfloat16):
+        video = vae.decode((latent.float() * std + mean).contiguous(memory_format=torch.channels_last_3d))
+    return video.float()
+
+
+def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, seed=0, log=print) -> Data:
+    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each."""
+    random = torch.Generator().manual_seed(seed)
+    scenes = clips.random_scenes(count, random)
+    latents = []
+    for some in scenes.split(4):
+        latents.append(encode_latents(vae, clips.render(some, frames, side, side, random)).to(torch.bfloat16))
+        if len(latents) % 25 == 0:
+            log(f"encoded {4 * len(latents)}/{count} clips")
+    words = [
+        clips.caption(scene, seed * count + i * wordings + w) for i, scene in enumerate(scenes) for w in range(wordings)
+    ]
+    text, lengths = encode_captions(encoder, tokenize, ["", *words])
+    captions_of = 1 + torch.arange(count * wordings).view(count, wordings)
+    return Data(torch.cat(latents), text, lengths, captions_of)

@@ -1,0 +1,125 @@
+"""Stage 4: rCM, a teacher with guidance becomes a student of 1 to 4 steps without.
+
+Consistency (forward): the student's clip at a time agrees with its clip a little further down the teacher's path.
+Distribution matching (reverse): what the student makes is pushed from where a network trained on its clips (the fake
+score) puts it to where the teacher does. Source: rCM, arXiv 2510.08431; the time step of the consistency is finite
+here, which needs no Jacobian-vector product and so no special attention kernel.
+"""
+
+import torch
+
+from ..schedule import MAX_STEPS, rcm_sigmas
+from . import data as data_module
+from . import engine, optim
+from .teacher import GUIDANCE, SHIFT, frames_of, guided, mix, times
+
+GRID = 24  # finite steps from noise to clip
+
+
+def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, guidance=GUIDANCE, sigma_max=80.0,
+          alone=0.25, weight=1.0, muon_lr=1e-3, lr=5e-4, decay=0.99, seed=0, seconds=None, device="cpu",
+          shard=False, log=print):  # fmt: skip
+    """Distil teacher into student; returns (moving average of the student's weights, history).
+
+    student, teacher, fake: TrainWan models with the same weights to begin with; the teacher is not changed. alone:
+    share of the steps with consistency only. weight: of distribution matching. kept_frames: see teacher.train.
+    """
+    teacher.requires_grad_(False).eval()
+    average = optim.average_of(student)
+    wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
+    optimizer = optim.Both(student, muon_lr, lr, optim.in_blocks)
+    fake_optimizer = optim.Both(fake, muon_lr, lr, optim.in_blocks)
+    empty = data_module.text_rows(data, torch.zeros(1, dtype=torch.long), device)
+
+    def step_of(step):
+        random = engine.generator(seed, step)
+        clean, context, lengths = data_module.batch(data, batch, random, 0.0, device)
+        frames = frames_of(clean.shape[2], kept_frames, random).to(device)
+        clean = clean[:, :, frames]
+        text = {"context": context, "lengths": lengths, "frames": frames}
+
+        def noise():
+            return torch.randn(clean.shape, generator=random).to(device)
+
+        values = {}
+        with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+            loss = _consistency(wrapped, teacher, clean, noise(), text, empty, guidance, random)
+            values["consistency"] = loss.item()
+            if step >= alone * steps:
+                made = generate(wrapped, clean.shape, sigma_max, text, random, noise)
+                push, values["apart"] = _matching(made, teacher, fake, noise(), text, empty, guidance, random)
+                loss = loss + weight * push
+            loss.backward()
+        rate = optim.schedule(step, steps, decay_from=0.7)
+        values["gradient"] = optimizer.step(rate)
+        optim.follow(average, student, min(decay, (1 + step) / (10 + step)))
+        if step >= alone * steps:
+            clip, other, t = made.detach(), noise(), times(batch, random).to(device)
+            with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+                velocity = wrapped_fake(mix(clip, other, t), 1000 * t, **text)
+            loss = (velocity.float() - (other - clip)).square().mean()
+            loss.backward()
+            fake_optimizer.step(rate)
+            values["fake"] = loss.item()
+        return values
+
+    parts = {
+        "model": student,
+        "optimizer": optimizer,
+        "average": average,
+        "fake": fake,
+        "fake_optimizer": fake_optimizer,
+    }
+    history = engine.run(step_of, parts, folder, steps, seconds, log=log)
+    return average, history
+
+
+def clean_of(model, x, t, text, **options):
+    """The clip that a student sees in x at times t [B]: x - t * velocity."""
+    return x - t.view(-1, 1, 1, 1, 1) * model(x, 1000 * t, **text, **options).float()
+
+
+def _shifted(u):
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def _consistency(student, teacher, clean, noise, text, empty, guidance, random):
+    """Mean square, in units of velocity, between the student at t and the student one teacher's step further."""
+    u = torch.rand(len(clean), generator=random).to(clean) * 0.99 + 0.01
+    now, after = _shifted(u), _shifted((u - 1 / GRID).clamp_min(0))
+    x = mix(clean, noise, now)
+    with torch.no_grad():
+        options = {"frames": text["frames"]}
+        velocity = guided(teacher, x, now, text["context"], text["lengths"], empty, guidance, **options).float()
+        further = x - (now - after).view(-1, 1, 1, 1, 1) * velocity
+        target = clean_of(student, further, after, text)
+        wanted = (x - target) / now.view(-1, 1, 1, 1, 1)
+    return (student(x, 1000 * now, **text).float() - wanted).square().mean()
+
+
+def generate(student, shape, sigma_max, text, random, noise, **options):
+    """The student's clips after a random number of its steps, with a gradient through the last of them."""
+    count = int(torch.randint(1, MAX_STEPS + 1, (), generator=random))
+    sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
+    x = noise() * sigmas[0]
+    for i, sigma in enumerate(sigmas[:count]):
+        at = torch.full((shape[0],), sigma, device=x.device)
+        with torch.set_grad_enabled(i == count - 1):
+            made = clean_of(student, x, at, text, **options)
+        x = mix(made, noise(), torch.full_like(at, sigmas[i + 1]))
+    return made
+
+
+def _matching(made, teacher, fake, noise, text, empty, guidance, random):
+    """(loss whose gradient is the difference of the two scores, normalized; mean distance of the two)."""
+    with torch.no_grad():
+        t = times(len(made), random).to(made).clamp(0.02, 0.98)
+        x = mix(made.detach(), noise, t)
+        options = {"frames": text["frames"]}
+        real = guided(teacher, x, t, text["context"], text["lengths"], empty, guidance, **options).float()
+        unreal = fake(x, 1000 * t, **text).float()
+        at = t.view(-1, 1, 1, 1, 1)
+        real, unreal = x - at * real, x - at * unreal
+        scale = (made - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
+        push = (unreal - real) / scale
+    return 0.5 * (made - (made.detach() - push)).square().mean(), (unreal - real).abs().mean().item()

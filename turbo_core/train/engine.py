@@ -1,0 +1,124 @@
+"""The loop that all stages share: steps, checkpoints, resuming, several processes by torchrun.
+
+A step draws everything random from generator(seed, step), so that a run which was killed and goes on from its last
+checkpoint makes the same weights as one that was never interrupted.
+"""
+
+import os
+import pickle
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TurboError
+from ..video import complete_or_nothing
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """The random numbers of one step. stream sets apart what must not depend on each other, and processes."""
+    mixed = (seed * 1_000_003 + step) * 1_009 + stream * 131 + rank()
+    return torch.Generator().manual_seed(mixed % (1 << 63))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start_processes(device: str) -> torch.device:
+    """Join the processes that torchrun started, if it did; returns this one's device."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    return torch.device(device)
+
+
+def parallel(model, shard: bool = False, idle_parts: bool = False):
+    """The model as every process must call it: itself alone; DDP copies; or FSDP2 shards, block by block.
+
+    idle_parts: some steps leave parameters without a gradient.
+    """
+    if not dist.is_initialized():
+        return model
+    if not shard:
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle_parts)
+    from torch.distributed.fsdp import fully_shard
+
+    for block in getattr(model, "blocks", []):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, save_every: float = 60.0, log=print):
+    """Call step_of(step) for every step up to `steps` and return the list of what it returned, {name: number}.
+
+    parts: {name: anything with state_dict and load_state_dict}, saved to folder/checkpoint.pt every save_every
+    seconds and at the end, and read from there first, so that a second call goes on where the first was killed.
+    seconds: stop after that many, a checkpoint is left to go on from. log: callable (line).
+    Raises TurboError when the folder cannot be written, the disk is full, or the checkpoint is another model's.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TurboError(f"{folder} cannot be a folder for checkpoints ({error}). Choose another one.") from error
+    history = load(parts, folder / CHECKPOINT)
+    start = saved = said = time.monotonic()
+    while len(history) < steps:
+        values = step_of(len(history))
+        history.append(values)
+        bad = [name for name, value in values.items() if value != value]
+        if bad:
+            raise TurboError(f"step {len(history)}: {bad[0]} is NaN. Lower the learning rate; {folder} is unharmed.")
+        now = time.monotonic()
+        if now - said > 10:
+            said = now
+            recent = history[-50:]
+            means = (f"{name} {sum(h.get(name, 0) for h in recent) / len(recent):.4g}" for name in values)
+            log(f"step {len(history)}/{steps}  {now - start:.0f} s  " + "  ".join(means))
+        last = len(history) == steps or (seconds is not None and now - start > seconds)
+        if _agreed(last or now - saved > save_every):
+            save(parts, history, folder / CHECKPOINT)
+            saved = time.monotonic()
+        if _agreed(last):
+            break
+    return history
+
+
+def _agreed(decision: bool) -> bool:
+    """The first process's decision in all of them: their clocks differ, and saving is done together."""
+    if not dist.is_initialized():
+        return decision
+    flag = torch.tensor([int(decision)], device=torch.device("cuda") if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def save(parts: dict, history: list, path: Path) -> None:
+    """Write a checkpoint aside and rename it, from the first process."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    if rank() == 0:
+        try:
+            with complete_or_nothing(path) as part, open(part, "wb") as file:
+                torch.save({"parts": states, "history": history}, file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TurboError(f"Could not write {path} ({error}). Free space and start again: it resumes.") from error
+
+
+def load(parts: dict, path: Path) -> list:
+    """Fill the parts from a checkpoint and return its history; an empty one when there is no file."""
+    if not path.is_file():
+        return []
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(stored["parts"][name])
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise TurboError(f"{path} does not fit this training ({reason}). Remove it, or take another folder.") from error
+    return stored["history"]

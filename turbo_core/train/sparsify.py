@@ -1,0 +1,50 @@
+"""Stage 5: sparse-linear attention, learned from the dense student alone: no clips are needed, only captions."""
+
+import torch
+
+from ..schedule import MAX_STEPS, rcm_sigmas
+from . import data as data_module
+from . import engine, optim
+from .distill import clean_of
+from .teacher import mix
+
+
+def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, batch=8, sigma_max=80.0, muon_lr=5e-4,
+          lr=1e-3, decay=0.99, seed=0, seconds=None, device="cpu", shard=False, log=print):  # fmt: skip
+    """Fine-tune model, which has proj_l, to give the dense student's velocities on its own trajectories.
+
+    topk goes from start to topk over the first `ramp` of the steps. Returns (moving average, history).
+    """
+    dense.requires_grad_(False).eval()
+    average = optim.average_of(model)
+    wrapped = engine.parallel(model, shard)
+    optimizer = optim.Both(model, muon_lr, lr, lambda name, p: optim.in_blocks(name, p) and ".proj_l." not in name)
+    sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
+    shape = (batch, *data.latents.shape[1:])
+
+    def step_of(step):
+        random = engine.generator(seed, step)
+        _, context, lengths = data_module.batch(data, batch, random, 0.0, device)
+        text = {"context": context, "lengths": lengths}
+        kept = start + (topk - start) * min(1.0, step / max(1, ramp * steps))
+        count = int(torch.randint(1, MAX_STEPS + 1, (), generator=random))
+        with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+            x = torch.randn(shape, generator=random).to(device) * sigmas[0]
+            for i in range(count):
+                at = torch.full((batch,), sigmas[i], device=device)
+                if i == count - 1:
+                    break
+                with torch.no_grad():
+                    made = clean_of(model, x, at, text, topk=kept)
+                x = mix(made, torch.randn(shape, generator=random).to(device), torch.full_like(at, sigmas[i + 1]))
+            with torch.no_grad():
+                wanted = dense(x, 1000 * at, **text).float()
+            loss = (wrapped(x, 1000 * at, **text, topk=kept).float() - wanted).square().mean()
+        loss.backward()
+        norm = optimizer.step(optim.schedule(step, steps))
+        optim.follow(average, model, min(decay, (1 + step) / (10 + step)))
+        return {"loss": loss.item(), "relative": (loss / wanted.square().mean()).item(), "topk": kept, "gradient": norm}
+
+    parts = {"model": model, "optimizer": optimizer, "average": average}
+    history = engine.run(step_of, parts, folder, steps, seconds, log=log)
+    return average, history

@@ -1,0 +1,109 @@
+"""Stage 1: the VAE, on crops of clips: pictures first, then short clips."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..vae import LATENT_MEAN, LATENT_STD
+from ..video import complete_or_nothing
+from . import clips, engine, optim
+from .wan_vae import WanVAE
+
+POOL, CROP, SIDE, FRAMES = 192, 64, 128, 33
+
+
+def train(
+    folder,
+    dim=8,
+    steps=3000,
+    image_steps=1000,
+    batch=8,
+    frames=9,
+    muon_lr=0.02,
+    lr=2e-3,
+    kl=1e-5,
+    seed=0,
+    seconds=None,
+    log=print,
+):
+    """Train a Wan 2.1 VAE of base width dim and return it; folder keeps the checkpoint.
+
+    image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of `frames` frames.
+    """
+    torch.manual_seed(seed)
+    model = WanVAE(dim)
+    optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
+    wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
+    pool = _pool(seed)
+
+    def step_of(step):
+        random = engine.generator(seed, step)
+        still = step < image_steps
+        video = _crops(pool, batch if still else max(1, batch // 4), 1 if still else frames, random)
+        noise = torch.randn(len(video), 16, (video.shape[2] - 1) // 4 + 1, CROP // 8, CROP // 8, generator=random)
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(video.device.type, dtype=torch.bfloat16):
+            shown, mean, log_variance = wrapped(video, noise)
+        mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+        error = (shown.float() - video).square().mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        (error + kl * divergence).backward()
+        norm = optimizer.step(optim.schedule(step, steps))
+        return {"psnr": 10 * math.log10(4 / error.item()), "kl": divergence.item(), "gradient": norm}
+
+    history = engine.run(step_of, {"model": model, "optimizer": optimizer}, folder, steps, seconds, log=log)
+    return model, history
+
+
+def _is_kernel(name: str, tensor) -> bool:
+    inner = name.split(".", 2)[1] in ("downsamples", "middle", "upsamples")
+    return inner and tensor.ndim > 3
+
+
+def _pool(seed: int) -> torch.Tensor:
+    """Clips to take crops from: uint8 [POOL, 3, FRAMES, SIDE, SIDE]."""
+    random = engine.generator(seed, 0, stream=1)
+    scenes = clips.random_scenes(POOL, random, held_out=None)
+    parts = [clips.render(some, FRAMES, SIDE, SIDE, random) for some in scenes.split(16)]
+    return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
+
+
+def _crops(pool, count: int, frames: int, random) -> torch.Tensor:
+    """Random windows of time and space: float32 [count, 3, frames, CROP, CROP] in [-1, 1]."""
+
+    def pick(high):
+        return int(torch.randint(high, (), generator=random))
+
+    out = []
+    for _ in range(count):
+        clip, t, y, x = pick(len(pool)), pick(FRAMES - frames + 1), 8 * pick(9), 8 * pick(9)
+        out.append(pool[clip, :, t : t + frames, y : y + CROP, x : x + CROP])
+    return torch.stack(out).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
+    """Give the latents the mean and deviation that the DiT's side of Wan 2.1 expects; reconstructions stay the same.
+
+    The last layer of the encoder and the first of the decoder are 1x1x1 convolutions, which take the change up.
+    """
+    latent = model.encode(video)[0].float()
+    axes = (0, 2, 3, 4)
+    scale = torch.tensor(LATENT_STD) / latent.std(axes).clamp_min(1e-3)
+    shift = torch.tensor(LATENT_MEAN) - latent.mean(axes) * scale
+    last, first = model.conv1, model.conv2
+    last.weight[:16] *= scale.view(-1, 1, 1, 1, 1)
+    last.bias[:16] = last.bias[:16] * scale + shift
+    last.bias[16:] += 2 * scale.log()
+    first.bias -= (first.weight[:, :, 0, 0, 0] / scale) @ shift
+    first.weight /= scale.view(1, -1, 1, 1, 1)
+
+
+def save(model: WanVAE, path) -> Path:
+    """The VAE as ComfyUI and the pipeline read it, bfloat16."""
+    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    with complete_or_nothing(path) as part:
+        save_file(state, part, {"format": "pt"})
+    return Path(path)
