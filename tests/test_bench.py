@@ -162,6 +162,13 @@ def test_the_missing_the_broken_and_the_wrong_are_named_and_not_timed():
     json.dumps(told, allow_nan=False)
 
 
+def test_a_contender_that_breaks_the_card_ends_the_run_with_its_name():
+    clock = Script()
+    clock.answers = lambda: False
+    with pytest.raises(TurboError, match="broken broke the connection to cpu.*no kernel image.*partial"):
+        bench.admit(Contender("broken", lambda: broken, lambda result: 0.0, 1.0), clock)
+
+
 def test_the_error_measure_refuses_what_is_not_finite_or_of_another_shape():
     want = torch.tensor([3.0, 4.0])
     assert bench.relative_error(torch.tensor([3.0, 4.5]), want) == pytest.approx(0.1)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .errors import TurboError
+
 REPEATS, SECONDS, FEWEST = 50, 2.0, 3  # of each contender: that many runs, or that long, but never fewer runs
 WARM_UP = 2  # runs after the first, which may compile
 FLUSHED = 1 << 28  # bytes written before each run of a streaming case: more than any card's or CPU's last cache
@@ -88,6 +90,10 @@ class WallClock:
     def release(self):
         """Give back the memory that the last case used and nobody holds."""
 
+    def answers(self) -> bool:
+        """False once a kernel has read or written where it must not, after which a card refuses everything."""
+        return True
+
     def flush(self):
         """Write more than the caches hold, so that no operand of the next run lies in them."""
         if not self.dirt.numel():
@@ -116,6 +122,12 @@ class EventClock(WallClock):
 
     def release(self):
         torch.cuda.empty_cache()
+
+    def answers(self):
+        try:
+            return torch.ones(1, device=self.device).item() == 1
+        except RuntimeError:
+            return False
 
     def round(self, functions, flush):
         marks = []
@@ -163,6 +175,11 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
     except Missing as reason:
         return row | {"status": "missing", "reason": str(reason)}, None
     except Exception as error:  # a compiler's, a driver's or a foreign library's: the others go on
+        if not clock.answers():
+            raise TurboError(
+                f"{contender.name} broke the connection to {clock.device} ({in_short(error)}): nothing runs there until "
+                "a restart. What was measured before is in the .partial.json file; the remaining groups can be run apart."
+            ) from error
         return row | {"status": "failed", "reason": in_short(error)}, None
     return row | {"status": "ok"}, function
 

@@ -11,9 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import sla, sla_torch
+from . import sla
 from .bench import Case, Contender, Missing, exact, in_short, relative_error
-from .bench_linear import TOKENS_480P, TOKENS_720P, compiled, dtype_of, name_of
+from .bench_linear import TOKENS_480P, TOKENS_720P, by_torch, compiled, dtype_of, name_of
 from .paths import why_not
 
 TOPK, BLOCK_Q, BLOCK_K = 0.1, 128, 64
@@ -191,17 +191,9 @@ def _flex(o, index, quick):
     return lambda: run(*tensors).transpose(1, 2)
 
 
-def _ours(o, precision, linear, topk=TOPK, run=None):
+def _ours(o, precision, linear, topk=TOPK):
     proj = (o.weight, o.bias) if linear else (None, None)
-    if run is None:
-        return lambda: sla.sparse_linear_attention(o.q, o.k, o.v, *proj, topk, precision=precision)
-    return lambda: run(o.q, o.k, o.v, *proj, topk, None, BLOCK_Q, BLOCK_K, precision)
-
-
-def _torch_path(o, precision, linear):
-    if why_not(o.q.device, "sla") is not None:
-        raise Missing("it is what turbo-core itself does here")
-    return _ours(o, precision, linear, run=sla_torch.sparse_linear)
+    return lambda: sla.sparse_linear_attention(o.q, o.k, o.v, *proj, topk, precision=precision)
 
 
 @contextlib.contextmanager
@@ -301,8 +293,8 @@ def attention_case(device, b, h, length, d, quick=False) -> Case:
         ),
         low_bit(f"SageSLA {percent}, turbo-core int8", lambda: _ours(o, "int8", True), linear, linear_flop),
         Contender(
-            f"SLA {percent}, turbo-core's torch path", lambda: _torch_path(o, "bf16", True), linear, float_bound,
-            flop=linear_flop,
+            f"SLA {percent}, turbo-core's torch path", lambda: by_torch(_ours(o, "bf16", True), device, "sla"), linear,
+            float_bound, flop=linear_flop,
         ),
     ]  # fmt: skip
     for stage in STAGES:

@@ -6,11 +6,11 @@ Shapes are M x N x K: M tokens through a weight [N, K].
 import torch
 import torch.nn.functional as F
 
-from . import int8_mm, int8_twins
+from . import int8_mm
 from .bench import Case, Contender, Missing, exact, relative_error
 from .devices import has_int_mm
 from .int8 import dequantize_block, int8_linear, quantize_block, quantize_rows
-from .paths import why_not
+from .paths import why_not, without_kernels
 
 TOKENS_480P, TOKENS_720P = 32760, 75600
 SMALL = ((4608, 1536), (1536, 1536), (8960, 1536), (1536, 8960))  # (N, K) of the 1.3B model: qkv, o, ffn up, ffn down
@@ -120,19 +120,21 @@ def _int_mm_alone(o):
     return lambda: (torch._int_mm(x_q, w_q.t()), x_scale, w_scale)
 
 
-def _ours(o, quantize, path):
-    """int8_linear as a model calls it, or with its torch twins where the device has kernels."""
+def _ours(o, quantize):
+    weight = quantize(o.weight)
+    return lambda: int8_linear(o.x, *weight, o.bias)
 
-    def build():
-        weight = quantize(o.weight)
-        if path is None:
-            return lambda: int8_linear(o.x, *weight, o.bias)
-        if why_not(o.x.device, "int8_mm") is not None:
-            raise Missing("it is what turbo-core itself does here")
-        chain = CHAINS[quantize]
-        return lambda: int8_twins.int8_mm(*chain(o.x), *weight, o.bias, o.x.dtype)
 
-    return build
+def by_torch(run, device, family):
+    """A function of turbo-core as it computes without kernels, where it has some to leave out."""
+    if why_not(device, family) is not None:
+        raise Missing("it is what turbo-core itself does here")
+
+    def plain():
+        with without_kernels():
+            return run()
+
+    return plain
 
 
 def _ours_alone(o, quantize):
@@ -173,13 +175,16 @@ def linear_case(device, m, n, k, quick=False) -> Case:
         y, x_scale, w_scale = result
         return o.error(y.float() * x_scale * w_scale.t() + o.bias.float())
 
+    def plain(quantize):
+        return by_torch(_ours(o, quantize), device, "int8_mm")
+
     add = [
         (f"{name_of(dtype)}, F.linear", _float(o, dtype), o.error, FLOAT[dtype]),
         ("bf16, torch.compile", _float(o, torch.bfloat16, quick, True), o.error, FLOAT[torch.bfloat16]),
-        ("row, turbo-core", _ours(o, quantize_rows, None), o.error, INT8),
-        ("block, turbo-core", _ours(o, quantize_block, None), o.error, INT8),
-        ("row, turbo-core's torch path", _ours(o, quantize_rows, "torch"), o.error, INT8),
-        ("block, turbo-core's torch path", _ours(o, quantize_block, "torch"), o.error, INT8),
+        ("row, turbo-core", lambda: _ours(o, quantize_rows), o.error, INT8),
+        ("block, turbo-core", lambda: _ours(o, quantize_block), o.error, INT8),
+        ("row, turbo-core's torch path", lambda: plain(quantize_rows), o.error, INT8),
+        ("block, turbo-core's torch path", lambda: plain(quantize_block), o.error, INT8),
         ("row, torch._int_mm chain", _chain(o, quick, False), o.error, INT8),
         ("row, torch._int_mm chain compiled", _chain(o, quick, True), o.error, INT8),
         ("row, comfy_kitchen.int8_linear", lambda: _kitchen(o), o.error, INT8),
