@@ -1,0 +1,32 @@
+"""Quantization kernels compile for every card, without spills, in wide loads and stores; run by test_quantize.py."""
+
+import pytest
+import torch
+
+from kernels import quantize
+from tests.kernels import sass
+from tests.triton_cpu import aot
+
+
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_blocks(capability, dtype):
+    [launch] = sass.launches(quantize.quantize_block, torch.empty(256, 5120, dtype=dtype))
+    compiled = sass.compile_launch(capability, *launch)
+    assert sass.registers(compiled) <= 128  # two programs of 8 warps on a multiprocessor
+    found = sass.memory(compiled)
+    # 64 values a thread, read and written once, 16 bytes at a time; the one narrow store is the scale
+    assert found == {"LDG 128": 4 * dtype.itemsize, "STG 128": 4, "STG 32": 1}, found
+
+
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+@pytest.mark.parametrize("k", [1536, 13824])  # several rows a program; the widest
+def test_rows(capability, k):
+    [launch] = sass.launches(quantize.quantize_rows, torch.empty(64, k, dtype=torch.bfloat16))
+    compiled = sass.compile_launch(capability, *launch)
+    assert sass.registers(compiled) <= 96
+    found = sass.memory(compiled)
+    _, _, tile = launch
+    values = tile["ROWS"] * tile["PARTS"] * tile["WIDTH"] // (32 * tile["num_warps"])
+    assert values <= 56
+    assert found["LDG 128"] == values // 8 and set(found) <= {"LDG 128", "STG 128", "STG 64", "STG 32"}, found

@@ -1,0 +1,133 @@
+"""Quantization kernels give the twin's bits; runs under TRITON_INTERPRET=1 by test_quantize.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import quantize
+from tests.kernels.poison import poisoned
+from tests.triton_cpu.interpreter import repair
+from turbo_core import int8
+
+repair()
+
+FORMATS = {
+    "block": (quantize.quantize_block, int8.quantize_block),
+    "row": (quantize.quantize_rows, int8.quantize_rows),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [
+    (1, 128),  # one row: 127 of the block's rows are not there
+    (5, 200),  # a row count and a K that no tile divides
+    (127, 1),  # one column
+    (129, 384),  # one row more than a block
+    (256, 256),  # whole blocks
+]
+ROWS = [(3, 1536), (2, 5120), (1, 8960), (1, 13824), (9, 33)]  # the widths of the models, in parts; a narrow ragged one
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    with poisoned():
+        yield
+
+
+def gaussian(m, k, dtype=torch.float32, seed=0):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(fmt, x):
+    kernel, twin = FORMATS[fmt]
+    before = x.clone()
+    q, scale = kernel(x)
+    expected, expected_scale = twin(x)
+    assert q.dtype == torch.int8 and q.is_contiguous() and scale.shape == expected_scale.shape
+    assert torch.equal(q, expected), (q.int() - expected).nonzero()[:5]
+    torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    return q, scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, k", SHAPES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_bits_of_the_twin(fmt, m, k, dtype):
+    check(fmt, gaussian(m, k, dtype))
+
+
+@pytest.mark.parametrize("m, k", ROWS)
+def test_rows_in_parts(m, k):
+    check("row", gaussian(m, k, torch.bfloat16))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_division_is_correctly_rounded(fmt):
+    # any float32: a reciprocal alone is off by one unit in 7 of 100, and tips near ties over
+    for seed in range(4):
+        x = gaussian(64, 512, seed=seed) * torch.logspace(-6, 6, 64)[:, None] ** (seed > 1)
+        q, scale = check(fmt, x)
+        exact = x.double() / (scale.double() if fmt == "row" else scale.double().repeat_interleave(128, 1))
+        assert (exact - q).abs().max() <= (1.0 if fmt == "block" else 0.5) + 1e-5  # +128 becomes 127
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_exact_ties_round_to_even_and_extremes_saturate(fmt):
+    top = 128 if fmt == "block" else 127
+    halves = torch.arange(-2 * top, 2 * top + 1) / 2
+    x = halves[None] if fmt == "row" else torch.nn.functional.pad(halves, (0, 127)).view(5, 128)  # one scale for all
+    q, scale = check(fmt, x)
+    assert scale.unique().tolist() == [1.0] and q.min() == -top
+    assert torch.equal(q.float(), x.round().clamp(max=127))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-12, 9e-9, 3e-8, 1e30, 7e37])
+def test_zeros_subnormals_tiny_and_huge(fmt, size):
+    # at 7e37 a reciprocal is subnormal, and the largest values are near float32's own largest
+    check(fmt, gaussian(130, 130) * size)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_half_precision_subnormals(fmt):
+    x = gaussian(64, 130, torch.float16) * 1e-6
+    q, _ = check(fmt, x)
+    assert q.any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_a_bad_value_spoils_its_block_and_no_other(fmt, dtype, bad):
+    x = gaussian(130, 260, dtype)
+    x[129, 3] = bad  # the first ragged block, or one row
+    q, scale = check(fmt, x)
+    assert not scale[-1, 0].isfinite() and scale[:-1].isfinite().all()
+    assert not q[129, 128 if fmt == "row" else 0].any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_views_are_read_where_they_lie(fmt):
+    base = gaussian(140, 300, torch.bfloat16)
+    for x in (base[3:133, 40:168], base.t(), base[::2, ::3], base[:1].expand(130, 300), base[0, 5:205][None]):
+        check(fmt, x)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_offsets_past_32_bits(fmt):
+    # memory that is never touched is never there: 4.3 GB of addresses
+    x = torch.from_numpy(np.empty((1 << 31) + 128, np.float16)).as_strided((3, 128), (1 << 30, 1))
+    x.copy_(gaussian(3, 128))
+    check(fmt, x)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_no_rows(fmt):
+    q, scale = check(fmt, torch.zeros(0, 256))
+    assert q.shape == (0, 256) and scale.numel() == 0
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_other_input_is_refused(fmt):
+    for x in (torch.zeros(2, 3, 4), torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=r"expected .*got torch\.\w+ \["):
+            FORMATS[fmt][0](x)
