@@ -8,7 +8,8 @@ import torch
 from comfy.ldm.flux.math import apply_rope1
 
 from ..turbo_core.errors import TurboError
-from ..turbo_core.sla import HEAD_DIMS, sparse_linear_attention
+from ..turbo_core.sla import HEAD_DIMS, sla_from_qkv, sparse_linear_attention
+from .fused import FusedWanBlock, copied
 
 OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
 DEFAULTS = {
@@ -86,31 +87,54 @@ class SLASelfAttention(wan.WanSelfAttention):
         k = apply_rope1(self.norm_k(self.k(x)).unflatten(-1, heads), freqs)
         v = self.v(x).unflatten(-1, heads)
 
-        def attend(weight=None, bias=None):
+        def attend(weight, bias):
             given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
             return sparse_linear_attention(q, k, v, weight, bias, settings["topk"], **given)
 
-        proj_l = self.attn_op["local_attn"]["proj_l"]
-        if settings["mode"] == "sparse":
-            out = attend()
-        elif getattr(proj_l.forward, "__func__", None) is not type(proj_l).forward:
-            out = attend(*_matrix(proj_l, x.device))
-        else:
-            cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": x.device, "offloadable": True}
-            with comfy.ops.CastBiasWeightContext(proj_l, **cast) as (weight, bias):
-                out = attend(weight, bias)
-        out = out.flatten(2)
+        out = self.with_projection(attend, settings, x.device).flatten(2)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
         return out
 
+    def with_projection(self, attend, settings, device):
+        """attend(weight, bias) with those of proj_l, or with None where the mode leaves the linear branch out."""
+        proj_l = self.attn_op["local_attn"]["proj_l"]
+        if settings["mode"] == "sparse":
+            return attend(None, None)
+        if getattr(proj_l.forward, "__func__", None) is not type(proj_l).forward:
+            return attend(*_matrix(proj_l, device))
+        cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": device, "offloadable": True}
+        with comfy.ops.CastBiasWeightContext(proj_l, **cast) as (weight, bias):
+            return attend(weight, bias)
 
-class SLAWanBlock(wan.WanAttentionBlock):
+    def attend_qkv(self, qkv, sums, quantized, freqs, settings):
+        """The same on q, k, v [3, B, L, dim] as they leave their linears, see turbo_core.fused.block."""
+        qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim))
+        cos, sin = (part.contiguous() for part in freqs[0, :, 0, :, :, 0].float().unbind(-1))
+        norms = [copied(norm, qkv.device)[0] for norm in (self.norm_q, self.norm_k)]
+
+        def attend(weight, bias):
+            given = settings["topk"], settings["precision"], quantized, settings.get("coverage")
+            return sla_from_qkv(qkv, sums, *norms, self.eps, cos, sin, weight, bias, *given)
+
+        out = self.with_projection(attend, settings, qkv.device)
+        return out if isinstance(out, tuple) else out.flatten(2)
+
+
+class SLAWanBlock(FusedWanBlock):
     """Handed to the host's WanModel as wan_attn_block_class."""
+
+    self_attention = SLASelfAttention
 
     def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs):
         super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps, **kwargs)
         self.self_attn = SLASelfAttention(dim, num_heads, window_size, qk_norm, eps, **kwargs)
+
+    def attend(self, qkv, sums, quantized, freqs, transformer_options):
+        settings = active_settings(transformer_options, qkv.shape[2], self.self_attn.head_dim)
+        if settings is None:
+            return super().attend(qkv, sums, quantized, freqs, transformer_options)
+        return self.self_attn.attend_qkv(qkv, sums, quantized, freqs, settings)
 
 
 def network_of(model, node) -> torch.nn.Module:

@@ -14,11 +14,17 @@ from ..turbo_core import checkpoint
 from ..turbo_core.errors import TurboError
 from ..turbo_core.schedule import default_sigma_max
 from .blocks import SLAWanBlock
+from .fused import FusedWanBlock
 from .inputs import check_choice, model_file
 from .ops import quant_entry, quantized_ops
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
+
+
+def _takes_block_class(unet_config) -> bool:
+    """True for the host's plain WanModel; VACE and its like are built from blocks of their own."""
+    return unet_config.get("model_type") in ("t2v", "i2v") and not unet_config.get("causal_ar")
 
 
 def build_patcher(sd, description, dtype=None, disable_dynamic=False):
@@ -38,6 +44,8 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
     if description.has_sla:
         config.unet_config["wan_attn_block_class"] = SLAWanBlock
+    elif quantized and _takes_block_class(config.unet_config):
+        config.unet_config["wan_attn_block_class"] = FusedWanBlock
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = config.supported_inference_dtypes
     if dtype is None:

@@ -8,7 +8,7 @@ import uuid
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.ldm.wan.model import WanModel
+from comfy.ldm.wan.model import WanAttentionBlock, WanModel
 from comfy.ops import CastWeightBiasOp
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
@@ -21,6 +21,7 @@ from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .block_list import parse_blocks
 from .blocks import network_of, wan_network
+from .fused import FusedWanBlock
 from .inputs import check_choice
 from .loader import mark_sigma_max
 from .ops import quant_entry, quantized_ops
@@ -119,9 +120,12 @@ def quantize_patcher(patcher, quantize, layers):
     old = patcher.model.model_config
     config = object.__new__(type(old))  # copy.copy stumbles over the config's catch-all __getattr__
     config.__dict__.update(old.__dict__)
+    source = patcher.model.diffusion_model
+    if type(source) is WanModel and all(type(block) is WanAttentionBlock for block in source.blocks):
+        config.unet_config = old.unet_config | {"wan_attn_block_class": FusedWanBlock}
     operations = quantized_ops(patcher.model.manual_cast_dtype or patcher.model.get_dtype())
     config.custom_operations = operations
-    model = config.get_model(patcher.model.diffusion_model.state_dict(), "")
+    model = config.get_model(source.state_dict(), "")
     network = model.diffusion_model
     fixed = [layer for layer in layers if not isinstance(network.get_submodule(layer), operations.Linear)]
     if fixed:

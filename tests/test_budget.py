@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbo_core import budget, checkpoint
+from turbo_core import budget, checkpoint, fused, wan
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape
@@ -150,6 +150,73 @@ def test_the_comparison_can_fail(linears):
     wider = MIDDLING._replace(sizes=MIDDLING.sizes._replace(ffn_dim=3712))
     found = counted(wider, (frames, 2 * height, 2 * width), linears, None, "bf16")
     assert budget.step_peak(MIDDLING, frames * height * width, linears, None)[0] < (1 - TOLERANCE) * found
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The fused block with operations that allocate what kernels allocate: their results and the small ones beside."""
+
+    def norm(x, eps, weight=None, bias=None, shift=None, scale=None, stats=None, rows=False):
+        x.new_empty(*x.shape, dtype=torch.int8)
+        if stats is None:
+            x.new_empty(-(-x.shape[1] // 128), x.shape[0], 2, dtype=torch.float32)
+        return quantized(x, rows)
+
+    def quantized(x, rows=False):
+        m, k = x.shape
+        shape = (m, 1) if rows else block_scale_shape(m, k)
+        return x.new_empty(m, k, dtype=torch.int8), x.new_empty(shape, dtype=torch.float32)
+
+    def product(x, x_scale, w, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False):
+        return x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype)
+
+    def product_quantized(x, x_scale, w, w_scale, bias=None, gelu=True):
+        return quantized(x.new_empty(1, dtype=torch.float32).expand(x.shape[0], w.shape[0]))
+
+    def residual(x, x_scale, w, w_scale, bias, before, gate=None, stats=True):
+        m, n = before.shape
+        return torch.empty_like(before), x.new_empty(-(-n // 128), m, 2, dtype=torch.float32) if stats else None
+
+    def qkv(x, x_scale, weights, scales, biases, out_dtype):
+        m, n = x.shape[0], weights[0].shape[0]
+        return x.new_empty(3, m, n, dtype=out_dtype), x.new_empty(2, -(-n // 128), m, dtype=torch.float32)
+
+    def attention(qkv, sums, *rest):
+        _, batch, length, heads, head_dim = qkv.shape
+        precision, quantize = rest[-2:]
+        low = precision == "int8"
+        held = [torch.empty_like(qkv[1], dtype=torch.int8 if low else None)]  # k
+        held += [torch.empty_like(qkv[2], dtype=torch.float16)] if low else []  # v, where the card has no fp8
+        if quantize:  # int8 straight away
+            return quantized(qkv[0].view(-1, heads * head_dim))
+        return qkv.new_empty(batch, length, heads, head_dim)
+
+    for name, function in {
+        "layer_norm_quantize": norm,
+        "int8_mm": product,
+        "int8_mm_quantize": product_quantized,
+        "int8_mm_residual": residual,
+        "int8_mm_qkv": qkv,
+        "quantize_block": quantized,
+        "quantize_rows": lambda x: quantized(x, True),
+        "pays": lambda device: True,
+    }.items():
+        monkeypatch.setattr(fused, name, function)
+    monkeypatch.setattr(wan, "sla_from_qkv", attention)
+    monkeypatch.setattr(wan, "use_triton", lambda device, family: True)
+    monkeypatch.setattr(wan, "rms_norm", lambda x, weight, eps: torch.empty_like(x))
+
+
+@pytest.mark.parametrize("linears", ["int8_block", "int8_row"])
+@pytest.mark.parametrize(("topk", "precision"), [(None, "bf16"), (0.1, "bf16"), (0.1, "int8")])
+def test_kernels_need_no_more_than_the_plan(kernels, linears, topk, precision):
+    """At 14B and 720p; the plan is that of the layers, which compute in torch."""
+    model, size = budget.PUBLISHED["t2v-14b"], (1280, 720, 81)
+    plan, moment, _ = budget.step_peak(model, 75600, linears, topk, precision)
+    with by_shape():
+        found = counted(model, budget.latent_shape(*size), linears, topk, precision, budget.TEXT_TOKENS)
+    print(f"{linears} {topk} {precision}: {found / 1e9:.2f} GB, planned {plan / 1e9:.2f} GB for {moment}")
+    assert found <= plan
 
 
 @pytest.fixture(scope="module")

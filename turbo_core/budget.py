@@ -5,7 +5,8 @@ together at the worst moment of turbo_core.wan in a 2-byte type, written out bel
 what torch allocates on a CPU, and by shape alone up to the published sizes, and hold the formulas to 10 %; the VAE's
 bytes a pixel are such a count. ComfyUI's block runs the same attention and int8 functions: an evaluation there takes
 at most that much, plus 1 kB a token for its RoPE, which a host test counts; what it keeps on the card it decides by
-an estimate of its own. Nothing here has been measured on a card: what a driver, the gaps of an allocator and the
+an estimate of its own. Where kernels compute, the fused block needs less: the plan holds for both, which a test counts
+at 14B and 720p. Nothing here has been measured on a card: what a driver, the gaps of an allocator and the
 workspaces of libraries take on top is the allowance RESERVED.
 """
 

@@ -7,14 +7,15 @@ import shutil
 
 import torch
 
-from . import __version__
+from . import __version__, fused
 from .console import human_bytes
 from .devices import has_int_mm, pick_device
 from .memory import available_memory
+from .paths import why_not
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
-    ("triton", ("triton", "triton-windows", "pytorch-triton-rocm"), "compiled kernels, none in this version"),
+    ("triton", ("triton", "triton-windows", "pytorch-triton-rocm"), "compiles the kernels"),
     ("comfy_kitchen", ("comfy-kitchen",), "int8 layouts inside ComfyUI"),
     ("sageattention", ("sageattention",), "not used: the low-bit attention here is its own"),
     ("av", ("av",), "writing MP4"),
@@ -85,8 +86,11 @@ def _paths():
     generate = f"no: {', '.join(missing)} missing. Cure: {cure}" if missing else "yes"
     return [
         ("device", f"{device}, {'bfloat16' if bf16 else 'float32 (bfloat16 is slower on a CPU)'}"),
-        ("int8 linear", _int8_path(device)),
-        ("sparse attention", "PyTorch, block by block, any device; int8 precision is emulated"),
+        ("int8 linear", _kernels(device, "int8_mm", _int8_path(device))),
+        ("int8 activations", _kernels(device, "quantize", "PyTorch")),
+        ("norms", _kernels(device, "norm", "PyTorch, in float32")),
+        ("int8 Wan block", "fused, kernel to kernel" if fused.pays(device) else "layer by layer"),
+        ("sparse attention", _kernels(device, "sla", "PyTorch, block by block; int8 precision is emulated")),
         ("dense attention", "torch scaled_dot_product_attention"),
         ("text encoder", _library_path("transformers", device)),
         ("VAE", _library_path("diffusers", device)),
@@ -95,11 +99,17 @@ def _paths():
     ]
 
 
+def _kernels(device: torch.device, family: str, otherwise: str) -> str:
+    """Triton, or what computes in its place and why."""
+    reason = why_not(device, family)
+    return "Triton kernels" if reason is None else f"{otherwise}; {reason}"
+
+
 def _int8_path(device: torch.device) -> str:
     if device.type == "cpu":
         return "torch._int_mm (exact int32)"
     if has_int_mm(device):
-        return "row format torch._int_mm (fast), block format float32 matrix products (no kernel in this version)"
+        return "row format torch._int_mm (fast), block format products of floats"
     reason = "needs an NVIDIA card from Turing (2018) on" if device.type == "cuda" else f"is not there on {device.type}"
     return f"float32 matrix products: torch's int8 product {reason}"
 

@@ -1,9 +1,11 @@
 """A plain Wan 2.1 / 2.2 diffusion transformer with the official parameter names.
 
 Dense or sparse-linear self-attention, float or int8 linears. Matrices compute in their own dtype; norms, RoPE,
-modulation, the timestep path and the head in float32, as in the reference.
+modulation, the timestep path and the head in float32, as in the reference. Where kernels compute, a block whose ten
+linears are int8 runs as turbo_core.fused.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -12,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import fused
 from .devices import widest_float
 from .errors import TurboError
-from .int8 import check_scale, int8_linear
-from .sla import sparse_linear_attention
+from .int8 import check_scale, int8_linear, is_row_scale
+from .norms import rms_norm
+from .paths import use_triton
+from .sla import sla_from_qkv, sparse_linear_attention
 
 PATCH = (1, 2, 2)
 # the ten linears of a block that W8A8 replaces
@@ -27,7 +32,7 @@ _NO_FIT = "state dict does not fit a Wan model"
 _BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
 
 
-def _slices(x):
+def token_slices(x):
     """Slices of the tokens of x [B, L, ...], whole int8 blocks of 128 of them."""
     step = max(1, SLICE * x.shape[1] // x.numel() // 128) * 128
     return [slice(start, start + step) for start in range(0, x.shape[1], step)]
@@ -36,7 +41,7 @@ def _slices(x):
 def _by_slices(function, x):
     """function(x [B, L, C]) -> [B, L, ...], computed slice by slice: tokens must not see each other in it."""
     out = None
-    for part in _slices(x):
+    for part in token_slices(x):
         y = function(x[:, part])
         if y.shape[1] == x.shape[1]:
             return y
@@ -65,6 +70,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if use_triton(x.device, "norm"):
+            return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
         weight = self.weight.float()
         return _by_slices(lambda x: F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), x)
 
@@ -109,7 +116,7 @@ def rope_angles(grid, head_dim: int, device=None):
 def apply_rope(x, angles):
     """Rotate neighbouring channel pairs of x [B, L, H, D] by angles [L, D / 2], in float32."""
     out = torch.empty_like(x)
-    for part in _slices(x):
+    for part in token_slices(x):
         cos, sin = angles[part].cos()[:, None], angles[part].sin()[:, None]
         even, odd = x[:, part].float().unflatten(-1, (-1, 2)).unbind(-1)
         out[:, part] = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -144,13 +151,38 @@ class Attention(nn.Module):
             q = apply_rope(q, angles)
             k = apply_rope(k, angles)
         if topk is None:
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+            out = _attend(q, k, v)
         else:
-            proj = self.proj_l
-            weight, bias = (None, None) if proj is None else (proj.weight, proj.bias)
-            out = sparse_linear_attention(q, k, v, weight, bias, topk, precision=precision)
+            out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
         del q, k, v  # three times the size of what o is about to make
-        return self.o(out.flatten(2))
+        return self.o(out)
+
+    def _projection(self):
+        return (None, None) if self.proj_l is None else (self.proj_l.weight, self.proj_l.bias)
+
+    def attend_self(self, qkv, sums, quantized, angles, topk=None, precision="bf16"):
+        """Self-attention between the products, see turbo_core.fused.block. Overwrites qkv."""
+        qkv = qkv.unflatten(-1, (self.num_heads, -1))
+        if topk is not None:
+            weights = self.norm_q.weight, self.norm_k.weight, self.norm_q.eps
+            turn = angles.cos(), angles.sin()
+            out = sla_from_qkv(qkv, sums, *weights, *turn, *self._projection(), topk, precision, quantized)
+            return out if isinstance(out, tuple) else out.flatten(2)
+        q, k, v = qkv
+        for x, norm in ((q, self.norm_q), (k, self.norm_k)):
+            for part in token_slices(x):  # in place: no copies of q and k beside them
+                x[:, part] = apply_rope(norm(x[:, part].flatten(2)).view_as(x[:, part]), angles[part])
+        return _attend(q, k, v)
+
+    def attend_text(self, q, k, v):
+        """Cross-attention between the products, see turbo_core.fused.block."""
+        heads = (self.num_heads, -1)
+        return _attend(*(t.unflatten(-1, heads) for t in (self.norm_q(q), self.norm_k(k), v)))
+
+
+def _attend(q, k, v):
+    """Dense attention of [B, L, H, D] -> [B, L, H * D]."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -165,7 +197,10 @@ class Block(nn.Module):
 
     def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).chunk(6, 1)
+        modulation = (self.modulation.float() + modulation).chunk(6, 1)
+        if fused.pays(x.device) and self.is_int8():
+            return self.fused(x, modulation, context, angles, topk, precision)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
         def modulated(x, shift, scale):
             return _by_slices(lambda x: torch.addcmul(shift, _layer_norm(x, self.eps), 1 + scale).to(x.dtype), x)
@@ -179,6 +214,25 @@ class Block(nn.Module):
         y = modulated(x, shift2, scale2)
         y = _by_slices(self.ffn, y.view(1, -1, y.shape[-1])).view_as(x)  # one batch: int8 blocks run through samples
         return torch.addcmul(x, y, gate2.to(x.dtype))
+
+    def is_int8(self) -> bool:
+        """True where the ten linears are int8 in one format."""
+        layers = [self.get_submodule(name) for name in QUANTIZED_LINEARS]
+        return all(isinstance(layer, Int8Linear) for layer in layers) and (
+            len({is_row_scale(layer.weight, layer.weight_scale) for layer in layers}) == 1
+        )
+
+    def fused(self, x, modulation, context, angles, topk=None, precision="bf16"):
+        """The same by turbo_core.fused; modulation: six float32 [B, 1, dim]."""
+
+        def borrow(*names):
+            layers = [self.get_submodule(name) for name in names]
+            return contextlib.nullcontext([(layer.weight, layer.weight_scale, layer.bias) for layer in layers])
+
+        attend = functools.partial(self.self_attn.attend_self, angles=angles, topk=topk, precision=precision)
+        heads, norm3 = self.self_attn.num_heads, (self.norm3.weight, self.norm3.bias)
+        modulation = [part.flatten(0, 1) for part in modulation]
+        return fused.block(x, context, modulation, borrow, attend, self.cross_attn.attend_text, norm3, heads, self.eps)
 
 
 class Head(nn.Module):

@@ -1,0 +1,243 @@
+"""The fused block in the host, on its torch twins: where it runs and where not, and that it changes only rounding.
+
+No machine of these tests has kernels for it, so `fused` makes the pack believe that it pays.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+T2V, I2V, STOCK = "TinyWan2.1-T2V.pth", "TinyWan2.2-I2V-high.pth", "tiny_wan_stock_bf16.safetensors"
+QUANT = "TinyWan2.1-T2V-quant.pth"
+LAYER = "diffusion_model.blocks.0.ffn.0"
+ROUNDING = 0.01  # of x0; int8 against floats is 0.02 to 0.1 of it
+
+
+@pytest.fixture
+def core(pack):
+    return importlib.import_module(f"{pack.name}.turbo_core.fused")
+
+
+@pytest.fixture
+def fused(core, monkeypatch):
+    """fused(function): its result with the fused path open, and how many blocks took it."""
+
+    def run(function):
+        calls, block = [], core.block
+        with monkeypatch.context() as patch:
+            patch.setattr(core, "pays", lambda device: True)
+            patch.setattr(core, "block", lambda *args: calls.append(1) or block(*args))
+            return function(), len(calls)
+
+    return run
+
+
+def compare(lab, fused, model, **given):
+    """x0 of the fused path and of the layers: how far apart; the number of fused blocks is checked to be both."""
+    plain = lab.denoise(model, **given)
+    ours, blocks = fused(lambda: lab.denoise(model, **given))
+    figure = lab.distance(ours, plain)
+    print(f"{figure:.1e} in {blocks} blocks")
+    assert blocks == 2 and not torch.equal(ours, plain)
+    return figure
+
+
+@pytest.mark.parametrize("kind", ["block", "row"])
+@pytest.mark.parametrize(
+    ("name", "concat", "batch", "settings"),
+    [
+        (T2V, 0, 1, {}),  # trained SLA by default
+        (T2V, 0, 2, {"topk": 0.4, "precision": "int8"}),
+        (T2V, 0, 1, {"mode": "sparse only"}),
+        (T2V, 0, 2, {"mode": "dense"}),
+        (I2V, 20, 1, {"topk": 0.5, "dense_blocks": "1"}),
+        (STOCK, 0, 2, None),
+        (STOCK, 0, 1, {"topk": 0.5}),  # training-free: through the host's attention call
+    ],
+)
+def test_fused_is_the_host_s_block_up_to_rounding(lab, fused, kind, name, concat, batch, settings):
+    model = lab.quantize(lab.load(name), kind)
+    model = model if settings is None else lab.attention(model, **settings)
+    assert compare(lab, fused, model, shape=(batch, *lab.shape[1:]), concat=concat) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(lab, fused, dtype):
+    model = lab.quantize(lab.load(T2V, dtype))
+    assert compare(lab, fused, model) < 2 * ROUNDING
+
+
+def test_files_that_are_int8_already(lab, fused, tmp_path):
+    assert compare(lab, fused, lab.load(QUANT)) < ROUNDING
+    from turbo_core import checkpoint
+
+    target = tmp_path / "stock.safetensors"
+    checkpoint.quantize(lab.path(STOCK), target, "int8_block")
+    assert compare(lab, fused, lab.pack.loader.load_turbo_model(str(target))) < ROUNDING
+
+
+def test_timestep_of_each_frame(lab, fused):
+    """As for a first frame that is given: five frames of 72 tokens, each with its own modulation."""
+    given = lab.inputs()
+    times = 1000 * torch.tensor([[0.0, 0.9, 0.9, 0.9, 0.9]])
+    model = lab.quantize(lab.load(T2V))
+    network = lab.loaded(model).diffusion_model
+    plain = network(given["x"], times, given["c_crossattn"])
+    ours, blocks = fused(lambda: network(given["x"], times, given["c_crossattn"]))
+    assert blocks == 2 and 0 < lab.distance(ours, plain) < ROUNDING
+    assert lab.distance(network(given["x"], times[:, -1], given["c_crossattn"]), plain) > 0.02
+
+
+def bypass(comfy, lab, model, layer=LAYER):
+    weight = comfy.utils.get_attr(model.model, f"{layer}.weight")
+    rows, cols = weight.shape
+    lora = {
+        f"{layer}.lora_A.weight": lab.draw(4, cols) * cols**-0.5,
+        f"{layer}.lora_B.weight": lab.draw(rows, 4, seed=1) * 0.3,
+    }
+    return comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0)[0]
+
+
+def identity(options):
+    return options["x"]
+
+
+def test_what_has_a_hand_in_between_goes_the_host_s_way(comfy, lab, fused):
+    """Bit for bit what it was, block by block."""
+
+    def bypassed(model):
+        return bypass(comfy, lab, model)
+
+    def bypassed_projection(model):
+        return bypass(comfy, lab, model, "diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l")
+
+    def weight_function(model):
+        lab.loaded(model)  # the host's own loading takes away what it finds there
+        model.model.diffusion_model.blocks[0].cross_attn.v.weight_function = [lambda weight: 2 * weight]
+        return model
+
+    def patched_forward(model):
+        model = model.clone()
+        forward = model.model.diffusion_model.blocks[0].self_attn.forward
+        model.add_object_patch("diffusion_model.blocks.0.self_attn.forward", lambda *a, **kw: 2 * forward(*a, **kw))
+        return model
+
+    def hook(model):
+        model.model.diffusion_model.blocks[0].ffn.register_forward_hook(lambda module, args, out: 2 * out)
+        return model
+
+    def attn1(model):
+        model.model_options["transformer_options"]["patches"] = {"attn1_patch": [identity]}
+        return model
+
+    def attn2(model):
+        model.model_options["transformer_options"]["patches"] = {"attn2_patch": [identity]}
+        return model
+
+    def float_layer(model):
+        return lab.quantize(lab.load(T2V), layers="feed-forward")
+
+    cases = [
+        (bypassed, 1),
+        (bypassed_projection, 1),
+        (weight_function, 1),
+        (patched_forward, 1),
+        (hook, 1),
+        (attn1, 0),
+        (attn2, 0),
+    ]
+    for change, blocks in [*cases, (float_layer, 0)]:
+        model = change(lab.quantize(lab.load(T2V)))
+        plain = lab.denoise(model)
+        ours, taken = fused(lambda: lab.denoise(model))  # noqa: B023
+        print(change.__name__, taken)
+        assert taken == blocks and lab.distance(ours, plain) < ROUNDING, change.__name__
+        assert blocks or torch.equal(ours, plain)
+
+
+def test_lora_in_the_weights_and_other_settings_stay_fused(comfy, lab, fused):
+    """A LoRA that the host has put into the int8 weights needs nothing; block replacements and overrides neither."""
+    rows, cols = comfy.utils.get_attr(lab.load(T2V).model, f"{LAYER}.weight").shape
+    lora = {f"{LAYER}.lora_A.weight": lab.draw(4, cols) * cols**-0.5, f"{LAYER}.lora_B.weight": lab.draw(rows, 4) * 0.3}
+    model = lab.quantize(lab.load(T2V))
+    plain = lab.denoise(model)
+    patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    seen = []
+
+    def replace(args, extra):
+        seen.append("block")
+        return extra["original_block"](args)
+
+    def override(function, *args, **kwargs):
+        seen.append("attention")
+        return function(*args, **kwargs)
+
+    patched.set_model_patch_replace(replace, "dit", "double_block", 1)
+    patched = lab.dense(patched)
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert compare(lab, fused, patched) < ROUNDING
+    assert seen.count("block") == 2 and seen.count("attention") == 2 * 4, "two evaluations, two attentions a block"
+    assert lab.distance(lab.denoise(patched), lab.denoise(lab.dense(model))) > 0.01
+    assert torch.equal(lab.denoise(model), plain)
+
+
+def test_sampling_end_to_end(lab, fused):
+    model = lab.quantize(lab.load(T2V))
+    plain = lab.turbo(model)
+    ours, blocks = fused(lambda: lab.turbo(model))
+    print(f"{lab.distance(ours, plain):.1e}")
+    assert blocks == 4 * 2 and 0 < lab.distance(ours, plain) < 5 * ROUNDING
+
+
+def test_an_interrupt_is_heard_between_layers(comfy, lab, fused, core, monkeypatch):
+    model, management = lab.quantize(lab.load(T2V)), comfy.model_management
+    lab.loaded(model)
+    network, given = model.model.diffusion_model, lab.inputs()
+    residual, left = core.int8_mm_residual, []
+
+    def interrupting(*args, **kwargs):
+        left.append(1)
+        management.interrupt_current_processing()
+        return residual(*args, **kwargs)
+
+    monkeypatch.setattr(core, "int8_mm_residual", interrupting)
+    with pytest.raises(management.InterruptProcessingException):
+        fused(lambda: network(given["x"], 1000 * given["t"], given["c_crossattn"]))
+    management.interrupt_current_processing(False)
+    assert len(left) == 1
+
+
+def test_weights_that_are_fetched_do_not_overwrite_each_other(comfy, lab, fused, monkeypatch):
+    """The host fetches offloaded layers into two buffers in turn: the third of q, k, v lands where the first was."""
+    model = lab.quantize(lab.load(T2V))
+    plain, blocks = fused(lambda: lab.denoise(model))
+    cast, buffers, turns = comfy.ops.cast_bias_weight, {}, []
+
+    def fetched(layer, *args, **kwargs):
+        weight, bias, stream = cast(layer, *args, **kwargs)
+        if not hasattr(weight, "_qdata"):
+            return weight, bias, stream
+        turns.append(layer)
+        room = buffers.setdefault(len(turns) % 2, torch.empty(1 << 20, dtype=torch.int8))
+        data = room[: weight._qdata.numel()].view_as(weight._qdata).copy_(weight._qdata)
+        return type(weight)(data, weight._layout_cls, weight._params), bias, stream
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", fetched)
+    ours, blocks = fused(lambda: lab.denoise(model))
+    assert blocks == 2 and len(turns) == 2 * 10 and torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("make", ["quantized", "loaded"])
+def test_networks_with_blocks_of_their_own_keep_them(comfy, lab, pack, make):
+    """Only the host's plain Wan network takes a block class; VACE and its like are built as they were."""
+    module = importlib.import_module(f"{pack.name}.nodes.fused")
+    model = lab.quantize(lab.load(STOCK)) if make == "quantized" else lab.load(QUANT)
+    network = model.model.diffusion_model
+    assert all(isinstance(block, module.FusedWanBlock) for block in network.blocks)
+    assert all(hasattr(block.self_attn, "attn_op") == (make == "loaded") for block in network.blocks)
+    assert "wan_attn_block_class" not in lab.load(STOCK).model.model_config.unet_config
+
+
+def test_the_cpu_keeps_the_host_s_way(lab, core):
+    assert not core.pays(torch.device("cpu"))

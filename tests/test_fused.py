@@ -1,0 +1,189 @@
+"""The fused block against the block made of layers: on the torch twins, as a CPU without Triton computes them.
+
+What separates the two is rounding: layers round a normed activation to their dtype before they round it to int8, and a
+value on the edge between two int8 steps may fall on either side. The oracle of both is the model in float64.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from tests.test_wan import DIM, HEADS, complex_rope, inputs, quantized, relative, rotate, weights
+from turbo_core import fused, int8, wan
+from turbo_core.wan import WanModel, rope_angles
+
+FORMATS = [pytest.param(int8.quantize_block, id="block"), pytest.param(int8.quantize_rows, id="row")]
+RAGGED = (3, 10, 18)  # latent: 3 * 5 * 9 = 135 tokens, a whole block of 128 and one of 7
+EVEN = (2, 16, 16)  # 128 tokens: two samples fill whole blocks, attention may hand over int8
+
+
+@pytest.fixture
+def fuse(monkeypatch):
+    """Run function() with the fused path on or off, whatever the machine has."""
+
+    def run(function, on=True):
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(fused, "pays", lambda device: on)
+            return function()
+
+    return run
+
+
+def int8_model(quantize, dtype=torch.float32, **kind):
+    return WanModel.from_state_dict(quantized(weights(**kind), quantize), dtype=dtype)
+
+
+def one_block(quantize=int8.quantize_block, heads=HEADS, dtype=torch.float32, seed=0, **kind):
+    sd = quantized(weights(layers=1, seed=seed, **kind), quantize)
+    return WanModel.from_state_dict(sd, dtype, num_heads=heads).blocks[0]
+
+
+def block_inputs(batch=1, grid=(3, 5, 9), heads=HEADS, dtype=torch.float32):
+    """x, modulation, context and angles of a block; 3 * 5 * 9 = 135 tokens: a whole block of 128 and one of 7."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, math.prod(grid), DIM, generator=generator)
+    modulation = 0.3 * torch.randn(batch, 6, DIM, generator=generator)
+    context = torch.randn(batch, 7, DIM, generator=generator)
+    return x.to(dtype), modulation, context.to(dtype), rope_angles(grid, DIM // heads)
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize(
+    ("grid", "batch", "in_dim", "topk", "precision"),
+    [
+        (RAGGED, 1, 16, None, "bf16"),
+        (RAGGED, 2, 36, 0.3, "bf16"),  # image-to-video; blocks of 128 run through samples
+        (EVEN, 2, 16, 0.5, "int8"),
+        ((1, 2, 2), 3, 16, 0.1, "bf16"),  # one token a sample
+    ],
+)
+def test_fused_model_is_the_model_of_layers_up_to_rounding(fuse, quantize, grid, batch, in_dim, topk, precision):
+    """1e-7 while no value changes its int8 step; one that does moves the rest, to 3.5e-3 of what 2e-2 is int8's own."""
+    sd = weights(sla=True, in_dim=in_dim)
+    x, t, context = inputs(batch, grid=grid)
+    y = inputs(batch, in_dim - 16, grid, seed=5)[0] if in_dim > 16 else None
+    exact = WanModel.from_state_dict(sd)(x, t, context, y, topk, precision)
+    run = functools.partial(WanModel.from_state_dict(quantized(sd, quantize)), x, t, context, y, topk, precision)
+    ours, theirs = fuse(run), fuse(run, on=False)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and not torch.equal(ours, theirs)
+    figures = relative(ours, theirs), relative(ours, exact), relative(theirs, exact)
+    print("fused and layers {:.1e}, fused and floats {:.2%}, layers and floats {:.2%}".format(*figures))
+    assert figures[0] < 6e-3 and figures[1] < 1.1 * figures[2]
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+@pytest.mark.parametrize("topk", [None, 0.5])
+def test_fused_bf16_model_is_no_further_from_floats(fuse, quantize, topk):
+    sd, args = weights(sla=True), inputs(2, grid=RAGGED)
+    exact = WanModel.from_state_dict(sd)(*args, topk=topk)
+    run = functools.partial(WanModel.from_state_dict(quantized(sd, quantize), torch.bfloat16), *args, topk=topk)
+    ours, theirs = relative(fuse(run), exact), relative(fuse(run, on=False), exact)
+    print(f"fused {ours:.2%}, layers {theirs:.2%}")
+    assert ours < 1.1 * theirs
+
+
+@pytest.mark.parametrize("heads", [2, 4])  # of 128 and 64 channels
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_one_block(fuse, quantize, heads):
+    block, args = one_block(quantize, heads), block_inputs(2, heads=heads)
+    figure = relative(fuse(lambda: block(*args)), fuse(lambda: block(*args), on=False))
+    print(f"{figure:.1e}")
+    assert figure < 1e-3
+
+
+def slow_block(block, x, modulation, context, grid):
+    """The block in float64 from its dequantized weights; modulation: six [B, L, dim]."""
+
+    def linear(name, x):
+        layer = block.get_submodule(name)
+        return x @ int8.dequantize(layer.weight, layer.weight_scale).double().T + layer.bias.double()
+
+    def normal(x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + block.eps).sqrt()
+
+    def attention(name, x, source, turn=None):
+        part = block.get_submodule(name)
+        q, k, v = linear(f"{name}.q", x), linear(f"{name}.k", source), linear(f"{name}.v", source)
+        q, k = (
+            t / (t.square().mean(-1, keepdim=True) + block.eps).sqrt() * n.weight.double()
+            for t, n in ((q, part.norm_q), (k, part.norm_k))
+        )
+        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in (q, k, v))
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        p = (torch.einsum("blhd,bkhd->bhlk", q, k) / (DIM // HEADS) ** 0.5).softmax(-1)
+        return linear(f"{name}.o", torch.einsum("bhlk,bkhd->blhd", p, v).flatten(2))
+
+    turn = complex_rope(grid, DIM // HEADS)
+    x, context, m = x.double(), context.double(), [part.double() for part in modulation]
+    y = normal(x) * (1 + m[1]) + m[0]
+    x = x + m[2] * attention("self_attn", y, y, turn)
+    norm3 = normal(x) * block.norm3.weight.double() + block.norm3.bias.double()
+    x = x + attention("cross_attn", norm3, context)
+    y = linear("ffn.0", normal(x) * (1 + m[4]) + m[3])
+    return x + m[5] * linear("ffn.2", torch.nn.functional.gelu(y, approximate="tanh"))
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_modulation_of_each_frame(fuse, quantize):
+    """A row of modulation for each frame of each sample, as models with a timestep a frame have it."""
+    block, (x, _, context, angles) = one_block(quantize), block_inputs(2)
+    frames = 0.5 * torch.randn(6, 2 * 3, 1, DIM, generator=torch.Generator().manual_seed(4))
+    whole = frames.expand(-1, -1, 45, -1).reshape(6, 2, 135, DIM)  # 3 frames of 45 tokens
+    ours = fuse(lambda: block.fused(x, [m.view(1, 6, DIM) for m in frames], context, angles))
+    exact = slow_block(block, x, whole, context, (3, 5, 9))
+    figure = relative(ours - x, exact - x)
+    print(f"{figure:.2%}")
+    assert figure < 0.02
+    assert relative(ours - x, slow_block(block, x, whole.roll(1, 0), context, (3, 5, 9)) - x) > 0.2  # and it matters
+
+
+def test_attention_hands_over_int8_only_where_its_blocks_are_those_of_the_product(fuse, monkeypatch):
+    seen, attend = [], wan.Attention.attend_self
+
+    def spy(self, qkv, sums, quantized, **settings):
+        seen.append(quantized)
+        return attend(self, qkv, sums, quantized, **settings)
+
+    monkeypatch.setattr(wan.Attention, "attend_self", spy)
+    even = (2, 8, 8)
+    for quantize, batch, grid, heads in [
+        (int8.quantize_block, 1, (3, 5, 9), 2),
+        (int8.quantize_block, 2, even, 2),
+        (int8.quantize_block, 2, (3, 5, 9), 2),  # a block of rows would hold tokens of two samples
+        (int8.quantize_block, 1, even, 4),  # a block of columns holds two heads of 64
+        (int8.quantize_rows, 1, even, 2),
+    ]:
+        block, args = one_block(quantize, heads), block_inputs(batch, grid, heads)
+        fuse(functools.partial(block, *args, topk=0.5))
+    assert seen == [True, True, False, False, False]
+
+
+def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch):
+    calls, block = [], fused.block
+    monkeypatch.setattr(fused, "block", lambda *args: calls.append(1) or block(*args))
+    args, rows = block_inputs(), one_block(int8.quantize_rows)
+    for change, on, used in [
+        (None, True, 1),
+        (None, False, 0),
+        (torch.nn.Linear(DIM, DIM), True, 0),
+        (rows.self_attn.k, True, 0),
+    ]:
+        layers = one_block()
+        if change is not None:
+            layers.self_attn.k = change
+        calls.clear()
+        fuse(functools.partial(layers, *args), on)
+        assert len(calls) == used
+    assert not fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
+
+
+@pytest.mark.parametrize(("quantize", "topk"), [(int8.quantize_block, 0.5), (int8.quantize_rows, None)])
+def test_compiles_into_one_graph(fuse, quantize, topk):
+    block, args = one_block(quantize, sla=True), block_inputs(2)
+    eager = fuse(lambda: block(*args, topk=topk))
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert relative(fuse(lambda: compiled(*args, topk=topk)), eager) < 1e-3
