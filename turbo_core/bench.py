@@ -177,8 +177,8 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
     except Exception as error:  # a compiler's, a driver's or a foreign library's: the others go on
         if not clock.answers():
             raise TurboError(
-                f"{contender.name} broke the connection to {clock.device} ({in_short(error)}): nothing runs there until "
-                "a restart. What was measured before is in the .partial.json file; the remaining groups can be run apart."
+                f"{contender.name} broke the connection to {clock.device} ({in_short(error)}): nothing runs there "
+                "until a restart. What was measured before is in a .partial.json file; other groups can be run apart."
             ) from error
         return row | {"status": "failed", "reason": in_short(error)}, None
     return row | {"status": "ok"}, function
