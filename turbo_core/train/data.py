@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import checkpoint
 from ..errors import TurboError
 from ..text import clean_prompt, encode_text
 from ..vae import LATENT_MEAN, LATENT_STD
@@ -49,6 +50,17 @@ def load(path) -> Data:
     if set(found) != set(_NAMES) or found["latents"].ndim != 5 or found["text"].ndim != 3:
         raise TurboError(f"data: {path} is no training data, expected the tensors {', '.join(_NAMES)}.")
     return Data(**found)
+
+
+def check_fits(data: Data, model) -> None:
+    """Raise TurboError unless the transformer in the file `model` takes what the data holds."""
+    described = checkpoint.inspect(model)
+    channels, text_dim = data.latents.shape[1], data.text.shape[2]
+    if (described.in_dim, described.text_dim) != (channels, text_dim):
+        raise TurboError(
+            f"{model} takes {described.in_dim} latent channels and text of {described.text_dim}, the data has "
+            f"{channels} and {text_dim}: encode it with this model's own VAE and text encoder."
+        )
 
 
 def batch(data: Data, count: int, random: torch.Generator, dropout: float = 0.0, device="cpu"):

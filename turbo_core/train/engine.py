@@ -28,6 +28,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def start_processes(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..errors import TurboError
+from ..tensor_file import open_tensors
 from ..vae import LATENT_MEAN, LATENT_STD
 from ..video import complete_or_nothing
 from . import clips, engine, optim
 from .wan_vae import WanVAE
 
-POOL, CROP, SIDE, FRAMES = 192, 64, 128, 33
+CROP, SIDE, FRAMES = 64, 128, 33
 
 
 def train(
@@ -24,6 +26,7 @@ def train(
     muon_lr=0.02,
     lr=2e-3,
     kl=1e-5,
+    pool=192,
     seed=0,
     seconds=None,
     log=print,
@@ -36,12 +39,12 @@ def train(
     model = WanVAE(dim)
     optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
     wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
-    pool = _pool(seed)
+    clips_of = _pool(pool, seed)
 
     def step_of(step):
         random = engine.generator(seed, step)
         still = step < image_steps
-        video = _crops(pool, batch if still else max(1, batch // 4), 1 if still else frames, random)
+        video = _crops(clips_of, batch if still else max(1, batch // 4), 1 if still else frames, random)
         noise = torch.randn(len(video), 16, (video.shape[2] - 1) // 4 + 1, CROP // 8, CROP // 8, generator=random)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
@@ -62,10 +65,10 @@ def _is_kernel(name: str, tensor) -> bool:
     return inner and tensor.ndim > 3
 
 
-def _pool(seed: int) -> torch.Tensor:
-    """Clips to take crops from: uint8 [POOL, 3, FRAMES, SIDE, SIDE]."""
+def _pool(count: int, seed: int) -> torch.Tensor:
+    """Clips to take crops from: uint8 [count, 3, FRAMES, SIDE, SIDE]."""
     random = engine.generator(seed, 0, stream=1)
-    scenes = clips.random_scenes(POOL, random, held_out=None)
+    scenes = clips.random_scenes(count, random, held_out=None)
     parts = [clips.render(some, FRAMES, SIDE, SIDE, random) for some in scenes.split(16)]
     return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
 
@@ -101,9 +104,30 @@ def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
     first.weight /= scale.view(1, -1, 1, 1, 1)
 
 
+def finish(model: WanVAE, seed: int = 0) -> None:
+    """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips."""
+    random = engine.generator(seed, 0, stream=2)
+    match_statistics(model, clips.render(clips.random_scenes(16, random), FRAMES, SIDE, SIDE, random))
+    model.eval().requires_grad_(False)
+
+
 def save(model: WanVAE, path) -> Path:
     """The VAE as ComfyUI and the pipeline read it, bfloat16."""
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     with complete_or_nothing(path) as part:
         save_file(state, part, {"format": "pt"})
     return Path(path)
+
+
+def load(path) -> WanVAE:
+    """A Wan 2.1 VAE of any base width under its official names, in float32. Raises TurboError for anything else."""
+    state = open_tensors(path).tensors
+    mark = "encoder.conv1.weight"
+    if mark not in state:
+        raise TurboError(f"VAE: {path} has no {mark}, expected a Wan 2.1 VAE under its official names.")
+    model = WanVAE(state[mark].shape[0])
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as error:
+        raise TurboError(f"VAE: {path} is no Wan 2.1 VAE ({str(error).splitlines()[-1].strip()}).") from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,133 @@
+"""The verbs of turbo-core that train and evaluate: their arguments, and what they do with them."""
+
+from pathlib import Path
+
+PRESETS = ("cpu", "gpu", "try")
+
+
+def add_verbs(verbs, common) -> None:
+    """Add train and evaluate to the parser's verbs; common: the parent parser with what all verbs take."""
+    train = verbs.add_parser("train", parents=[common], help="distil or sparsify a Wan finetune; make TinyWan")
+    stages = train.add_subparsers(dest="stage", required=True, metavar="STAGE")
+
+    tiny = stages.add_parser("tiny", parents=[common], help="the whole small family from nothing; resumes")
+    tiny.add_argument("folder", type=Path, metavar="DIR")
+    tiny.add_argument(
+        "--preset", choices=PRESETS, default="cpu", help="default %(default)s; try: minutes, learns nothing"
+    )
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--device", default="cpu", help="of the transformer; default %(default)s")
+    tiny.set_defaults(run=run_tiny)
+
+    encode = stages.add_parser("data", parents=[common], help="clips and their captions to one file of latents")
+    encode.add_argument("videos", type=Path, metavar="DIR", help="video files, each with a .txt of the same name")
+    encode.add_argument("--vae", type=Path, required=True)
+    encode.add_argument("--text-encoder", type=Path, required=True)
+    encode.add_argument("--tokenizer", type=Path)
+    encode.add_argument("--size", default="832x480", help="default %(default)s")
+    encode.add_argument("--frames", type=int, default=81, help="4n + 1; default %(default)s")
+    encode.add_argument("--device", help="default the best there is")
+    encode.add_argument("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")
+    encode.set_defaults(run=run_data)
+
+    _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
+    distill = _add_stage(
+        stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 1e-3, 5e-4
+    )
+    distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
+    distill.add_argument("--sigma-max", type=float, default=80.0, help="default %(default)s; 200 for image-to-video")
+    sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
+    sparsify.add_argument(
+        "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
+    )
+
+    command = verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family")
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
+    command.add_argument("--prompts", type=int, default=160, help="default %(default)s")
+    command.set_defaults(run=run_evaluate)
+
+
+def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
+    command = stages.add_parser(name, parents=[common], help=text)
+    add = command.add_argument
+    add("--model", type=Path, required=True, metavar="FILE", help="float weights to start from")
+    add("--data", type=Path, required=True, metavar="DATA.safetensors", help="from turbo-core train data")
+    add("--work", type=Path, required=True, metavar="DIR", help="checkpoints; started again it resumes from there")
+    add("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    add("--steps", type=int, default=1000, help="default %(default)s")
+    add("--batch", type=int, default=8, help="clips a step, of each process; default %(default)s")
+    add("--muon-lr", type=float, default=muon_lr, help="of the blocks' matrices; default %(default)s")
+    add("--lr", type=float, default=lr, help="of the rest, AdamW; default %(default)s")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="cpu or cuda; several processes by torchrun; default %(default)s")
+    add("--shard", action="store_true", help="FSDP2: the weights are spread over the processes")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
+    command.set_defaults(run=run_stage)
+    return command
+
+
+def run_tiny(arguments) -> None:
+    from . import engine, recipe
+
+    engine.start_processes(arguments.device)
+    for path in recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, _say()):
+        if engine.rank() == 0:
+            print(path)
+
+
+def run_data(arguments) -> None:
+    from ..devices import pick_device
+    from ..sizes import parse_size
+    from . import data, videos
+
+    size, device = parse_size(arguments.size), pick_device(arguments.device)
+    made = videos.encode(
+        arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
+        log=_say(),
+    )  # fmt: skip
+    data.save(made, arguments.output)
+    print(f"{arguments.output}: {len(made.latents)} clips, latents {list(made.latents.shape[1:])}")
+
+
+def run_stage(arguments) -> None:
+    """teacher, distill or sparsify: a model and a data set in, a model out."""
+    from . import curves, data, distill, engine, models, sparsify, teacher
+
+    device = engine.start_processes(arguments.device)
+    known = data.load(arguments.data)
+    data.check_fits(known, arguments.model)
+    sla = arguments.stage == "sparsify"
+    model = models.load_model(arguments.model, device, sla)
+    model.checkpointing = arguments.checkpointing
+    names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
+    options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
+    if arguments.stage == "teacher":
+        average, history = teacher.train(model, known, arguments.work, **options)
+    elif sla:
+        dense = models.load_model(arguments.model, device)
+        average, history = sparsify.train(model, dense, known, arguments.work, topk=arguments.topk, **options)
+    else:
+        guide, fake = (models.load_model(arguments.model, device) for _ in range(2))
+        options |= {"guidance": arguments.guidance, "sigma_max": arguments.sigma_max}
+        average, history = distill.train(model, guide, fake, known, arguments.work, **options)
+    if engine.rank() == 0:
+        curves.draw(history, arguments.work / "curves.png")
+        print(models.save_model(average, arguments.output))
+
+
+def run_evaluate(arguments) -> None:
+    from ..console import table
+    from . import evaluate, report
+
+    found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, log=_say())
+    (arguments.output / "quality.md").write_text(report.markdown(found), encoding="utf-8")
+    table("Quality", report.table(found))
+    report.picture(found, arguments.folder, arguments.output / "quality.png")
+
+
+def _say():
+    """Lines of progress from the first process, at once."""
+    from . import engine
+
+    return lambda line: engine.rank() == 0 and print(line, flush=True)

@@ -1,0 +1,132 @@
+"""The whole of TinyWan from nothing: VAE, text encoder, data, teacher, student, sparse attention, in this order.
+
+Every stage keeps a checkpoint in its own folder and writes one file of the family when it is done: started again after
+a kill, the recipe goes on where it was.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import TurboError
+from ..text import load_text_encoder
+from ..video import complete_or_nothing
+from . import curves, data, distill, engine, models, sparsify, teacher, text, vae
+from .evaluate import FILES
+
+# steps and sizes of each stage; "cpu" is what two cores do within three hours, "try" shows in minutes that all works
+PRESETS = {
+    "cpu": {
+        "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
+        "text": {"steps": 300},
+        "data": {"count": 1200},
+        "teacher": [{"steps": 4000, "batch": 16, "kept_frames": 3}, {"steps": 800, "batch": 8}],
+        "distill": [{"steps": 900, "batch": 8, "kept_frames": 3}, {"steps": 300, "batch": 8}],
+        "sparsify": {"steps": 500, "batch": 8},
+    },
+    "gpu": {
+        "vae": {"dim": 16, "steps": 8000, "image_steps": 2000, "batch": 32},
+        "text": {"steps": 1000},
+        "data": {"count": 8000},
+        "teacher": [{"steps": 12000, "batch": 64, "kept_frames": 3}, {"steps": 6000, "batch": 64}],
+        "distill": [{"steps": 4000, "batch": 32}],
+        "sparsify": {"steps": 2000, "batch": 32},
+    },
+    "try": {
+        "vae": {"dim": 8, "steps": 4, "image_steps": 2, "pool": 4},
+        "text": {"steps": 4, "batch": 4},
+        "data": {"count": 4, "frames": 9, "side": 64},
+        "teacher": [{"steps": 2, "batch": 2, "kept_frames": 2}, {"steps": 2, "batch": 2}],
+        "distill": [{"steps": 4, "batch": 2}],
+        "sparsify": {"steps": 2, "batch": 2},
+    },
+}
+
+
+def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -> list[Path]:
+    """Make the family in a folder and return its files; folder/work keeps checkpoints, data and loss curves.
+
+    device: of the transformer's stages. Raises TurboError for an unknown preset, or a folder made with another one.
+    """
+    if preset not in PRESETS:
+        raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
+    folder = Path(folder)
+    work, settings = folder / "work", PRESETS[preset]
+    _claim(work, {"preset": preset, "seed": seed, **settings})
+    files = {name: folder / file for name, file in FILES.items()}
+
+    if not files["vae"].exists():
+        model, history = vae.train(work / "vae", **settings["vae"], seed=seed, log=_named(log, "VAE"))
+        vae.finish(model, seed)
+        _write(lambda path: vae.save(model, path), files["vae"], history)
+    if not files["text"].exists():
+        state, history = text.train(work / "text", **settings["text"], seed=seed, log=_named(log, "text encoder"))
+        _write(lambda path: text.save(state, path), files["text"], history)
+    encoded = work / "data.safetensors"
+    if not encoded.exists() and engine.rank() == 0:
+        encoder, tokenize = load_text_encoder(files["text"], dtype=torch.float32)
+        data.save(
+            data.make_clips(vae.load(files["vae"]), encoder, tokenize, **settings["data"], seed=seed, log=log), encoded
+        )
+    engine.wait()
+    known = data.load(encoded)
+
+    if not files["teacher"].exists():
+        model = models.new_model(seed).to(device)
+        for i, stage in enumerate(settings["teacher"]):
+            model, history = teacher.train(
+                model.train().requires_grad_(True), known, work / f"teacher{i}", **stage, seed=seed + i, device=device,
+                log=_named(log, f"teacher {i + 1}"),
+            )  # fmt: skip
+        _write(lambda path: models.save_model(model, path), files["teacher"], history)
+    if not files["student"].exists():
+        student, fake, guide = (models.load_model(files["teacher"], device) for _ in range(3))
+        for i, stage in enumerate(settings["distill"]):
+            student, history = distill.train(
+                student.train().requires_grad_(True), guide, fake, known, work / f"distill{i}", **stage, seed=seed + i,
+                device=device, log=_named(log, f"rCM {i + 1}"),
+            )  # fmt: skip
+        _write(lambda path: models.save_model(student, path), files["student"], history)
+    if not files["turbo"].exists():
+        sparse, dense = (
+            models.load_model(files["student"], device, sla=True),
+            models.load_model(files["student"], device),
+        )
+        sparse, history = sparsify.train(
+            sparse, dense, known, work / "sparsify", **settings["sparsify"], seed=seed, device=device,
+            log=_named(log, "SLA"),
+        )  # fmt: skip
+        _write(lambda path: models.save_model(sparse, path), files["turbo"], history)
+    return list(files.values())
+
+
+def _claim(work: Path, settings: dict) -> None:
+    """Make the folder for one preset and seed, or find it made for the same."""
+    record = work / "settings.json"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if record.exists():
+            if json.loads(record.read_text(encoding="utf-8")) != settings:
+                raise TurboError(
+                    f"{work} belongs to a training with other settings. Take another folder, or remove it."
+                )
+        elif engine.rank() == 0:
+            with complete_or_nothing(record) as part:
+                part.write_text(json.dumps(settings), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, TurboError):
+            raise
+        raise TurboError(f"{work} cannot be used for training ({error}). Choose another folder.") from error
+
+
+def _named(log, stage: str):
+    return lambda line: log(f"{stage}: {line}")
+
+
+def _write(write, path: Path, history: list[dict]) -> None:
+    """Write a file of the family and the curves of its training, from the first process."""
+    if engine.rank() == 0:
+        curves.draw(history, path.parent / "work" / f"{path.stem}.png")
+        write(path)
+    engine.wait()

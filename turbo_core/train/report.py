@@ -1,0 +1,111 @@
+"""The quality report as a table and as one picture: bars with their confidence intervals, and clips side by side."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import TurboError, missing_library
+from ..text import encode_text, load_text_encoder
+from ..video import complete_or_nothing, to_frames
+from . import clips, data, vae
+from .evaluate import FILES, ROWS, load_row, sample_row
+
+_INK, _FAINT, _BAR, _HELD = (28, 28, 36), (140, 140, 150), (37, 87, 167), (190, 208, 235)
+_LEFT, _WIDTH, _LINE, _MARGIN = 300, 420, 24, 20
+_SHOWN = (
+    "teacher, 50 steps, guidance 3",
+    "rCM, 4 steps",
+    "rCM, 1 step",
+    "rCM 4 + SLA top-k 0.15",
+    "rCM 4 + W8A8 block",
+)
+_FRAMES, _TILE = 5, 96
+
+
+def table(report: list[dict]) -> list[tuple[str, ...]]:
+    """The rows of a report as text, a heading first; every acceleration against what it accelerates."""
+    lines = [
+        ("", "whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base", "s/clip", "MB")
+    ]
+    scores = {row["name"]: row for row in report}
+    for row in report:
+        base = scores.get(_base(row["name"]))
+        share = f"{row['all'] / base['all']:.0%}" if base and base["all"] else "-"
+        parts = [f"{row[name]:.0%}" for name in clips.ATTRIBUTES]
+        seconds = f"{row['seconds']:.2f}" if "seconds" in row else f"{row['psnr']:.1f} dB"
+        between = f"{row['low']:.0%} to {row['high']:.0%}"
+        size = f"{row['bytes'] / 1e6:.1f}"
+        lines.append((row["name"], f"{row['all']:.1%}", between, *parts, share, seconds, size))
+    return lines
+
+
+def _base(name: str) -> str:
+    if name.startswith("rCM 4 +"):
+        return "rCM, 4 steps"
+    return ROWS[0].name if name.startswith("rCM") else ""
+
+
+def markdown(report: list[dict]) -> str:
+    """The table for a model card."""
+    heading, *rows = table(report)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ("---",) * len(heading), *rows)) + "\n"
+
+
+def picture(report: list[dict], folder, path, prompts: int = 6, seed: int = 1000) -> None:
+    """Write the report as PNG: bars, then a few prompts as some of the rows render them."""
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise missing_library("pillow", "Drawing the report") from error
+    names = [row["name"] for row in report]
+    shown = [row for row in ROWS if row.name in _SHOWN and row.name in names]
+    videos, captions = _clips(Path(folder), shown, prompts, seed)
+    bars = _MARGIN * 2 + _LINE * (len(report) + 2)
+    column = _FRAMES * _TILE + 12
+    width = max(_LEFT + _WIDTH + 90, _MARGIN * 2 + column * len(shown))
+    image = Image.new("RGB", (width, bars + 30 + prompts * (_TILE + 24) + _MARGIN), "white")
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(12)
+    pen.text((_MARGIN, 8), "Whole prompt true, share of prompts, with 95 % interval", fill=_INK, font=font)
+    for i, row in enumerate(report):
+        _bar(pen, font, row, _MARGIN + _LINE * (i + 1))
+    for c, row in enumerate(shown):
+        left = _MARGIN + c * column
+        pen.text((left, bars), row.name, fill=_INK, font=font)
+        for r, (video, caption) in enumerate(zip(videos[row.name], captions)):
+            top = bars + 30 + r * (_TILE + 24)
+            if c == 0:
+                pen.text((left, top), caption, fill=_FAINT, font=small)
+            picks = torch.linspace(0, video.shape[1] - 1, _FRAMES).round().long()
+            strip = torch.cat(list(to_frames(video[:, picks])), 1).numpy()
+            image.paste(Image.fromarray(strip).resize((_FRAMES * _TILE, _TILE)), (left, top + 16))
+    try:
+        with complete_or_nothing(path) as part:
+            image.save(part)
+    except OSError as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+
+
+def _bar(pen, font, row: dict, top: int) -> None:
+    middle = top + _LINE // 2
+    pen.text((_LEFT - 8, middle), row["name"], fill=_INK, font=font, anchor="rm")
+    pen.rectangle([_LEFT, top + 4, _LEFT + _WIDTH, top + _LINE - 4], fill=(244, 245, 248))
+    pen.rectangle([_LEFT, top + 4, _LEFT + _WIDTH * row["all"], top + _LINE - 4], fill=_HELD)
+    low, high = (_LEFT + _WIDTH * row[end] for end in ("low", "high"))
+    pen.line([(low, middle), (high, middle)], fill=_BAR, width=3)
+    pen.text((_LEFT + _WIDTH + 8, middle), f"{row['all']:.0%}", fill=_INK, font=font, anchor="lm")
+
+
+def _clips(folder: Path, rows, prompts: int, seed: int):
+    """({row's name: clips [prompts, 3, T, H, W]}, captions) of the first prompts of the report."""
+    random = torch.Generator().manual_seed(seed)
+    scenes = clips.random_scenes(prompts, random, held_out=None)
+    captions = [clips.caption(scene, seed + i) for i, scene in enumerate(scenes)]
+    encoder, tokenize = load_text_encoder(folder / FILES["text"], dtype=torch.float32)
+    context = encode_text(encoder, tokenize, captions).clone()
+    empty = encode_text(encoder, tokenize, [""]).clone()
+    decoder = vae.load(folder / FILES["vae"])
+    videos = {}
+    for row in rows:
+        latents = sample_row(load_row(folder, row)[0], row, context, empty, seed)
+        videos[row.name] = data.decode_latents(decoder, latents)
+    return videos, captions
