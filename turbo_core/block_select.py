@@ -8,7 +8,7 @@ after SpargeAttn (arXiv 2502.18137), gives blocks to the rows that spread and ta
 import torch
 import torch.nn.functional as F
 
-SLICE = 1 << 24  # scores held in float32 at a time
+SLICE = 1 << 22  # scores held in float32 at a time
 _UNITS = 1 << 30  # shares are counted in whole units: sums of integers are the same in any order
 
 

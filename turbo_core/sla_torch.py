@@ -50,7 +50,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
         # the mean of all keys and the scale of all values leave bad ones out: those stay in their own block
         k = k - nan_unless_finite(k).nanmean(1, keepdim=True)
         v_amax = v.abs().nan_to_num_(nan=0.0, posinf=0.0).amax(1, keepdim=True)
-        v = _fake_fp8(v, v_amax.clamp_min(1e-8) / _FP8_MAX)
+        v = _fake_fp8(nan_unless_finite(v), v_amax.clamp_min(1e-8) / _FP8_MAX)  # the cast makes 448 of infinity
         attend = _attend_low_bit
     qb, kb, vb = in_blocks(q, block_q), in_blocks(k, block_k), in_blocks(v, block_k)
     if precision == "int8":
