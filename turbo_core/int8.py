@@ -6,11 +6,15 @@ block, scale [ceil(M/128), ceil(K/128)] (the published *-quant.pth); row, scale 
 
 import torch
 
+from . import paths
 from .devices import has_int_mm
 from .errors import TurboError
+from .int8_paths import int8_path as int8_path
+from .int8_paths import kitchen
 
 BLOCK = 128
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SLICE = 1 << 24  # elements of x or y computed at a time: their int32 and float32 forms stay small beside them
 
 
@@ -18,10 +22,13 @@ def _cdiv(a, b):
     return -(-a // b)
 
 
-def _matrix(x, name):
+def _check_matrix(x, name):
     if x.ndim != 2 or not x.is_floating_point():
         raise TurboError(f"{name} needs a float matrix [M, K], got {x.dtype} {list(x.shape)}")
-    return x.float()
+
+
+def _kernel_quantizes(x):
+    return x.dtype in KERNEL_DTYPES and paths.use_triton(x.device, "quantize")
 
 
 def check_scale(q, scale, name, formats=("block", "row")):
@@ -62,7 +69,18 @@ def quantize_block(x, seed: int = 0):
     seed > 0 rounds stochastically instead, so that small changes (a LoRA) survive on average.
     Source: TurboDiffusion ops/quant.
     """
-    x = _matrix(x, "quantize_block")
+    _check_matrix(x, "quantize_block")
+    if torch.compiler.is_compiling() and seed == 0:
+        return torch.ops.turbowan.quantize_block(x)
+    return _quantize_block(x, seed)
+
+
+def _quantize_block(x, seed=0):
+    if seed == 0 and _kernel_quantizes(x):
+        from .kernels.quantize import quantize_block
+
+        return quantize_block(x)
+    x = x.float()
     m, k = x.shape
     blocks = _blocks(x)
     # largest and smallest apart: no copy of the whole for the magnitudes
@@ -89,7 +107,16 @@ def quantize_rows(x):
 
     x: float [M, K]. Returns (int8 [M, K], float32 scale [M, 1]). Source: ComfyUI int8_tensorwise, per-row.
     """
-    x = _matrix(x, "quantize_rows")
+    _check_matrix(x, "quantize_rows")
+    return torch.ops.turbowan.quantize_rows(x) if torch.compiler.is_compiling() else _quantize_rows(x)
+
+
+def _quantize_rows(x):
+    if _kernel_quantizes(x):
+        from .kernels.quantize import quantize_rows
+
+        return quantize_rows(x)
+    x = x.float()
     scale = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127.0
     return (x / scale).round_().clamp_(-128, 127).to(torch.int8).contiguous(), scale
 
@@ -182,9 +209,22 @@ def multiplier(weight_q, weight_scale, rows: bool, dtype):
 
 
 def _linear(x, weight_q, weight_scale, bias):
+    rows = is_row_scale(weight_q, weight_scale)
+    if _kernel_quantizes(x) and paths.use_triton(x.device, "int8_mm"):
+        from .kernels.int8_mm import int8_mm
+
+        weight = weight_q.contiguous(), weight_scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        return int8_mm(*(_quantize_rows if rows else _quantize_block)(x), *weight, bias, x.dtype)
+    if rows and len(x) and x.dtype in KERNEL_DTYPES and kitchen(x.device):
+        return kitchen(x.device).int8_linear(x, weight_q, weight_scale, bias, out_dtype=x.dtype)
+    return _torch_linear(x, weight_q, weight_scale, bias, rows)
+
+
+def _torch_linear(x, weight_q, weight_scale, bias, rows):
     m, n = x.shape[0], weight_q.shape[0]
-    rows, step = is_row_scale(weight_q, weight_scale), slice_rows(weight_q)
-    quantize = quantize_rows if rows else quantize_block
+    step = slice_rows(weight_q)
+    quantize = _quantize_rows if rows else _quantize_block
     multiply, weight = multiplier(weight_q, weight_scale, rows, x.dtype)
     y = x.new_empty(m, n)
     for start in range(0, m, step):
@@ -198,3 +238,11 @@ _SCHEMA = "(Tensor x, Tensor weight_q, Tensor weight_scale, Tensor? bias) -> Ten
 torch.library.custom_op("turbowan::int8_linear", _linear, mutates_args=(), schema=_SCHEMA).register_fake(
     lambda x, weight_q, weight_scale, bias: x.new_empty(x.shape[0], weight_q.shape[0])
 )
+torch.library.custom_op(
+    "turbowan::quantize_block", lambda x: _quantize_block(x), mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
+).register_fake(
+    lambda x: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty(block_scale_shape(*x.shape), dtype=torch.float32))
+)
+torch.library.custom_op(
+    "turbowan::quantize_rows", lambda x: _quantize_rows(x), mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
+).register_fake(lambda x: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)))
