@@ -148,7 +148,7 @@ def prepare(
     blocks = triton.cdiv(length, 64)
     k_out, v_out = k.transpose(1, 2), v.transpose(1, 2)
     k_scale = v_scale = kv = k_sum = partial = None
-    new = dict(k_out=None, v_out=None)
+    new = {"k_out": None, "v_out": None}
     if low_bit:
         for name, x in (("k_mean", k_mean), ("v_amax", v_amax)):
             if x is None or x.shape != (b, h, d) or x.dtype != torch.float32 or not x.is_contiguous():
