@@ -7,10 +7,11 @@ from kernels import quantize
 from tests.kernels import sass
 from tests.triton_cpu import aot
 
+BF16 = torch.bfloat16
 
-@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_blocks(capability, dtype):
+
+@pytest.mark.parametrize("dtype, capability", [(torch.float32, 90), *((BF16, card) for card in aot.SHARED_MEMORY)])
+def test_blocks(dtype, capability):
     [launch] = sass.launches(quantize.quantize_block, torch.empty(256, 5120, dtype=dtype))
     compiled = sass.compile_launch(capability, *launch)
     assert sass.registers(compiled) <= 128  # two programs of 8 warps on a multiprocessor
@@ -19,10 +20,10 @@ def test_blocks(capability, dtype):
     assert found == {"LDG 128": 4 * dtype.itemsize, "STG 128": 4, "STG 32": 1}, found
 
 
-@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
-@pytest.mark.parametrize("k", [1536, 13824])  # several rows a program; the widest
-def test_rows(capability, k):
-    [launch] = sass.launches(quantize.quantize_rows, torch.empty(64, k, dtype=torch.bfloat16))
+# several rows a program; the widest
+@pytest.mark.parametrize("k, capability", [(1536, 90), *((13824, card) for card in aot.SHARED_MEMORY)])
+def test_rows(k, capability):
+    [launch] = sass.launches(quantize.quantize_rows, torch.empty(64, k, dtype=BF16))
     compiled = sass.compile_launch(capability, *launch)
     assert sass.registers(compiled) <= 96
     found = sass.memory(compiled)

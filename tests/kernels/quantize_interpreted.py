@@ -85,12 +85,12 @@ def test_exact_ties_round_to_even_and_extremes_saturate(fmt):
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-12, 9e-9, 3e-8, 1e30, 7e37])
 def test_zeros_subnormals_tiny_and_huge(fmt, size):
     # at 7e37 a reciprocal is subnormal, and the largest values are near float32's own largest
-    check(fmt, gaussian(130, 130) * size)
+    check(fmt, gaussian(5, 130) * size)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_half_precision_subnormals(fmt):
-    x = gaussian(64, 130, torch.float16) * 1e-6
+    x = gaussian(5, 130, torch.float16) * 1e-6
     q, _ = check(fmt, x)
     assert q.any()
 
@@ -99,17 +99,17 @@ def test_half_precision_subnormals(fmt):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_a_bad_value_spoils_its_block_and_no_other(fmt, dtype, bad):
-    x = gaussian(130, 260, dtype)
-    x[129, 3] = bad  # the first ragged block, or one row
+    x = gaussian(129, 260, dtype)
+    x[128, 3] = bad  # the first ragged block, or one row
     q, scale = check(fmt, x)
-    assert not scale[-1, 0].isfinite() and scale[:-1].isfinite().all()
-    assert not q[129, 128 if fmt == "row" else 0].any()
+    assert not scale[-1, 0].isfinite() and scale[:-1].isfinite().all() and scale[-1, 1:].isfinite().all()
+    assert not q[128, 128 if fmt == "row" else 0].any()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_views_are_read_where_they_lie(fmt):
-    base = gaussian(140, 300, torch.bfloat16)
-    for x in (base[3:133, 40:168], base.t(), base[::2, ::3], base[:1].expand(130, 300), base[0, 5:205][None]):
+    base = gaussian(12, 300, torch.bfloat16)
+    for x in (base[3:8, 40:168], base.t(), base[::2, ::3], base[:1].expand(9, 300), base[0, 5:205][None]):
         check(fmt, x)
 
 
