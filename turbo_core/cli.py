@@ -1,4 +1,4 @@
-"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, bench, tune, make-tiny.
+"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, bench, tune, make-tiny, train ...
 
 Exit codes: 0 done, 1 bench found a wrong result, 2 input that a person can mend (one line on stderr), 130 interrupted.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import __version__, commands
 from .errors import TurboError
+from .train.commands import add_verbs as add_training
 
 # as in formats and sla, which need torch: --help does not wait for it
 FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
@@ -87,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--comfyui", action="store_true", help="DIR is the models folder of a ComfyUI")
     command.set_defaults(run=commands.make_tiny)
+
+    add_training(verbs, common)
     return parser
 
 

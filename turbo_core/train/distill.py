@@ -24,9 +24,9 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
     student, teacher, fake: TrainWan models with the same weights to begin with; the teacher is not changed. alone:
     share of the steps with consistency only. weight: of distribution matching. kept_frames: see teacher.train.
     """
-    teacher.requires_grad_(False).eval()
-    average = optim.average_of(student)
+    engine.frozen(teacher.requires_grad_(False).eval(), shard)
     wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
+    average = optim.Average(student)
     optimizer = optim.Both(student, muon_lr, lr, optim.in_blocks)
     fake_optimizer = optim.Both(fake, muon_lr, lr, optim.in_blocks)
     empty = data_module.text_rows(data, torch.zeros(1, dtype=torch.long), device)
@@ -52,7 +52,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
             loss.backward()
         rate = optim.schedule(step, steps, decay_from=0.7)
         values["gradient"] = optimizer.step(rate)
-        optim.follow(average, student, min(decay, (1 + step) / (10 + step)))
+        average.follow(student, min(decay, (1 + step) / (10 + step)))
         if step >= alone * steps:
             clip, other, t = made.detach(), noise(), times(batch, random).to(device)
             with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
@@ -71,7 +71,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
         "fake_optimizer": fake_optimizer,
     }
     history = engine.run(step_of, parts, folder, steps, seconds, log=log)
-    return average, history
+    return average.copy_into(student), history
 
 
 def clean_of(model, x, t, text, **options):

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ..errors import TurboError
 from ..video import complete_or_nothing
+from . import optim
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -53,11 +56,17 @@ def parallel(model, shard: bool = False, idle_parts: bool = False):
         return model
     if not shard:
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle_parts)
-    from torch.distributed.fsdp import fully_shard
+    return frozen(model, shard)
 
-    for block in getattr(model, "blocks", []):
-        fully_shard(block)
-    return fully_shard(model)
+
+def frozen(model, shard: bool = False):
+    """A model that only looks on: whole in every process, or in FSDP2's shards."""
+    if dist.is_initialized() and shard:
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
 
 
 def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, save_every: float = 60.0, log=print):
@@ -107,7 +116,7 @@ def _agreed(decision: bool) -> bool:
 
 def save(parts: dict, history: list, path: Path) -> None:
     """Write a checkpoint aside and rename it, from the first process."""
-    states = {name: part.state_dict() for name, part in parts.items()}
+    states = {name: optim.whole(part.state_dict()) for name, part in parts.items()}
     if rank() == 0:
         try:
             with complete_or_nothing(path) as part, open(part, "wb") as file:
@@ -123,7 +132,11 @@ def load(parts: dict, path: Path) -> list:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(stored["parts"][name])
+            state = stored["parts"][name]
+            if isinstance(part, torch.nn.Module):
+                now = part.state_dict()
+                state = {key: optim.like(value, now.get(key, value)) for key, value in state.items()}
+            part.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise TurboError(f"{path} does not fit this training ({reason}). Remove it, or take another folder.") from error

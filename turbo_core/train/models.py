@@ -10,6 +10,7 @@ from ..errors import TurboError
 from ..formats import PROJ_L, is_delicate
 from ..stream_safetensors import stream_safetensors
 from .dit import TrainWan, trainable
+from .optim import whole
 
 TINY = {"dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 6, "text_dim": 64}
 
@@ -39,9 +40,9 @@ def load_model(path, device="cpu", sla: bool = False) -> TrainWan:
 def save_model(model, path) -> Path:
     """Write bfloat16 safetensors under the official names; norms, modulation and proj_l stay float32."""
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in whole(model.state_dict()).items():
         exact = is_delicate(name) or PROJ_L in name
-        state[name] = tensor.detach().cpu().to(torch.float32 if exact else torch.bfloat16).contiguous()
+        state[name] = tensor.to(torch.float32 if exact else torch.bfloat16).contiguous()
     text_dim = model.text_embedding[0].in_features
     config = json.dumps({"transformer": {"num_heads": model.num_heads, "text_dim": text_dim}})
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}

@@ -1,8 +1,7 @@
 """Optimizers, schedules and the moving average."""
 
-import copy
-
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Both:
@@ -29,7 +28,7 @@ class Both:
 
     def step(self, factor: float, clip: float = 1.0) -> float:
         """One update at factor times the learning rates; returns the norm of the gradient before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         for parameter, view in self.views:
             if view is not parameter:
                 view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
@@ -47,6 +46,10 @@ class Both:
     def load_state_dict(self, state):
         for i, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(state[str(i)])
+            for parameter, moments in optimizer.state.items():
+                for name, value in moments.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        moments[name] = like(value, parameter)
 
 
 def in_blocks(name: str, tensor) -> bool:
@@ -61,13 +64,44 @@ def schedule(step: int, steps: int, warmup: int = 20, decay_from: float = 0.6, f
     return min(1.0, (step + 1) / warmup) * decay
 
 
-def average_of(model):
-    """A frozen copy of a model to keep the moving average in."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+class Average:
+    """The moving average of a model's parameters, whole or sharded as those are."""
+
+    def __init__(self, model):
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def follow(self, model, decay: float) -> None:
+        """average = decay * average + (1 - decay) * model."""
+        for name, parameter in model.named_parameters():
+            self.tensors[name].lerp_(parameter.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_into(self, model):
+        """Give a model the averaged weights, and return it."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.tensors[name])
+        return model
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, state):
+        self.tensors = {name: like(state[name], tensor).clone() for name, tensor in self.tensors.items()}
 
 
-@torch.no_grad()
-def follow(average, model, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model."""
-    ours, theirs = list(average.parameters()), [p.detach() for p in model.parameters()]
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+def like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device of another one, spread over the processes as that one is."""
+    whole = whole.to(tensor.device)
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
+
+
+def whole(state):
+    """A state dict, however nested, with whole tensors on the CPU: every process must call it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole(value) for value in state)
+    if isinstance(state, DTensor):
+        state = state.full_tensor()
+    return state.detach().cpu() if isinstance(state, torch.Tensor) else state

@@ -15,9 +15,9 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
 
     topk goes from start to topk over the first `ramp` of the steps. Returns (moving average, history).
     """
-    dense.requires_grad_(False).eval()
-    average = optim.average_of(model)
+    engine.frozen(dense.requires_grad_(False).eval(), shard)
     wrapped = engine.parallel(model, shard)
+    average = optim.Average(model)
     optimizer = optim.Both(model, muon_lr, lr, lambda name, p: optim.in_blocks(name, p) and ".proj_l." not in name)
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
     shape = (batch, *data.latents.shape[1:])
@@ -42,9 +42,9 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
             loss = (wrapped(x, 1000 * at, **text, topk=kept).float() - wanted).square().mean()
         loss.backward()
         norm = optimizer.step(optim.schedule(step, steps))
-        optim.follow(average, model, min(decay, (1 + step) / (10 + step)))
+        average.follow(model, min(decay, (1 + step) / (10 + step)))
         return {"loss": loss.item(), "relative": (loss / wanted.square().mean()).item(), "topk": kept, "gradient": norm}
 
     parts = {"model": model, "optimizer": optimizer, "average": average}
     history = engine.run(step_of, parts, folder, steps, seconds, log=log)
-    return average, history
+    return average.copy_into(model), history

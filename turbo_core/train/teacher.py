@@ -38,8 +38,8 @@ def train(model: TrainWan, data, folder, steps, batch=16, kept_frames=99, muon_l
     kept_frames: latent frames of each clip that a step looks at. decay: of the moving average. dropout: share of
     empty captions, which guidance needs.
     """
-    average = optim.average_of(model)
     wrapped = engine.parallel(model, shard)
+    average = optim.Average(model)
     optimizer = optim.Both(model, muon_lr, lr, optim.in_blocks)
 
     def step_of(step):
@@ -54,12 +54,12 @@ def train(model: TrainWan, data, folder, steps, batch=16, kept_frames=99, muon_l
         loss = (velocity.float() - (noise - clean)).square().mean()
         loss.backward()
         norm = optimizer.step(optim.schedule(step, steps))
-        optim.follow(average, model, min(decay, (1 + step) / (10 + step)))
+        average.follow(model, min(decay, (1 + step) / (10 + step)))
         return {"loss": loss.item(), "gradient": norm}
 
     parts = {"model": model, "optimizer": optimizer, "average": average}
     history = engine.run(step_of, parts, folder, steps, seconds, log=log)
-    return average, history
+    return average.copy_into(model), history
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from ..video import complete_or_nothing
 from . import clips, engine, optim
 from .wan_vae import WanVAE
 
-CROP, SIDE, FRAMES = 64, 128, 33
+SIDE, FRAMES = 128, 33
+# frames and side of the crops, in turn: short ones show space, long ones what adds up over time
+WINDOWS = (33, 48), (9, 64), (17, 64)
 
 
 def train(
@@ -22,7 +24,6 @@ def train(
     steps=3000,
     image_steps=1000,
     batch=8,
-    frames=9,
     muon_lr=0.02,
     lr=2e-3,
     kl=1e-5,
@@ -33,7 +34,7 @@ def train(
 ):
     """Train a Wan 2.1 VAE of base width dim and return it; folder keeps the checkpoint.
 
-    image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of `frames` frames.
+    image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of the sizes in WINDOWS.
     """
     torch.manual_seed(seed)
     model = WanVAE(dim)
@@ -44,8 +45,9 @@ def train(
     def step_of(step):
         random = engine.generator(seed, step)
         still = step < image_steps
-        video = _crops(clips_of, batch if still else max(1, batch // 4), 1 if still else frames, random)
-        noise = torch.randn(len(video), 16, (video.shape[2] - 1) // 4 + 1, CROP // 8, CROP // 8, generator=random)
+        frames, side = (1, 64) if still else WINDOWS[step % len(WINDOWS)]
+        video = _crops(clips_of, batch if still else max(1, batch // 4), frames, side, random)
+        noise = torch.randn(len(video), 16, (frames - 1) // 4 + 1, side // 8, side // 8, generator=random)
         video = video.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
             shown, mean, log_variance = wrapped(video, noise)
@@ -73,16 +75,16 @@ def _pool(count: int, seed: int) -> torch.Tensor:
     return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
 
 
-def _crops(pool, count: int, frames: int, random) -> torch.Tensor:
-    """Random windows of time and space: float32 [count, 3, frames, CROP, CROP] in [-1, 1]."""
+def _crops(pool, count: int, frames: int, side: int, random) -> torch.Tensor:
+    """Random windows of time and space: float32 [count, 3, frames, side, side] in [-1, 1]."""
 
     def pick(high):
         return int(torch.randint(high, (), generator=random))
 
     out = []
     for _ in range(count):
-        clip, t, y, x = pick(len(pool)), pick(FRAMES - frames + 1), 8 * pick(9), 8 * pick(9)
-        out.append(pool[clip, :, t : t + frames, y : y + CROP, x : x + CROP])
+        clip, t, y, x = pick(len(pool)), pick(FRAMES - frames + 1), *(8 * pick((SIDE - side) // 8 + 1) for _ in "yx")
+        out.append(pool[clip, :, t : t + frames, y : y + side, x : x + side])
     return torch.stack(out).float() / 127.5 - 1
 
 
