@@ -6,11 +6,13 @@ value on the edge between two int8 steps may fall on either side. The oracle of 
 
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.test_wan import DIM, HEADS, complex_rope, inputs, quantized, relative, rotate, weights
+from tests.triton_cpu.process import run_pytest
 from turbo_core import fused, int8, wan
 from turbo_core.wan import WanModel, rope_angles
 
@@ -187,3 +189,8 @@ def test_compiles_into_one_graph(fuse, quantize, topk):
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert relative(fuse(lambda: compiled(*args, topk=topk)), eager) < 1e-3
+
+
+def test_fused_model_through_the_interpreter():
+    pytest.importorskip("triton", reason="the Triton tests need triton (pip install triton)")
+    run_pytest(Path(__file__).with_name("kernels") / "fused_interpreted.py", interpret=True)

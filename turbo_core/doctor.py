@@ -9,7 +9,8 @@ import torch
 
 from . import __version__, fused
 from .console import human_bytes
-from .devices import has_int_mm, pick_device
+from .devices import pick_device
+from .int8 import int8_path
 from .memory import available_memory
 from .paths import why_not
 
@@ -86,7 +87,7 @@ def _paths():
     generate = f"no: {', '.join(missing)} missing. Cure: {cure}" if missing else "yes"
     return [
         ("device", f"{device}, {'bfloat16' if bf16 else 'float32 (bfloat16 is slower on a CPU)'}"),
-        ("int8 linear", _kernels(device, "int8_mm", _int8_path(device))),
+        ("int8 linear", _int8_linear(device)),
         ("int8 activations", _kernels(device, "quantize", "PyTorch")),
         ("norms", _kernels(device, "norm", "PyTorch, in float32")),
         ("int8 Wan block", "fused, kernel to kernel" if fused.pays(device) else "layer by layer"),
@@ -105,13 +106,9 @@ def _kernels(device: torch.device, family: str, otherwise: str) -> str:
     return "Triton kernels" if reason is None else f"{otherwise}; {reason}"
 
 
-def _int8_path(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "torch._int_mm (exact int32)"
-    if has_int_mm(device):
-        return "row format torch._int_mm (fast), block format products of floats"
-    reason = "needs an NVIDIA card from Turing (2018) on" if device.type == "cuda" else f"is not there on {device.type}"
-    return f"float32 matrix products: torch's int8 product {reason}"
+def _int8_linear(device: torch.device) -> str:
+    block, row = (int8_path(device, format) for format in ("block", "row"))
+    return block if block == row else f"block format: {block}. Row format: {row}"
 
 
 def _library_path(name: str, device: torch.device) -> str:

@@ -182,6 +182,23 @@ def test_lora_in_the_weights_and_other_settings_stay_fused(comfy, lab, fused):
     assert torch.equal(lab.denoise(model), plain)
 
 
+def test_compiled_model_gives_the_same(lab, fused):
+    """TorchCompileModel's wrapper: the compiler leaves the fused block alone, which is kernels from end to end."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = lab.quantize(lab.load(T2V))
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    options = {"sigmas": torch.tensor([0.9]), **compiled.model_options["transformer_options"]}
+    options["wrappers"] = compiled.wrappers
+    torch._dynamo.reset()
+    plain, _ = fused(lambda: lab.denoise(model))
+    run = lab.loaded(compiled).apply_model
+    ours, blocks = fused(lambda: run(**lab.inputs(), transformer_options=options))
+    assert blocks == 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert lab.distance(ours, plain) < 1e-4
+
+
 def test_sampling_end_to_end(lab, fused):
     model = lab.quantize(lab.load(T2V))
     plain = lab.turbo(model)

@@ -1,0 +1,61 @@
+"""Every probe passes on kernels that are right and notices one that is not; runs under TRITON_INTERPRET=1."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+
+from tests.triton_cpu.interpreter import repair
+
+repair()
+
+from turbo_core import paths, probe  # noqa: E402 (after the interpreter is repaired)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", paths.FAMILIES)
+def test_kernels_that_are_right_pass(family):
+    assert paths.use_triton(CPU, family)
+    assert probe.PROBES[family](CPU) is None
+
+
+def one_value(result):
+    """The same with one value, of many thousand, gone wrong."""
+    first = result[0] if isinstance(result, tuple) else result
+    if first.dtype == torch.int32:  # of a block map: another key block
+        first.view(-1)[0] = 0 if first.view(-1)[0] else 1
+    else:
+        first.view(-1)[7] = 100 if first.dtype == torch.int8 else torch.nan
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "name"),
+    [
+        ("quantize", "quantize", "quantize_block"),
+        ("quantize", "quantize", "quantize_rows"),
+        ("norm", "norm", "layer_norm_quantize"),
+        ("norm", "norm", "rms_norm"),
+        ("norm", "norm", "row_stats"),
+        ("int8_mm", "int8_mm", "int8_mm"),
+        ("int8_mm", "int8_mm", "int8_mm_quantize"),
+        ("int8_mm", "int8_mm", "int8_mm_residual"),
+        ("int8_mm", "int8_mm", "int8_mm_qkv"),
+        ("sla", "sla_attention", "attention"),
+        ("sla", "sla_prepare", "prepare"),
+        ("sla", "block_map", "block_map"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_noticed_and_left_alone(monkeypatch, caplog, family, module, name):
+    kernels = importlib.import_module(f"turbo_core.kernels.{module}")
+    right = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *args, **kwargs: one_value(right(*args, **kwargs)))
+    monkeypatch.setattr(paths, "_needs_probe", lambda device: True)
+    monkeypatch.setattr(paths, "_found", {})
+    monkeypatch.setattr(paths, "_logged", set())
+    with caplog.at_level(logging.WARNING):
+        assert not paths.use_triton(CPU, family) and not paths.use_triton(CPU, family)
+    lines = [record.getMessage() for record in caplog.records if f": {family} kernels" in record.getMessage()]
+    assert len(lines) == 1 and "not what PyTorch computes" in lines[0]
