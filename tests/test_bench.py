@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from tests.triton_cpu.process import run_python
 from turbo_core import (
     bench,
     bench_attention,
@@ -165,7 +166,7 @@ def test_the_missing_the_broken_and_the_wrong_are_named_and_not_timed():
 def test_a_contender_that_breaks_the_card_ends_the_run_with_its_name():
     clock = Script()
     clock.answers = lambda: False
-    with pytest.raises(TurboError, match="broken broke the connection to cpu.*no kernel image.*partial"):
+    with pytest.raises(TurboError, match=r"broken broke the connection to cpu.*no kernel image.*partial"):
         bench.admit(Contender("broken", lambda: broken, lambda result: 0.0, 1.0), clock)
 
 
@@ -437,3 +438,49 @@ def test_check_names_what_is_wrong_and_goes_on(monkeypatch):
         found = bench_check.check("cpu", tell=told.append)
     assert [one["what"] for one in found if not one["ok"]] == ["quantize_rows 5 x 200"]
     assert len(told) == 1 and told[0].startswith("WRONG: quantize_rows") and len(found) == len(right)
+
+
+# ---- with kernels, through Triton's interpreter
+
+KERNELS = """
+from tests.triton_cpu.interpreter import repair
+
+repair()
+import json
+import torch
+from turbo_core import bench, bench_attention, bench_linear, bench_streaming
+
+torch.set_grad_enabled(False)
+cases = [
+    bench_linear.linear_case("cpu", 130, 128, 128, True),
+    bench_linear.fused_case("cpu", "residual", 130, 128, 128, True),
+    bench_streaming.modulate_case("cpu", 130, 256, False, True),
+    bench_attention.attention_case("cpu", 1, 1, 330, 64, True),
+]
+bench.WARM_UP = 0
+wanted = ("product alone", " alone, int8", "torch path", "dense int8, turbo-core", "statistics given")
+told = {
+    case.name: [bench.admit(c, bench.clock_of("cpu"))[0] for c in case.contenders if c.name.endswith(wanted)]
+    for case in cases
+}
+print(json.dumps([told, cases[-1].notes]))
+"""
+
+
+def test_the_kernels_take_part_alone_and_as_a_whole():
+    pytest.importorskip("triton")
+    said = run_python("-c", KERNELS, interpret=True)
+    told, notes = json.loads(said.splitlines()[-1])
+    rows = {f"{case}: {row['name']}": row for case, found in told.items() for row in found}
+    assert not [row for row in rows.values() if row["status"] in ("wrong", "failed")]
+    right = {name for name, row in rows.items() if row["status"] == "ok"}
+    attention = "attention 1 x 1 x 330 x 64, 1 of 6 key blocks kept"
+    parts = [f"{attention}: {part} alone, int8" for part in bench_attention.STAGES]
+    others = [
+        f"{attention}: SLA 10%, turbo-core's torch path",
+        "linear 130 x 128 x 128: row, turbo-core, product alone",
+    ]
+    assert {*parts, *others} <= right
+    assert rows[f"{attention}: attention alone, int8"]["error"] < bench_attention.FEW_KEYS
+    assert rows[f"{attention}: dense int8, turbo-core"]["note"] == ""  # a kernel, not an emulation
+    assert notes and notes[0].startswith("block map: kernel and torch twin agree on 100")
