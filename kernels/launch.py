@@ -59,18 +59,25 @@ TABLE = {
 
 def config(form: str, m: int, device, card=None) -> Config:
     """Launch parameters for M rows of one of FORMS. card: the kind, default that of the device, tuned where it was."""
-    length = "short" if m <= SHORT else "long"
-    if card is None:
-        tuned = tuned_table(device).get(f"{form} {length}") if device.type == "cuda" else None
+    if card is None and device.type == "cuda":
+        tuned = tuned_table(device).get(f"{form} {_length(m)}")
         if tuned:
             return tuned
-        card = card_kind(device)
+    return shipped(form, m, card or card_kind(device))
+
+
+def shipped(form: str, m: int, card: str | None) -> Config:
+    """The same from the table that comes with the pack."""
     if card not in TABLE:
         return DEFAULT
     short, long = TABLE[card].get(form, (_HALF, DEFAULT))
-    if form == "block quantize" and short.block_m != 128:
+    if form == "block quantize":
         short = long  # a tile is one scale block
-    return short if length == "short" else long
+    return short if _length(m) == "short" else long
+
+
+def _length(m):
+    return "short" if m <= SHORT else "long"
 
 
 @functools.cache
@@ -111,7 +118,7 @@ def tuned_table(device) -> dict[str, Config]:
 def read_table(path: Path, card: str) -> dict[str, Config]:
     """The table in a file. Damaged, or of another card or Triton: empty, with one log line."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes()
     except OSError:
         return {}
     try:

@@ -30,7 +30,7 @@ def int8_path(device, format: str) -> str:
     if device.type == "cpu":
         return "torch._int_mm (exact int32)"
     if format == "row" and kitchen(device):
-        return f"comfy_kitchen's int8 linear; no Triton kernels: {reason}"
+        return f"comfy_kitchen's int8 linear; {reason}"
     if format == "row" and has_int_mm(device):
-        return f"torch._int_mm; no Triton kernels: {reason}"
-    return f"float products in torch, which save memory but no time; no Triton kernels: {reason}"
+        return f"torch._int_mm; {reason}"
+    return f"float products in torch, which save memory but no time; {reason}"

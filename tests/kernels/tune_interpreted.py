@@ -1,0 +1,24 @@
+"""The tuner through Triton's interpreter, whose times mean nothing; run by test_tune.py."""
+
+import pytest
+
+from kernels import launch
+from tests.triton_cpu.interpreter import repair
+from turbo_core import tune
+
+repair()
+
+
+@pytest.mark.parametrize("form", launch.FORMS)
+def test_every_form_is_measured_with_kernels(form, tmp_path, monkeypatch):
+    some = [launch.DEFAULT, launch.DEFAULT._replace(depth=64), launch.DEFAULT._replace(variant="persistent")]
+    monkeypatch.setattr(tune, "candidates", lambda form, kind: some)
+    monkeypatch.setattr(tune, "WARMUP", 0)
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    tried = []
+    monkeypatch.setattr(tune, "_time", lambda call, device: tried.append(call()) or len(tried))
+    path = tmp_path / "table.json"
+    report = tune.tune("cpu", [tune.Case(form, "short", 5, 64, 128)], out=path)
+    assert len(tried) == len(some)  # all of them run and agree
+    assert report["launches"] == {f"{form} short": some[0]}
+    assert launch.read_table(path, "cpu") == report["launches"]
