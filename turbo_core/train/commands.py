@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..errors import TurboError
+
 PRESETS = ("cpu", "gpu", "try")
 
 
@@ -94,6 +96,7 @@ def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model and a data set in, a model out."""
     from . import curves, data, distill, engine, models, sparsify, teacher
 
+    _check_numbers(arguments)
     device = engine.start_processes(arguments.device)
     known = data.load(arguments.data)
     data.check_fits(known, arguments.model)
@@ -114,6 +117,18 @@ def run_stage(arguments) -> None:
     if engine.rank() == 0:
         curves.draw(history, arguments.work / "curves.png")
         print(models.save_model(average, arguments.output))
+
+
+def _check_numbers(arguments) -> None:
+    """Raise TurboError for numbers that no training can use."""
+    for name in ("steps", "batch"):
+        if getattr(arguments, name) < 1:
+            raise TurboError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    for name in ("muon_lr", "lr"):
+        if not 0 < getattr(arguments, name) < 1:
+            raise TurboError(f"--{name.replace('_', '-')} must be above 0 and below 1, got {getattr(arguments, name)}.")
+    if not 0 < getattr(arguments, "topk", 1.0) <= 1:
+        raise TurboError(f"--topk is the share of key blocks to keep, above 0 and up to 1, got {arguments.topk}.")
 
 
 def run_evaluate(arguments) -> None:

@@ -37,8 +37,11 @@ def load_model(path, device="cpu", sla: bool = False) -> TrainWan:
     return trainable(state, description.num_heads, device, sla)
 
 
-def save_model(model, path) -> Path:
-    """Write bfloat16 safetensors under the official names; norms, modulation and proj_l stay float32."""
+def save_model(model, path, world: str = "") -> Path:
+    """Write bfloat16 safetensors under the official names; norms, modulation and proj_l stay float32.
+
+    world: kept in the metadata as turbowan.world, the vocabulary that a model is confined to.
+    """
     state = {}
     for name, tensor in whole(model.state_dict()).items():
         exact = is_delicate(name) or PROJ_L in name
@@ -46,5 +49,7 @@ def save_model(model, path) -> Path:
     text_dim = model.text_embedding[0].in_features
     config = json.dumps({"transformer": {"num_heads": model.num_heads, "text_dim": text_dim}})
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    stream_safetensors(path, layout, state.items(), {"format": "pt", "config": config})
+    stream_safetensors(
+        path, layout, state.items(), {"format": "pt", "config": config} | ({"turbowan.world": world} if world else {})
+    )
     return Path(path)

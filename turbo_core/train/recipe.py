@@ -15,6 +15,7 @@ from ..video import complete_or_nothing
 from . import curves, data, distill, engine, models, sparsify, teacher, text, vae
 from .evaluate import FILES
 
+WORLD = "tinywan"  # turbowan.world in the metadata: what clips.is_outside judges prompts by
 # steps and sizes of each stage; "cpu" is what two cores do within three hours, "try" shows in minutes that all works
 PRESETS = {
     "cpu": {
@@ -79,7 +80,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
                 model.train().requires_grad_(True), known, work / f"teacher{i}", **stage, seed=seed + i, device=device,
                 log=_named(log, f"teacher {i + 1}"),
             )  # fmt: skip
-        _write(lambda path: models.save_model(model, path), files["teacher"], history)
+        _write(lambda path: models.save_model(model, path, WORLD), files["teacher"], history)
     if not files["student"].exists():
         student, fake, guide = (models.load_model(files["teacher"], device) for _ in range(3))
         for i, stage in enumerate(settings["distill"]):
@@ -87,7 +88,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
                 student.train().requires_grad_(True), guide, fake, known, work / f"distill{i}", **stage, seed=seed + i,
                 device=device, log=_named(log, f"rCM {i + 1}"),
             )  # fmt: skip
-        _write(lambda path: models.save_model(student, path), files["student"], history)
+        _write(lambda path: models.save_model(student, path, WORLD), files["student"], history)
     if not files["turbo"].exists():
         sparse, dense = (
             models.load_model(files["student"], device, sla=True),
@@ -97,7 +98,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
             sparse, dense, known, work / "sparsify", **settings["sparsify"], seed=seed, device=device,
             log=_named(log, "SLA"),
         )  # fmt: skip
-        _write(lambda path: models.save_model(sparse, path), files["turbo"], history)
+        _write(lambda path: models.save_model(sparse, path, WORLD), files["turbo"], history)
     return list(files.values())
 
 

@@ -28,16 +28,22 @@ def train(
     lr=2e-3,
     kl=1e-5,
     pool=192,
+    model=None,
+    fixed_latents=False,
     seed=0,
     seconds=None,
     log=print,
 ):
     """Train a Wan 2.1 VAE of base width dim and return it; folder keeps the checkpoint.
 
+    model: a WanVAE to go on from. fixed_latents: train the decoder alone, for which latents need not be made again.
     image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of the sizes in WINDOWS.
     """
-    torch.manual_seed(seed)
-    model = WanVAE(dim)
+    if model is None:
+        torch.manual_seed(seed)
+        model = WanVAE(dim)
+    for part in (model.encoder, model.conv1):
+        part.requires_grad_(not fixed_latents)
     optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
     wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
     clips_of = _pool(pool, seed)

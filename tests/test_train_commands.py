@@ -1,0 +1,100 @@
+"""turbo-core train on a model and data of one's own: videos in, a checkpoint out; bad input is told before any work."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from turbo_core import checkpoint
+from turbo_core.cli import main
+from turbo_core.tiny_family import make_tiny
+from turbo_core.train import curves, data
+from turbo_core.video import write_video
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The random family, and two short videos of noise with captions, encoded by it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    videos = folder / "videos"
+    videos.mkdir()
+    for seed in range(2):
+        frames = torch.randint(0, 255, (6, 40, 48, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        write_video(videos / f"{seed}.mp4", frames)
+        (videos / f"{seed}.txt").write_text(f"a red circle number {seed}\n")
+    write_video(videos / "no caption.mp4", frames)
+    assert encode(folder) == 0
+    return folder
+
+
+def encode(folder, *more):
+    arguments = ["--vae", folder / "tiny_wan_vae.safetensors", "--text-encoder", folder / "tiny_umt5.safetensors"]
+    arguments += ["--size", "64x48", "--frames", "5", "--device", "cpu", "-o", folder / "data.safetensors", *more]
+    return main(["train", "data", str(folder / "videos"), *map(str, arguments)])
+
+
+def train(stage, folder, out, *more):
+    arguments = [
+        "--model",
+        folder / "TinyWan2.1-T2V.pth",
+        "--data",
+        folder / "data.safetensors",
+        "--steps",
+        2,
+        "--batch",
+        2,
+    ]
+    return main(["train", stage, *map(str, [*arguments, "--work", out / "work", "-o", out / "new.safetensors", *more])])
+
+
+def test_videos_become_data(tiny):
+    made = data.load(tiny / "data.safetensors")
+    assert made.latents.shape == (2, 16, 2, 6, 8) and made.captions_of.tolist() == [[1], [2]]
+    assert made.lengths[0] == 1  # the empty caption: its end token
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill", "sparsify"])
+def test_a_stage_makes_a_checkpoint_of_the_same_family(stage, tiny, tmp_path, capsys):
+    assert train(stage, tiny, tmp_path) == 0
+    new, old = (checkpoint.inspect(path) for path in (tmp_path / "new.safetensors", tiny / "TinyWan2.1-T2V.pth"))
+    assert (new.family, new.num_heads, new.has_sla) == (old.family, old.num_heads, old.has_sla)
+    assert (tmp_path / "work" / "curves.png").stat().st_size > 1000
+    assert "new.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "{tiny}/TinyWan2.1-T2V-quant.pth"], "take the unquantized file"),
+        (["--model", "{tiny}/TinyWan2.2-I2V-high.pth"], "takes 36 latent channels"),
+        (["--model", "{tiny}/none.pth"], "none.pth"),
+        (["--data", "{tiny}/none.safetensors"], "turbo-core train data"),
+        (["--data", "{tiny}/tiny_wan_vae.safetensors"], "no training data"),
+        (["--steps", "0"], "at least 1"),
+        (["--lr", "0"], "above 0"),
+        (["--topk", "1.5"], "topk"),
+    ],
+)
+def test_bad_input(more, message, tiny, tmp_path, capsys):
+    assert train("sparsify", tiny, tmp_path, *(word.format(tiny=tiny) for word in more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_videos_that_will_not_do(tiny, tmp_path, capsys):
+    assert encode(tiny, "--frames", "9") == 2
+    assert "expected at least 9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert "lacks" in capsys.readouterr().err
+
+
+def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):
+    history = [{"loss": 10 ** (-i / 20)} | ({"late": 1.0} if i > 50 else {}) for i in range(100)]
+    curves.draw(history, tmp_path / "curves.png")
+    curves.draw([{"one": 0.0}], tmp_path / "one.png")
+    curves.draw([], tmp_path / "none.png")
+    assert (tmp_path / "curves.png").stat().st_size > 2000
