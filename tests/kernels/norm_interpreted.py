@@ -1,5 +1,7 @@
 """Norm kernels against float64 and their twins; runs under TRITON_INTERPRET=1 by test_norm.py."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kernels import norm
 from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
 from turbo_core import kernels as bridge
-from turbo_core import norm_twins, norms
+from turbo_core import norm_twins, norms, paths
 
 repair()
 
@@ -93,7 +95,8 @@ def test_layer_norm_is_the_twins(dtype, rows):
     check_quantized(*norm.layer_norm_quantize(x, EPS, **operands, rows=rows), exact(x, **operands), rows)
     for given in (None, norm_twins.row_stats(x)):
         q, scale = norm.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
-        twin_q, twin_scale = norm_twins.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
+        with patch.object(paths, "use_triton", return_value=False):
+            twin_q, twin_scale = norm_twins.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
         torch.testing.assert_close(scale, twin_scale, rtol=1e-5, atol=0)
         wrong = (q.int() - twin_q).abs()
         assert wrong.max() <= 1 and wrong.count_nonzero() <= 20  # of 26,400
