@@ -440,6 +440,22 @@ def test_check_names_what_is_wrong_and_goes_on(monkeypatch):
     assert len(told) == 1 and told[0].startswith("WRONG: quantize_rows") and len(found) == len(right)
 
 
+def test_tune_says_where_there_is_nothing_to_tune_and_shows_what_it_found(monkeypatch, capsys):
+    from turbo_core import tune
+
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "nothing to tune on cpu" in capsys.readouterr().err
+
+    def found(device, progress, out):
+        progress(0, 1, "block plain")
+        return {"card": "H200", "file": str(out), "microseconds": {"block plain long": {"best": 12.3, "shipped": 15.8}}}
+
+    monkeypatch.setattr(tune, "tune", found)
+    assert main(["tune", "--device", "cpu", "-o", "table.json"]) == 0
+    said = capsys.readouterr().out
+    assert "table.json" in said and "12 us" in said and "16 us" in said
+
+
 # ---- with kernels, through Triton's interpreter
 
 KERNELS = """

@@ -23,7 +23,7 @@ from .wan import QUANTIZED_LINEARS, Block, Int8Linear, rope_angles
 HEAD_DIM, EPS = 128, 1e-6
 FFN = {1536: 8960, 5120: 13824, 256: 512}
 CARD_SHAPES = ((TOKENS_480P, 1536), (TOKENS_480P, 5120), (TOKENS_720P, 5120))
-CPU_SHAPES = ((1560, 1536),)  # one latent frame at 832 x 480
+CPU_SHAPES = ((780, 1536),)  # half a latent frame at 832 x 480
 QUICK_SHAPES = ((300, 256),)
 TRIED = 1430  # tokens on which the results are compared, ragged in blocks of 128 and of 64
 FLOAT, INT8 = {torch.float32: 1e-5, torch.bfloat16: 2e-2}, 4e-2  # largest errors of what a block adds

@@ -78,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(verbs.add_parser("bench", parents=[common], help="times and errors of the kernels on this machine"))
 
     command = verbs.add_parser("tune", parents=[common], help="measure and keep this card's own launch parameters")
-    command.add_argument("--shapes", nargs="+", default=[], metavar="MxNxK", help="default the models' own")
     command.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="default where turbo-core looks for it")
     command.add_argument("--device", help="cuda, cuda:1; default the best there is")
     command.set_defaults(run=commands.tune)

@@ -253,12 +253,16 @@ def _status(text: str) -> None:
 
 
 def tune(arguments) -> None:
-    from .bench_run import parse_shapes
-    from .console import progress_bars
+    from .console import table
     from .devices import pick_device
     from .tune import tune as measure
 
-    shapes = parse_shapes(arguments.shapes, ["linear"])["linear"] or None
-    with progress_bars() as progress:
-        path = measure(pick_device(arguments.device), shapes, progress, arguments.output)
-    print(path)
+    found = measure(
+        pick_device(arguments.device),
+        progress=lambda done, total, text: _status(f"tune {done} of {total}: {text}"),
+        out=arguments.output,
+    )
+    _status("")
+    rows = [("product", "best", "as shipped")]
+    rows += [(key, f"{us['best']:.0f} us", f"{us['shipped']:.0f} us") for key, us in found["microseconds"].items()]
+    table(f"{found['card']}: {found['file']}", rows)
