@@ -259,7 +259,7 @@ def test_clocks_are_read_from_what_nvidia_smi_says():
 
 
 def test_a_busy_machine_is_called_one():
-    assert "3 processes" in bench_machine.busy({"load": 3, "cores": 2})
+    assert "3.0 processes" in bench_machine.busy({"load": 3, "cores": 2})
     assert bench_machine.busy({"load": 0.2, "cores": 2}) is None
     assert bench_machine.busy({"load": None, "cores": 2}) is None
 

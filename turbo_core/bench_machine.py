@@ -85,7 +85,7 @@ def busy(facts: dict) -> str | None:
     load, cores = facts.get("load"), facts.get("cores")
     if load is None or not cores or load <= 0.25 * cores:
         return None
-    return f"busy machine: {load:g} processes wanted its {cores} cores as it began"
+    return f"busy machine: {load:.1f} processes wanted its {cores} cores as it began"
 
 
 def _smi(device, fields, *more):

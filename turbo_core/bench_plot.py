@@ -2,7 +2,7 @@
 
 import io
 
-from .bench_report import describe
+from .bench_report import describe, rate
 
 _INK, _FAINT, _PAPER, _GRID = (28, 28, 36), (110, 110, 122), (255, 255, 255), (225, 225, 228)
 _OURS, _OTHERS, _BASE = (205, 64, 113), (140, 150, 170), (70, 80, 100)
@@ -29,15 +29,16 @@ def draw(report: dict) -> bytes | None:
     canvas.text((_MARGIN, _MARGIN), f"turbo-core bench {report['group']}", fill=_INK, font=large, anchor="la")
     canvas.text((_MARGIN, _MARGIN + 30), _plain(describe(report["machine"])), fill=_FAINT, font=small, anchor="la")
     limits = report["limits"]
-    rates = [f"copy {limits['gb_s']:.4g} GB/s"] if "gb_s" in limits else []
-    rates += [f"matrix product {limits['tflops']:.3g} TFLOP/s"] if "tflops" in limits else []
+    rates = [
+        f"{name} {rate(limits, unit)}" for name, unit in (("copy", "gb_s"), ("product", "tflops")) if unit in limits
+    ]
     below = "; ".join([*rates, *report["notes"]])
     canvas.text((_MARGIN, _MARGIN + 48), _plain(below), fill=_FAINT, font=small, anchor="la")
     y = _MARGIN + 82
     for case, rows in cases:
         y = _draw_case(canvas, font, small, case, rows, y)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.quantize(64).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

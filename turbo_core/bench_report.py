@@ -21,20 +21,26 @@ def describe(machine: dict) -> str:
     if machine["device"] == "cuda":
         parts += [machine["runtime"], f"driver {machine['driver']}"]
     else:
-        parts.append(f"{machine['threads']} threads, {machine['isa']}")
+        threads = machine["threads"]
+        parts.append(f"{threads} thread{'s' * (threads > 1)}, {machine['isa']}")
     return ", ".join([*parts, machine["date"][:10]])
+
+
+def rate(found: dict, unit: str) -> str:
+    """A rate in words: {"tflops": 0.0185} is 18.5 GFLOP/s."""
+    large, small = {"gb_s": ("GB/s", "MB/s"), "tflops": ("TFLOP/s", "GFLOP/s")}[unit]
+    return f"{found[unit]:.3g} {large}" if found[unit] >= 1 else f"{1e3 * found[unit]:.3g} {small}"
 
 
 def cells(row: dict) -> tuple[str, ...]:
     """A timed row of measure() as text, in the order of HEADER."""
-    rate, share = "", ""
-    for unit, large, small, of in (("gb_s", "GB/s", "MB/s", "of_copy"), ("tflops", "TFLOP/s", "GFLOP/s", "of_matmul")):
+    told, share = "", ""
+    for unit, of in (("gb_s", "of_copy"), ("tflops", "of_matmul")):
         if row.get(unit):
-            rate = f"{row[unit]:.3g} {large}" if row[unit] >= 1 else f"{1e3 * row[unit]:.3g} {small}"
-            share = f"{row[of]:.0%}" if of in row else ""
+            told, share = rate(row, unit), f"{row[of]:.0%}" if of in row else ""
     speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
     error = "" if row.get("error") is None else f"{row['error']:.1e}"
-    return row["name"], f"{row['ms']:.4g}", f"{row['p10']:.3g}-{row['p90']:.3g}", rate, share, speedup, error
+    return row["name"], f"{row['ms']:.4g}", f"{row['p10']:.3g}-{row['p90']:.3g}", told, share, speedup, error
 
 
 def remarks(case: dict) -> list[str]:
