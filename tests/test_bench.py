@@ -123,7 +123,20 @@ def test_the_event_clock_records_around_each_run_after_the_flush(monkeypatch):
     assert clock.round([lasting(2), lasting(3)], flush=True) == [2e-3, 3e-3]
     one = ["run", "flush", "record", "run", "record"]
     assert happened == [*one, *one, "synchronize"]
-    assert type(bench.clock_of("cuda")) is bench.EventClock and type(bench.clock_of("cpu")) is bench.WallClock
+    assert type(bench.clock_of("cuda")) is bench.EventClock
+
+
+def test_one_thread_of_a_cpu_is_timed_by_what_it_computes(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert type(bench.clock_of("cpu")) is bench.WallClock
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(sys, "platform", "linux")
+    clock = bench.clock_of("cpu")
+    assert type(clock) is bench.ThreadClock
+    (waited,) = clock.round([lambda: bench.time.sleep(0.05)], flush=False)
+    assert waited < 0.02
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert type(bench.clock_of("cpu")) is bench.WallClock
 
 
 def test_rates_are_fractions_of_the_machine_s_own():

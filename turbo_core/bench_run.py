@@ -47,6 +47,7 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=bench.SECOND
     device = torch.device(device)
     clock = bench.clock_of(device)
     repeats, seconds = (5, 0.2) if quick else (bench.REPEATS, seconds)
+    notes = [f"times are {clock.name}"] if isinstance(clock, bench.ThreadClock) else []
     machine, folder = bench_machine.facts(device), out / bench_machine.slug(device)
 
     def timed(case, limits):
@@ -73,9 +74,9 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=bench.SECOND
             "schema": SCHEMA,
             "group": group,
             "machine": machine,
-            "settings": {"repeats": repeats, "seconds": seconds, "quick": quick},
+            "settings": {"repeats": repeats, "seconds": seconds, "quick": quick, "clock": clock.name},
             "limits": limits,
-            "notes": [note for note in (bench_machine.busy(machine),) if note],
+            "notes": notes + [note for note in (bench_machine.busy(machine),) if note],
             "cases": [first],
         }
         partial = folder / f"{group}.partial.json"
