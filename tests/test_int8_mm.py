@@ -169,6 +169,27 @@ def test_what_only_one_form_refuses():
         int8_mm.int8_mm_qkv(*x, [w[0], w[0], w[0][:5]], [w[1], w[1], w[1][:5]])
 
 
+def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(monkeypatch):
+    calls = []
+
+    class Kitchen:
+        @staticmethod
+        def int8_linear(x, weight, scale, bias, out_dtype):
+            calls.append((x, weight, scale, bias, out_dtype))
+            return int8._torch_linear(x, weight, scale, bias, True)
+
+    monkeypatch.setattr(int8, "kitchen", lambda device: Kitchen)
+    x, bias = gaussian(2, 5, 200).to(torch.bfloat16), gaussian(64).to(torch.bfloat16)
+    for fmt in FORMATS:
+        y = int8.int8_linear(x, *quantized(fmt, 64, 200, 1), bias)
+        assert y.shape == (2, 5, 64) and y.dtype == torch.bfloat16
+    assert len(calls) == 1  # the block format is none of the host's
+    given, _, scale, _, dtype = calls[0]
+    assert torch.equal(given, x.flatten(0, 1)) and scale.shape == (64, 1) and dtype == torch.bfloat16
+    int8.int8_linear(x.double(), *quantized("row", 64, 200, 1))
+    assert len(calls) == 1  # nor is float64
+
+
 def test_the_path_of_a_linear_is_told_in_words(monkeypatch):
     assert "_int_mm" in int8.int8_path("cpu", "block")
     monkeypatch.setattr(int8.paths, "why_not", lambda device, family: "Triton is not installed")
