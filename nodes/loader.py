@@ -4,6 +4,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
@@ -19,12 +20,9 @@ from .inputs import check_choice, model_file
 from .ops import quant_entry, quantized_ops
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# whose network is the host's plain WanModel, which takes a block class; others are built from blocks of their own
+PLAIN = tuple(getattr(comfy.supported_models, name) for name in ("WAN21_T2V", "WAN21_I2V", "WAN22_T2V"))
 SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
-
-
-def _takes_block_class(unet_config) -> bool:
-    """True for the host's plain WanModel; VACE and its like are built from blocks of their own."""
-    return unet_config.get("model_type") in ("t2v", "i2v") and not unet_config.get("causal_ar")
 
 
 def build_patcher(sd, description, dtype=None, disable_dynamic=False):
@@ -44,7 +42,7 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
     if description.has_sla:
         config.unet_config["wan_attn_block_class"] = SLAWanBlock
-    elif quantized and _takes_block_class(config.unet_config):
+    elif quantized and type(config) in PLAIN:
         config.unet_config["wan_attn_block_class"] = FusedWanBlock
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = config.supported_inference_dtypes

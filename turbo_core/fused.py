@@ -42,11 +42,12 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     shape, dtype = x.shape, x.dtype
     batch, length, dim = shape
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-    x = x.reshape(-1, dim)
+    x = x.contiguous().view(-1, dim)
     with borrow("self_attn.q", "self_attn.k", "self_attn.v") as layers:
         rows = is_row_scale(*layers[0][:2])
         y = layer_norm_quantize(x, eps, shift=shift1, scale=scale1, rows=rows)
         qkv, sums = int8_mm_qkv(*y, *zip(*layers), out_dtype=dtype)
+    del y
     # one head of 128 queries is one block of the next product's scales, unless a block spans two samples
     quantized = not rows and dim == num_heads * BLOCK and (batch == 1 or length % BLOCK == 0)
     y = attend(qkv.view(3, *shape), sums, quantized)

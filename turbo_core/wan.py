@@ -370,7 +370,7 @@ class WanModel(nn.Module):
         dtype, out_dtype = self.patch_embedding.weight.dtype, x.dtype
         tokens = self.patch_embedding(x.to(dtype))
         grid = tokens.shape[2:]
-        tokens = tokens.flatten(2).transpose(1, 2)
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()
         embed, silu, project = self.time_embedding
         time = _float_linear(project, silu(_float_linear(embed, timestep_embedding(timestep, self.freq_dim))))
         modulation = _float_linear(self.time_projection[1], F.silu(time)).unflatten(1, (6, self.dim))
