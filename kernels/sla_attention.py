@@ -154,15 +154,19 @@ def attention_kernel(
     strides = (k_strides[2], v_strides[2], v_strides[3])
     raw = (batch, samples, head, heads, queries, sums_ptr, weight_ptr, cos_ptr, sin_ptr, partials, eps)
 
-    x = load_query(q_ptr, q_strides[1], start, local, *raw, D)
     factor = scale * _LOG2E
     if k_scale_ptr is not None:
         k_scale_ptr += plane * tl.cdiv(keys, BLOCK_K)
+        x = load_query(q_ptr, q_strides[1], start, local, *raw, D)
         q_scale = row_scale(tl.max(magnitude(x)))
         factor *= q_scale
         q = to_int8(x, q_scale)
     else:
-        q = x.to(k_ptr.dtype.element_ty)
+        q = tl.zeros((BLOCK_Q, D), k_ptr.dtype.element_ty)
+        # Always so. Without a branch between them, the rotation's joined pairs make the compiler lay out the keys of
+        # the dot for values of 8 bits, which 16 bits pay for with a third more instructions.
+        if queries > 0:
+            q = load_query(q_ptr, q_strides[1], start, local, *raw, D).to(q.dtype)
 
     # the last block of the ascending table is the only one that can be ragged: all others go without masks
     whole = keys // BLOCK_K
@@ -197,8 +201,10 @@ def attention_kernel(
         # Loaded again, for registers: kept through the loop, q spills. The zero makes the addresses ones that the
         # compiler cannot know it has had.
         zero = tl.minimum(keys, 0)
-        x = load_query(q_ptr, q_strides[1], start + zero, local + zero, *raw, D)
-        w = linear_weights(x, tl.load(k_sum_ptr + plane * D + d)).to(mean_ptr.dtype.element_ty)
+        w = tl.zeros((BLOCK_Q, D), mean_ptr.dtype.element_ty)
+        if queries > 0:
+            x = load_query(q_ptr, q_strides[1], start + zero, local + zero, *raw, D)
+            w = linear_weights(x, tl.load(k_sum_ptr + plane * D + d)).to(w.dtype)
         mean = tl.load(mean_ptr + plane * D * D + d[:, None] * D + d[None, :])
         mean_scale = tl.load(mean_scale_ptr + plane)
         o = tl.dot(w, mean, o * (1 / mean_scale), input_precision=PRECISION) * mean_scale

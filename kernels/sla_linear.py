@@ -1,7 +1,7 @@
 """The linear branch of sparse-linear attention, brought into the range of a half-precision dot.
 
 out = cq KV' / (1e-5 + cq . k_sum) + bias, with KV' = (ck^T v) proj^T. Row c of KV' over k_sum[c] is a mean of projected
-values, and what cq leaves for it, w[c] = cq[c] k_sum[c] / (1e-5 + cq . k_sum), lies between 0 and 1: out = w mean + bias
+values, and what cq leaves for it, w[c] = cq[c] k_sum[c] / (1e-5 + cq . k_sum), is between 0 and 1: out = w mean + bias
 keeps in 16 bits what KV' and k_sum, which grow with the number of keys, would lose.
 """
 
