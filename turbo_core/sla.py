@@ -5,7 +5,7 @@ block, softmax attention over the kept blocks, and a linear branch over all keys
 Source: SLA, arXiv 2509.24006; SageSLA, TurboDiffusion, arXiv 2512.16093. Blocks are 128 queries x 64 keys everywhere.
 Triton kernels compute where they can (sla_kernels), plain torch everywhere else (sla_torch).
 
-Memory by the kernels beside q, k, v and the result, at (B, L, H, D) = (1, 75600, 40, 128) in bf16, top-k 0.1: 16 MB
+Memory by the kernels beside q, k, v and the result, at (B, L, H, D) = (1, 75600, 40, 128) in bf16, top-k 0.1: 18 MB
 for precision bf16 where norm and RoPE are done, else 0.8 GB: k after them, or k in int8 and v in fp8. Nothing grows
 with L x L but the block map, 11 MB here; by cumulative score up to 0.11 GB, 0.2 GB while it is made.
 """
