@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.triton_cpu.process import run_pytest
-from turbo_core import paths, probe
+from turbo_core import doctor, paths, probe
 from turbo_core.errors import TurboError
 
 CARD = "cuda:0"
@@ -135,3 +135,16 @@ def test_what_a_probe_calls_different():
 def test_probes_through_the_interpreter():
     pytest.importorskip("triton", reason="the Triton tests need triton (pip install triton)")
     run_pytest(Path(__file__).with_name("kernels") / "probes_interpreted.py", interpret=True)
+
+
+def test_the_doctor_says_which_path_and_why(monkeypatch):
+    monkeypatch.setattr(doctor, "pick_device", lambda: torch.device("cpu"))
+    found = dict(doctor.examine()["paths"])
+    assert found["norms"] == "PyTorch, in float32; no Triton kernels on cpu"
+    assert found["sparse attention"].endswith("; no Triton kernels on cpu")
+    assert found["int8 Wan block"] == "layer by layer" and found["int8 linear"].startswith("torch._int_mm")
+    for module in (paths, doctor):
+        monkeypatch.setattr(module, "why_not", lambda device, family: None)
+    found = dict(doctor.examine()["paths"])
+    assert {found[name] for name in ("int8 linear", "norms", "sparse attention")} == {"Triton kernels"}
+    assert found["int8 Wan block"].startswith("fused")
