@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.sla import PRECISIONS, sparse_linear_attention
+from ..turbo_core.sla import DTYPES, PRECISIONS, sparse_linear_attention
 from .block_list import parse_blocks
-from .blocks import OPTIONS, active_settings, has_trained_sla, wan_network
+from .blocks import OPTIONS, active_settings, has_trained_sla, log_once, wan_network
 from .inputs import check_choice, check_number
 
 OVERRIDE = "optimized_attention_override"
@@ -37,6 +37,9 @@ def training_free(previous):
         of_image = kwargs.get("low_precision_attention") is False
         if q.ndim == 3 and not args and kwargs.get("mask") is None and _is_self_attention(q, k, options, of_image):
             settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
+        if settings is not None and q.dtype not in DTYPES:
+            log_once(f"dense attention, because q, k and v are {q.dtype}")
+            settings = None
         if settings is None:
             return (func if previous is None else lambda *a, **kw: previous(func, *a, **kw))(
                 q, k, v, heads, *args, **kwargs

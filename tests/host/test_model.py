@@ -293,6 +293,20 @@ def test_other_head_dims_fall_back_with_one_line(comfy, lab, sparse_calls, tmp_p
     assert len([r for r in caplog.records if "head_dim 32" in r.getMessage()]) == 1
 
 
+def test_other_dtypes_fall_back_with_one_line(lab, sparse_calls, caplog):
+    options = lab.attention(lab.load(MODELS[1]), 0.3).model_options["transformer_options"]
+    attention, q = options[lab.pack.attention.OVERRIDE], lab.draw(1, 300, 128)
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        for block in (0, 1):
+            given = {**options, "block_index": block, "sigmas": torch.tensor([0.5])}
+            with caplog.at_level("INFO"):
+                x = q.to(dtype)
+                out = attention(lambda q, *_, **__: q, x, x, x, 1, transformer_options=given)
+            assert torch.equal(out, x) == (dtype == torch.float64)
+    assert sparse_calls == [300, 300]
+    assert len([r for r in caplog.records if "float64" in r.getMessage()]) == 1
+
+
 def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     """Someone has the pack twice in custom_nodes: models of either copy run, quantize, save and load in the other."""
     import asyncio
