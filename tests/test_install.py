@@ -193,9 +193,8 @@ def built(tmp_path_factory):
 def test_wheel_holds_turbo_core_with_its_kernels_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {n for n in wheel.namelist() if ".dist-info/" not in n}
-    ours = {f"turbo_core/{path.name}" for path in (ROOT / "turbo_core").glob("*.py")}
-    kernels = {f"turbo_core/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert not [path for folder in ("turbo_core", "kernels") for path in (ROOT / folder).glob("*/*.py")]
+    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "turbo_core").rglob("*.py")}
+    kernels = {f"turbo_core/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert names == ours | kernels
 
 
