@@ -12,7 +12,7 @@ from . import clips
 
 NONE = "none"
 _FAR_BACKGROUND, _FAR_COLOUR = 0.12, 0.25  # root mean square over the channels, of values 0 to 1
-_POOR_SHAPE = 0.72  # overlap with the best shape, intersection over union of soft masks
+_POOR_SHAPE = 0.62  # overlap with the best shape, intersection over union of soft masks
 _TOO_LARGE = 0.5  # share of the frame: no longer a shape
 _FAR_MOTION = 0.09  # from the nearest path, as a share of the side
 _SIZE_WEIGHT = 0.4  # of the logarithm of the size beside the place

@@ -115,7 +115,7 @@ def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
 def finish(model: WanVAE, seed: int = 0) -> None:
     """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips."""
     random = engine.generator(seed, 0, stream=2)
-    match_statistics(model, clips.render(clips.random_scenes(16, random), FRAMES, SIDE, SIDE, random))
+    match_statistics(model, clips.render(clips.random_scenes(8, random), FRAMES, SIDE, SIDE, random))
     model.eval().requires_grad_(False)
 
 
