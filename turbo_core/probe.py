@@ -144,7 +144,8 @@ def sla(device):
                 cases.append((sla_to_int8, (*raw_form, 0.5, precision), {}, tolerance))
             else:
                 plain = (*qkv, None, None, 0.5)
-                cases.append((sparse_linear_attention, plain, {"precision": precision}, tolerance))
+                for selection in ({}, {"coverage": 0.6}):
+                    cases.append((sparse_linear_attention, plain, {"precision": precision} | selection, tolerance))
     return _first_difference(device, cases)
 
 
