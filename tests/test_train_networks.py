@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from turbo_core.sla import sparse_linear_attention
 from turbo_core.train.dit import TrainWan, sparse_linear, trainable
 from turbo_core.train.vae import match_statistics
+from turbo_core.train.vae import train as train_vae
 from turbo_core.train.wan_vae import WanVAE
 from turbo_core.vae import LATENT_MEAN, LATENT_STD
 from turbo_core.wan import WanModel
@@ -122,3 +123,12 @@ def test_latents_get_the_statistics_of_wan_and_clips_stay():
     torch.testing.assert_close(mean.std((0, 2, 3, 4)), torch.tensor(LATENT_STD), atol=1e-3, rtol=1e-3)
     after = (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(after, noise, atol=1e-3, rtol=1e-2)
+
+
+def test_training_the_decoder_alone_leaves_the_latents(tmp_path):
+    torch.manual_seed(0)
+    vae = WanVAE(8)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    train_vae(tmp_path, model=vae, fixed_latents=True, steps=1, image_steps=1, batch=1, pool=1, log=lambda line: None)
+    moved = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"decoder", "conv2"}

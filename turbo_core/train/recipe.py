@@ -16,26 +16,36 @@ from . import curves, data, distill, engine, models, sparsify, teacher, text, va
 from .evaluate import FILES
 
 WORLD = "tinywan"  # turbowan.world in the metadata: what clips.is_outside judges prompts by
-# steps and sizes of each stage; "cpu" is what two cores do within three hours, "try" shows in minutes that all works
+# steps and sizes of each stage; batches are of one process. "cpu" is meant for two cores and three hours, "gpu" for one
+# card; "try" shows in a minute that all of it works, and learns nothing
 PRESETS = {
     "cpu": {
-        "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
+        "vae": {"dim": 8, "steps": 1800, "image_steps": 600},
+        "decoder": {"steps": 1500, "image_steps": 0, "muon_lr": 0.012, "lr": 1.2e-3},
         "text": {"steps": 300},
-        "data": {"count": 1200},
-        "teacher": [{"steps": 4000, "batch": 16, "kept_frames": 3}, {"steps": 800, "batch": 8}],
-        "distill": [{"steps": 900, "batch": 8, "kept_frames": 3}, {"steps": 300, "batch": 8}],
-        "sparsify": {"steps": 500, "batch": 8},
+        "data": {"count": 1000},
+        "teacher": [
+            {"steps": 1500, "batch": 24, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3, "decay": 0.996},
+            {"steps": 2500, "batch": 8, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.99},
+        ],
+        "distill": [{"steps": 600, "batch": 8}],
+        "sparsify": {"steps": 300, "batch": 8},
     },
     "gpu": {
-        "vae": {"dim": 16, "steps": 8000, "image_steps": 2000, "batch": 32},
+        "vae": {"dim": 8, "steps": 8000, "image_steps": 1000, "batch": 32},
+        "decoder": {"steps": 8000, "image_steps": 0, "batch": 32},
         "text": {"steps": 1000},
         "data": {"count": 8000},
-        "teacher": [{"steps": 12000, "batch": 64, "kept_frames": 3}, {"steps": 6000, "batch": 64}],
+        "teacher": [
+            {"steps": 6000, "batch": 64, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3},
+            {"steps": 12000, "batch": 64, "muon_lr": 3e-3, "lr": 1.5e-3},
+        ],
         "distill": [{"steps": 4000, "batch": 32}],
         "sparsify": {"steps": 2000, "batch": 32},
     },
     "try": {
         "vae": {"dim": 8, "steps": 4, "image_steps": 2, "pool": 4},
+        "decoder": {"steps": 1, "image_steps": 0, "pool": 2},
         "text": {"steps": 4, "batch": 4},
         "data": {"count": 4, "frames": 9, "side": 64},
         "teacher": [{"steps": 2, "batch": 2, "kept_frames": 2}, {"steps": 2, "batch": 2}],
@@ -60,7 +70,9 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
     if not files["vae"].exists():
         model, history = vae.train(work / "vae", **settings["vae"], seed=seed, log=_named(log, "VAE"))
         vae.finish(model, seed)
-        _write(lambda path: vae.save(model, path), files["vae"], history)
+        options = {"model": model, "fixed_latents": True, "seed": seed + 1, "log": _named(log, "VAE decoder")}
+        model, more = vae.train(work / "decoder", **settings["decoder"], **options)
+        _write(lambda path: vae.save(model, path), files["vae"], history + more)
     if not files["text"].exists():
         state, history = text.train(work / "text", **settings["text"], seed=seed, log=_named(log, "text encoder"))
         _write(lambda path: text.save(state, path), files["text"], history)

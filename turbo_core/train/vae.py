@@ -42,8 +42,9 @@ def train(
     if model is None:
         torch.manual_seed(seed)
         model = WanVAE(dim)
-    for part in (model.encoder, model.conv1):
-        part.requires_grad_(not fixed_latents)
+    model.train().requires_grad_(True)
+    for part in (model.encoder, model.conv1) if fixed_latents else ():
+        part.requires_grad_(False)
     optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
     wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
     clips_of = _pool(pool, seed)
