@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import run
 from .rope import load_rotation, load_weight, norm_and_rotate, rms_factors
-from .rounding import magnitude, row_scale, to_int8
+from .rounding import magnitude, row_scale
 from .sla_pool import check_heads, check_raw
 
 PROGRAMS = 528  # at most about this many: four for each multiprocessor of an H100; their partial sums stay small
@@ -71,12 +71,15 @@ def _prepare_kernel(
             centred = tl.where(valid[:, None], x - k_mean[None, :], 0.0)
             scale = row_scale(tl.max(magnitude(centred)))  # inf or NaN where a key is: that spoils this block's scores
             tl.store(k_scale_ptr + plane * blocks + block, scale)
-            tl.store(k_out_ptr + at, to_int8(centred, scale), valid[:, None])
+            # no quotient passes 127, so that adding 1.5 * 2^23 leaves the rounded number in the low byte
+            inverse = tl.broadcast_to(tl.div_rn(1.0, scale), (64, D))
+            rounded = tl.fma(centred, inverse, tl.full((64, D), 12582912.0, tl.float32))
+            tl.store(k_out_ptr + at, rounded.to(tl.int32, bitcast=True).to(tl.int8), valid[:, None])
         elif k_out_ptr is not None:
             tl.store(k_out_ptr + at, x.to(k_out_ptr.dtype.element_ty), valid[:, None])
         if v_out_ptr is not None:
-            y = v.to(tl.float32) * v_factor[None, :]
-            y = tl.where(tl.abs(y) < float("inf"), y, float("nan"))  # the cast to fp8 would make 448 of infinity
+            y = v.to(tl.float32)
+            y = tl.fma(y, tl.zeros_like(y), y * v_factor[None, :])  # NaN for infinity, of which fp8 would make 448
             y = y.to(v_out_ptr.dtype.element_ty)
             if v_out_ptr.dtype.element_ty == tl.float16:
                 tl.store(v_out_ptr + at, y, valid[:, None])
@@ -84,7 +87,7 @@ def _prepare_kernel(
                 column = (plane * D + d)[:, None] * (blocks * 64) + tokens[None, :]
                 tl.store(v_out_ptr + column, tl.trans(y))
         if partial_ptr is not None:
-            e = tl.exp2((x - tl.max(x, 1)[:, None]) * _LOG2E)
+            e = tl.exp2(x * _LOG2E - (tl.max(x, 1) * _LOG2E)[:, None])
             ck = e * (tl.where(valid, 1.0, 0.0) / tl.sum(e, 1))[:, None]
             k_sum += tl.sum(ck, 0)
             kv = tl.dot(tl.trans(ck.to(v.dtype)), v, kv, input_precision=EXACT)
@@ -169,12 +172,10 @@ def prepare(
     if low_bit or linear or new["k_out"] is not None:
         inputs = (k, k.stride()[:3], v, v.stride()[:3], k_mean, v_amax, sums, k_weight, cos, sin)
         sizes = (length, b, h, 1 if sums is None else sums.shape[1], eps, chunk)
-        options = {
-            "D": d,
-            "EXACT": "ieee" if k.dtype == torch.float32 else "tf32",
-            "num_warps": d // 16,
-            "num_stages": 1,
-        }
+        deep = not low_bit and new["k_out"] is not None and k.dtype != torch.float32
+        stages = 2 if deep else 1  # as many as fit without spilled registers
+        exact = "ieee" if torch.version.hip else "tf32x3"  # for float32 alone
+        options = {"D": d, "EXACT": exact, "num_warps": d // 16, "num_stages": stages}
         outputs = (new["k_out"], k_scale, new["v_out"], v_scale, partial)
         run(_prepare_kernel, (h, splits, b), (*inputs, *outputs, *sizes), options)
     if linear:
