@@ -1,0 +1,64 @@
+"""The trained small family in ComfyUI: its own VAE loader, our loaders, the same numbers as the standalone library."""
+
+import pytest
+import torch
+
+from turbo_core import checkpoint
+from turbo_core.train import clips, data, evaluate, vae
+from turbo_core.wan import WanModel
+
+
+@pytest.fixture(scope="module")
+def family(pack):
+    folder = pack.root / "models" / "tinywan"
+    if not (folder / evaluate.FILES["vae"]).is_file():
+        pytest.skip("this copy comes without models/tinywan")
+    return folder
+
+
+def test_the_vae_in_the_hosts_loader(comfy, family):
+    tensors = comfy.utils.load_torch_file(str(family / evaluate.FILES["vae"]))
+    host, ours = comfy.sd.VAE(sd=tensors), vae.load(family / evaluate.FILES["vae"])
+    video = torch.rand(9, 64, 48, 3, generator=torch.Generator().manual_seed(0))
+    latent = host.encode(video)
+    with torch.no_grad():
+        mean = ours.encode(video.movedim(-1, 0)[None] * 2 - 1)[0]
+        torch.testing.assert_close(latent.float(), mean, atol=0.15, rtol=0.05)  # the host computes in bfloat16
+        shown = ours.decode(latent.float())[0].movedim(0, -1).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(host.decode(latent)[0].float(), shown, atol=0.05, rtol=0.05)
+
+
+def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family):
+    clip = pack.text_encoder.load_text_encoder(str(family / evaluate.FILES["text"]))
+    scenes = clips.random_scenes(6, torch.Generator().manual_seed(0))
+    means = []
+    for wording in (0, 100):
+        for i, scene in enumerate(scenes):
+            hidden = clip.encode_from_tokens(clip.tokenize(clips.caption(scene, wording + i)))[0].float()
+            means.append(hidden[hidden.abs().sum(1) > 0].mean(0))
+    one, other = torch.stack(means).chunk(2)
+    assert torch.equal(torch.cdist(one, other).argmin(1), torch.arange(6))
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "turbo"])
+def test_the_transformer(lab, pack, family, name):
+    path = family / evaluate.FILES[name]
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there")
+    state, described = checkpoint.load(path)
+    model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
+    host = lab.dense(pack.loader.load_turbo_model(str(path), torch.float32))
+    given = lab.inputs((1, 16, 3, 16, 16), sigma=0.7)
+    context = torch.nn.functional.pad(given["c_crossattn"], (0, 0, 0, 512 - given["c_crossattn"].shape[1]))
+    given["c_crossattn"] = context
+    options = {**host.model_options["transformer_options"], "sigmas": given["t"]}
+    theirs = lab.loaded(host).apply_model(**given, transformer_options=options)
+    ours = given["x"] - 0.7 * model(given["x"], torch.tensor([700.0]), context)
+    assert lab.distance(theirs.float(), ours) < 1e-3
+
+
+def test_latents_have_the_statistics_that_the_host_expects(family):
+    random = torch.Generator().manual_seed(3)
+    video = clips.render(clips.random_scenes(8, random), 17, 128, 128, random)
+    latent = data.encode_latents(vae.load(family / evaluate.FILES["vae"]), video)
+    assert abs(latent.mean().item()) < 0.15 and 0.8 < latent.std().item() < 1.2
