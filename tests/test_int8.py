@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from turbo_core import int8
+from turbo_core.bench_linear import CHAINS
 from turbo_core.errors import TurboError
 
 # one, a few, just under, at and just over a block, and two blocks with a ragged third
@@ -101,6 +103,26 @@ def test_zeros_stay_zeros(fmt):
     q, scale = check(fmt, torch.zeros(130, 200))
     assert not q.any() and torch.isfinite(scale).all() and (scale > 0).all()
     assert not int8.dequantize(q, scale).any()
+
+
+class _NumbersByReciprocal(TorchFunctionMode):
+    """Division as CUDA does it: by a number, it is a product with the rounded reciprocal."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__truediv__, torch.Tensor.div, torch.div) and isinstance(args[1], int | float):
+            return args[0] * (1 / torch.tensor(args[1], dtype=torch.float32)).item()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chains", [FORMATS, {f: CHAINS[FORMATS[f]] for f in FORMATS}], ids=["ours", "plain operations"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_division_by_numbers_on_cards_changes_no_bit(fmt, chains):
+    x = gaussian(300, 130)
+    expected = FORMATS[fmt](x)
+    with _NumbersByReciprocal():
+        q, scale = chains[fmt](x)
+        assert not torch.equal(x / 127, x / torch.tensor(127.0)), "it is at work"
+    assert torch.equal(scale, expected[1]) and torch.equal(q, expected[0])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -50,7 +50,8 @@ def compiled(function, quick=False):
 
 def row_chain(x):
     """quantize_rows in plain operations."""
-    scale = x.float().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+    amax = x.float().abs().amax(1, keepdim=True).clamp_min(1e-8)
+    scale = amax / torch.full((), 127.0, device=x.device)  # by a number, CUDA multiplies with its rounded reciprocal
     return (x.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 

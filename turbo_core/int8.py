@@ -117,7 +117,8 @@ def _quantize_rows(x):
 
         return quantize_rows(x)
     x = x.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127.0
+    amax = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
+    scale = amax / torch.full((), 127.0, device=x.device)  # by a number, CUDA multiplies with its rounded reciprocal
     return (x / scale).round_().clamp_(-128, 127).to(torch.int8).contiguous(), scale
 
 
