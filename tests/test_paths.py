@@ -1,13 +1,18 @@
 """Which path is taken: a card stands in for itself, because none is here. Its probes are functions of these tests."""
 
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.triton_cpu.process import run_pytest
 from turbo_core import doctor, paths, probe
+from turbo_core.bench import EventClock
 from turbo_core.errors import TurboError
 
 CARD = "cuda:0"
@@ -17,9 +22,11 @@ CARD = "cuda:0"
 def card(monkeypatch):
     """A card that could run kernels; card(function) makes function(device) the probe of "norm"."""
     monkeypatch.setattr(paths, "_cannot_run", lambda device: None)
-    monkeypatch.setattr(paths, "_answers", lambda device: True)
+    monkeypatch.setattr(paths, "answers", lambda device: True)
+    monkeypatch.setattr(paths, "_is_capturing", lambda device: False)
     monkeypatch.setattr(paths, "_found", {})
     monkeypatch.setattr(paths, "_logged", set())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card 24")
     return lambda function: monkeypatch.setitem(probe.PROBES, "norm", function)
 
 
@@ -80,26 +87,117 @@ def test_a_failed_probe_means_torch_and_one_line(card, caplog, probed, words):
     assert len(caplog.records) == 1 and words in caplog.text and "\n" not in caplog.records[0].getMessage()
 
 
-def test_a_full_card_is_tried_again(card, caplog):
-    tries = []
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 20 MiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),  # a module that does not fit
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_a_full_card_is_tried_again_after_a_minute(card, caplog, monkeypatch, error):
+    tries, now = [], [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(paths, "answers", lambda device: False)  # not asked
 
     def full(device):
         tries.append(1)
-        raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+        raise error
 
     card(full)
     with caplog.at_level(logging.WARNING):
-        assert not paths.use_triton(CARD, "norm") and "memory" in paths.why_not(CARD, "norm")
+        for seconds in (0, 30, 59):  # of one video: all of it on one path
+            now[0] = 100.0 + seconds
+            assert not paths.use_triton(CARD, "norm") and "memory" in paths.why_not(CARD, "norm")
+        assert len(tries) == 1
+        now[0] = 161.0
+        assert not paths.use_triton(CARD, "norm")
     assert len(tries) == 2 and len(caplog.records) == 1
     card(lambda device: None)
+    now[0] = 230.0
     assert paths.use_triton(CARD, "norm")
+    now[0] = 1e9
+    card(full)
+    assert paths.use_triton(CARD, "norm")  # what passed stays
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (torch.OutOfMemoryError("no room for one element"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_card_answers_and_a_broken_one_does_not(monkeypatch, error, answer):
+    monkeypatch.setattr(torch, "ones", lambda *args, **kwargs: fail(error)(None))
+    assert paths.answers(torch.device("cpu")) is answer
+    assert EventClock(torch.device("cpu")).answers() is answer
 
 
 def test_a_broken_connection_is_said_not_survived(card, monkeypatch):
-    monkeypatch.setattr(paths, "_answers", lambda device: False)
+    monkeypatch.setattr(paths, "answers", lambda device: False)
     card(fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
     with pytest.raises(TurboError, match="TURBOWAN_KERNELS=torch"):
         paths.use_triton(CARD, "norm")
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(card, monkeypatch):
+    card(lambda device: "tried")
+    monkeypatch.setattr(paths, "_is_capturing", lambda device: True)
+    assert "graph" in paths.why_not(CARD, "norm")
+    monkeypatch.setattr(paths, "_is_capturing", lambda device: False)
+    card(lambda device: None)
+    assert paths.use_triton(CARD, "norm")
+    monkeypatch.setattr(paths, "_is_capturing", lambda device: True)
+    assert paths.use_triton(CARD, "norm")  # known by now
+
+
+def test_two_threads_try_once(card):
+    tries, inside = [], threading.Event()
+
+    def slow(device):
+        tries.append(1)
+        inside.set()
+        time.sleep(0.2)  # the second thread comes meanwhile
+        assert paths.use_triton(CARD, "norm")  # what a probe itself asks waits for nobody
+
+    card(slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(paths.use_triton, CARD, "norm")
+        assert inside.wait(10)
+        second = pool.submit(paths.use_triton, CARD, "norm")
+        assert first.result(10) and second.result(10)
+    assert len(tries) == 1
+
+
+def test_the_first_probe_of_a_process_says_what_takes_so_long(card, caplog, monkeypatch):
+    card(lambda device: None)
+    monkeypatch.setitem(probe.PROBES, "sla", lambda device: None)
+    with caplog.at_level(logging.INFO):
+        assert paths.use_triton(CARD, "norm") and paths.use_triton(CARD, "sla")
+    assert len(caplog.records) == 1 and "compiling and testing kernels for Some Card 24" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("chip", "runs"),
+    [
+        ("gfx1030", False),  # RDNA 2: its int8 products hang
+        ("gfx1012:xnack-", False),
+        ("gfx906:sramecc+:xnack-", False),
+        ("gfx90a:sramecc+:xnack-", True),
+        ("gfx942", True),
+        ("gfx1100", True),
+        ("gfx1201", True),
+    ],
+)
+def test_amd_chips_without_matrix_instructions_compute_in_torch(monkeypatch, chip, runs):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(paths, "_has_triton", lambda: True)
+    monkeypatch.delenv(paths.SWITCH, raising=False)
+    reason = paths._cannot_run.__wrapped__(torch.device(CARD))
+    assert (reason is None) if runs else (chip.split(":")[0] in reason)
 
 
 def test_torch_compile_asks_and_does_not_trace(card):

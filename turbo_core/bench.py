@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import paths
 from .errors import TurboError
 
 REPEATS, SECONDS, FEWEST = 50, 2.0, 3  # of each contender: that many runs, or that long, but never fewer runs
@@ -136,10 +137,7 @@ class EventClock(WallClock):
         torch.cuda.empty_cache()
 
     def answers(self):
-        try:
-            return torch.ones(1, device=self.device).item() == 1
-        except RuntimeError:
-            return False
+        return paths.answers(self.device)
 
     def round(self, functions, flush):
         marks = []

@@ -31,7 +31,7 @@ PIPELINE = ("av", "diffusers", "transformers", "sentencepiece", "PIL")
 
 
 def examine() -> dict[str, list[tuple[str, str]]]:
-    """{section: [(item, finding)]} for "machine", "libraries" and "paths"; reads the machine, changes nothing."""
+    """{section: [(item, finding)]} for "machine", "libraries" and "paths"; on a card it tries the kernels."""
     return {"machine": _machine(), "libraries": _libraries(), "paths": _paths()}
 
 

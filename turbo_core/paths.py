@@ -10,7 +10,10 @@ import contextvars
 import functools
 import importlib.util
 import logging
+import math
 import os
+import threading
+import time
 
 import torch
 
@@ -18,8 +21,13 @@ from .errors import TurboError
 
 FAMILIES = ("quantize", "norm", "int8_mm", "sla")
 SWITCH = "TURBOWAN_KERNELS"  # environment: "torch" turns the kernels off
-_found = {}  # (device, family): why not, or None
+# AMD's chips with matrix instructions for int8; on RDNA 1 and 2, which have none, such a product hangs the card
+AMD_CHIPS = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
+AMD_FAMILIES = ("gfx11", "gfx12")
+RETRY = 60  # seconds after which a card that was full is tried again
+_found = {}  # (device, family): (why not, or None; until when by time.monotonic())
 _logged = set()
+_lock = threading.RLock()  # one probe at a time: a worker and a node may both come first
 _probing = contextvars.ContextVar("_probing", default=frozenset())  # (device, family) that are being tried
 _without = contextvars.ContextVar("_without", default=False)
 
@@ -62,7 +70,11 @@ def _cannot_run(device):
         return None if _has_triton() else "Triton is not installed"
     if device.type != "cuda":
         return f"no Triton kernels on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        chip = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if chip not in AMD_CHIPS and not chip.startswith(AMD_FAMILIES):
+            return f"an AMD {chip} has no matrix instructions for int8"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         return "the card is older than compute capability 8.0"
     if not _has_triton():
         return "Triton is not installed (on Windows: pip install triton-windows)"
@@ -81,17 +93,40 @@ def _has_failed(device, family):
     key = (device, family)
     if not _needs_probe(device) or key in _probing.get():
         return None
-    if key not in _found:
-        reason = _try(device, family)
-        if reason and key not in _logged:
-            _logged.add(key)
-            logging.warning(
-                "TurboWan: %s kernels are not used on %s: %s. PyTorch computes instead, slower.", family, device, reason
-            )
-        if reason == _NO_MEMORY:
-            return reason  # not remembered: the next video may find more
-        _found[key] = reason
-    return _found[key]
+    if not _is_known(key):
+        if _is_capturing(device):
+            return "a CUDA graph is being captured, in which nothing can be tried"  # not remembered
+        with _lock:
+            if not _is_known(key):
+                _found[key] = _tried(device, family)
+    return _found[key][0]
+
+
+def _is_known(key):
+    return key in _found and time.monotonic() < _found[key][1]
+
+
+def _is_capturing(device):
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _tried(device, family):
+    """(why the kernels fail, or None; until when that holds), after a probe."""
+    if "first" not in _logged:
+        _logged.add("first")
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        once = "once per Triton version; this takes a while the first time"
+        logging.info("TurboWan: compiling and testing kernels for %s, %s.", card, once)
+    reason = _try(device, family)
+    if reason and (device, family) not in _logged:
+        _logged.add((device, family))
+        logging.warning(
+            "TurboWan: %s kernels are not used on %s: %s. PyTorch computes instead, slower.", family, device, reason
+        )
+    return reason, time.monotonic() + RETRY if reason == _NO_MEMORY else math.inf
 
 
 _NO_MEMORY = "the card has no memory left to try them"
@@ -103,10 +138,10 @@ def _try(device, family):
     before = _probing.set(_probing.get() | {(device, family)})
     try:
         return PROBES[family](device)
-    except torch.OutOfMemoryError:
-        return _NO_MEMORY
     except Exception as error:  # whatever a compiler or driver raises: the torch path is always there
-        if not _answers(device):
+        if _out_of_memory(error):
+            return _NO_MEMORY
+        if not answers(device):
             raise TurboError(
                 f"A {family} kernel broke the connection to {device}, and nothing runs there until a restart. "
                 f"Restart with the environment variable {SWITCH}=torch, and report this with your card and driver."
@@ -117,9 +152,14 @@ def _try(device, family):
         _probing.reset(before)
 
 
-def _answers(device) -> bool:
-    """False once an illegal access has made CUDA refuse this process."""
+def _out_of_memory(error) -> bool:
+    """True also where Triton or the driver says so, in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def answers(device) -> bool:
+    """False once an illegal access has made CUDA refuse this process; a full card answers."""
     try:
         return torch.ones(1, device=device).item() == 1
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        return _out_of_memory(error)
