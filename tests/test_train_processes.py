@@ -25,5 +25,6 @@ def test_two_processes(shard, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ((tmp_path / f"model{rank}.safetensors").read_bytes() for rank in (0, 1))
-    assert first == second
+    for name in ("teacher", "student", "sparse"):
+        first, second = ((tmp_path / f"{name}{rank}.safetensors").read_bytes() for rank in (0, 1))
+        assert first == second, name

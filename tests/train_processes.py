@@ -1,11 +1,11 @@
-"""Run by torchrun in two processes: a teacher in DDP copies (or, with --shard, in FSDP2 shards), killed and resumed."""
+"""Run by torchrun in two processes, as DDP copies or, with --shard, FSDP2 shards: all stages, one of them resumed."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-from turbo_core.train import engine, models, optim, teacher
+from turbo_core.train import distill, engine, models, optim, sparsify, teacher
 from turbo_core.train.data import Data
 from turbo_core.train.dit import TrainWan
 
@@ -16,16 +16,22 @@ def main(folder: Path, shard: bool) -> None:
     latents, text = torch.randn(6, 16, 3, 4, 4, generator=random), torch.randn(7, 5, 8, generator=random)
     data = Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None])
 
-    def train(name, steps, seconds=None):
+    options = {"batch": 2, "shard": shard, "log": lambda line: None}
+
+    def model():
         torch.manual_seed(0)
-        model = TrainWan(64, 96, 1, 2, text_dim=8)
-        options = {"batch": 2, "shard": shard, "seconds": seconds, "log": lambda line: None}
-        return teacher.train(model, data, folder / name, steps, **options)[0]
+        return TrainWan(64, 96, 1, 2, text_dim=8, sla=True)
+
+    def train(name, steps, seconds=None):
+        return teacher.train(model(), data, folder / name, steps, seconds=seconds, **options)[0]
 
     straight = optim.whole(train("straight", 4).state_dict())
     train("halted", 4, seconds=0.0)  # one step
     resumed = train("halted", 4)
-    models.save_model(resumed, folder / f"model{engine.rank()}.safetensors")
+    student, _ = distill.train(model(), model(), model(), data, folder / "distill", 3, alone=0.4, **options)
+    sparse, _ = sparsify.train(model(), model(), data, folder / "sparsify", 2, topk=0.5, **options)
+    for name, trained in (("teacher", resumed), ("student", student), ("sparse", sparse)):
+        models.save_model(trained, folder / f"{name}{engine.rank()}.safetensors")
     resumed = optim.whole(resumed.state_dict())
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 

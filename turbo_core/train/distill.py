@@ -11,6 +11,7 @@ import torch
 from ..schedule import MAX_STEPS, rcm_sigmas
 from . import data as data_module
 from . import engine, optim
+from .dit import train_dense
 from .teacher import GUIDANCE, SHIFT, frames_of, guided, mix, times
 
 GRID = 24  # finite steps from noise to clip
@@ -25,6 +26,8 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
     share of the steps with consistency only. weight: of distribution matching. kept_frames: see teacher.train.
     """
     engine.frozen(teacher.requires_grad_(False).eval(), shard)
+    for model in (student, fake):
+        train_dense(model)
     wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
     average = optim.Average(student)
     optimizer = optim.Both(student, muon_lr, lr, optim.in_blocks)
@@ -46,7 +49,8 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
             loss = _consistency(wrapped, teacher, clean, noise(), text, empty, guidance, random)
             values["consistency"] = loss.item()
             if step >= alone * steps:
-                made = generate(wrapped, clean.shape, sigma_max, text, random, noise)
+                count = engine.shared(seed, step, MAX_STEPS)
+                made = generate(wrapped, clean.shape, sigma_max, text, count, noise)
                 push, values["apart"] = _matching(made, teacher, fake, noise(), text, empty, guidance, random)
                 loss = loss + weight * push
             loss.backward()
@@ -97,15 +101,14 @@ def _consistency(student, teacher, clean, noise, text, empty, guidance, random):
     return (student(x, 1000 * now, **text).float() - wanted).square().mean()
 
 
-def generate(student, shape, sigma_max, text, random, noise, **options):
-    """The student's clips after a random number of its steps, with a gradient through the last of them."""
-    count = int(torch.randint(1, MAX_STEPS + 1, (), generator=random))
+def generate(student, shape, sigma_max, text, count: int, noise):
+    """The student's clips after `count` of its steps, with a gradient through the last of them."""
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
     x = noise() * sigmas[0]
     for i, sigma in enumerate(sigmas[:count]):
         at = torch.full((shape[0],), sigma, device=x.device)
         with torch.set_grad_enabled(i == count - 1):
-            made = clean_of(student, x, at, text, **options)
+            made = clean_of(student, x, at, text)
         x = mix(made, noise(), torch.full_like(at, sigmas[i + 1]))
     return made
 

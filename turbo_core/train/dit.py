@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..formats import PROJ_L
 from ..sla import block_map
 from ..text import TEXT_LENGTH
 from ..wan import Block, WanModel, rope_angles, timestep_embedding
@@ -87,6 +88,13 @@ def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> TrainWan:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.train().requires_grad_(True)
+
+
+def train_dense(model: TrainWan) -> None:
+    """Leave proj_l alone: dense attention does not use it, and processes wait for every gradient that is due."""
+    for name, parameter in model.named_parameters():
+        if PROJ_L in name:
+            parameter.requires_grad_(False)
 
 
 def _with_pad(context, lengths):

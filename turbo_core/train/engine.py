@@ -27,6 +27,12 @@ def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % (1 << 63))
 
 
+def shared(seed: int, step: int, most: int) -> int:
+    """1 to `most`, the same in every process: shards are gathered by all of them together, so often."""
+    random = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
+    return int(torch.randint(1, most + 1, (), generator=random))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -111,7 +111,7 @@ def _shape(alpha, x, y, area):
     radius = (area / torch.tensor(clips.AREA)[:, None]).sqrt()
     size = (len(shapes), -1)
     drawn = clips.coverage(shapes, x.expand(size), y.expand(size), radius, *alpha.shape[1:])
-    overlap = torch.minimum(drawn, alpha).sum((2, 3)) / torch.maximum(drawn, alpha).sum((2, 3))
+    overlap = torch.minimum(drawn, alpha).sum((2, 3)) / torch.maximum(drawn, alpha).sum((2, 3)).clamp_min(1e-6)
     overlap = overlap.median(1).values
     if area.median() > _TOO_LARGE * alpha[0].numel():
         overlap = torch.zeros_like(overlap)

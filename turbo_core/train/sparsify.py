@@ -27,7 +27,7 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
         _, context, lengths = data_module.batch(data, batch, random, 0.0, device)
         text = {"context": context, "lengths": lengths}
         kept = start + (topk - start) * min(1.0, step / max(1, ramp * steps))
-        count = int(torch.randint(1, MAX_STEPS + 1, (), generator=random))
+        count = engine.shared(seed, step, MAX_STEPS)
         with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
             x = torch.randn(shape, generator=random).to(device) * sigmas[0]
             for i in range(count):

@@ -4,7 +4,7 @@ import torch
 
 from . import data as data_module
 from . import engine, optim
-from .dit import TrainWan
+from .dit import TrainWan, train_dense
 
 SHIFT = 3.0  # of the time, as Wan is sampled
 GUIDANCE = 3.0
@@ -38,6 +38,7 @@ def train(model: TrainWan, data, folder, steps, batch=16, kept_frames=99, muon_l
     kept_frames: latent frames of each clip that a step looks at. decay: of the moving average. dropout: share of
     empty captions, which guidance needs.
     """
+    train_dense(model)
     wrapped = engine.parallel(model, shard)
     average = optim.Average(model)
     optimizer = optim.Both(model, muon_lr, lr, optim.in_blocks)
