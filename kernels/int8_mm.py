@@ -144,12 +144,10 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     arguments = (x_q, x_scale, *operands, y, *extra, m, n, k, m if gate is None else m // gate.shape[0])
     options = {
         "ROWS": rows,
-        "EVEN_K": k % SPAN == 0,
         "GELU": gelu,
         "ONE_GATE": gate is None or gate.shape[0] == 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "DEPTH": config.depth,
         "GROUP_M": config.group_m,
         "SPAN": SPAN,
         "num_warps": config.warps,
@@ -157,15 +155,27 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     }
     tiles = -(-m // config.block_m) * -(-n // config.block_n) * len(weights)
     if config.variant == "pointers":
-        return int8_mm_kernel, (tiles,), arguments, options
+        return int8_mm_kernel, (tiles,), arguments, options | {"EVEN_K": k % SPAN == 0, "DEPTH": config.depth}
+    if config.depth != SPAN:
+        raise ValueError(f"the dots of this variant are {SPAN} deep, got {config}")
     options |= {"SPECIALIZE": config.variant != "persistent", "FLATTEN": config.variant == "flattened"}
     return int8_mm_persistent_kernel, (min(tiles, launch.processors(x_q.device)),), arguments, options
+
+
+def _run(form, x_q, *operands, config=None, **epilogue):
+    """prepare and launch; a tuned launch that fails is made once more as the shipped table has it."""
+    try:
+        launch.run(*prepare(form, x_q, *operands, config=config, **epilogue))
+    except launch.LaunchError as error:
+        if config is not None or not launch.drop_tuned(x_q.device, error):
+            raise
+        launch.run(*prepare(form, x_q, *operands, **epilogue))
 
 
 def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False, config=None):
     """Returns [M, N] in out_dtype: x w^T + bias, after GELU where asked."""
     y = torch.empty(x_q.shape[0], w_q.shape[0], dtype=out_dtype, device=x_q.device)
-    launch.run(*prepare("plain", x_q, x_scale, [w_q], [w_scale], [bias], y, gelu, config))
+    _run("plain", x_q, x_scale, [w_q], [w_scale], [bias], y, gelu, config=config)
     return y
 
 
@@ -173,7 +183,7 @@ def int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias=None, gelu=True, config=No
     """Returns (int8 [M, N], float32 [ceil(M/128), ceil(N/128)]): the same in the block format, as x and w must be."""
     y = torch.empty(x_q.shape[0], w_q.shape[0], dtype=torch.int8, device=x_q.device)
     scale = x_scale.new_empty(-(-y.shape[0] // SPAN), -(-y.shape[1] // SPAN))
-    launch.run(*prepare("quantize", x_q, x_scale, [w_q], [w_scale], [bias], y, gelu, config, y_scale=scale))
+    _run("quantize", x_q, x_scale, [w_q], [w_scale], [bias], y, gelu, config=config, y_scale=scale)
     return y, scale
 
 
@@ -183,7 +193,7 @@ def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stat
     y = torch.empty_like(residual)
     stats = x_scale.new_empty(-(-n // SPAN), m, 2) if stats else None
     extra = {"residual": residual, "gate": gate, "stats": stats}
-    launch.run(*prepare("residual", x_q, x_scale, [w_q], [w_scale], [bias], y, False, config, **extra))
+    _run("residual", x_q, x_scale, [w_q], [w_scale], [bias], y, config=config, **extra)
     return y, stats
 
 
@@ -193,5 +203,5 @@ def int8_mm_qkv(x_q, x_scale, weights, scales, biases=None, out_dtype=torch.bflo
     y = torch.empty(3, m, n, dtype=out_dtype, device=x_q.device)
     squares = x_scale.new_empty(2, -(-n // SPAN), m)
     biases = biases or [None] * 3
-    launch.run(*prepare("qkv", x_q, x_scale, weights, scales, biases, y, False, config, squares=squares))
+    _run("qkv", x_q, x_scale, weights, scales, biases, y, config=config, squares=squares)
     return y, squares

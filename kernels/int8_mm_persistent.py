@@ -1,6 +1,7 @@
 """The int8 product with as many programs as the card has multiprocessors, fed by the tensor memory accelerator.
 
 For cards from sm_90 on. Same operands and results as int8_mm_kernel; K a multiple of 16, addresses of 16 bytes.
+Beyond the matrix the accelerator reads zeros.
 """
 
 import triton
@@ -33,12 +34,10 @@ def int8_mm_persistent_kernel(
     K,
     group_rows,
     ROWS: tl.constexpr,  # the row format
-    EVEN_K: tl.constexpr,  # beyond the matrix the accelerator reads zeros
     GELU: tl.constexpr,
     ONE_GATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DEPTH: tl.constexpr,  # always SPAN
     GROUP_M: tl.constexpr,
     SPAN: tl.constexpr,
     SPECIALIZE: tl.constexpr,  # warps of their own for loads and products

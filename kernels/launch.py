@@ -18,6 +18,10 @@ import torch
 import triton
 
 
+class LaunchError(RuntimeError):
+    """A kernel that does not compile, or does not start: too large for the card, for one."""
+
+
 class Config(NamedTuple):
     """How one launch is cut up."""
 
@@ -59,7 +63,7 @@ TABLE = {
 
 def config(form: str, m: int, device, card=None) -> Config:
     """Launch parameters for M rows of one of FORMS. card: the kind, default that of the device, tuned where it was."""
-    if card is None and device.type == "cuda":
+    if card is None:
         tuned = tuned_table(device).get(f"{form} {_length(m)}")
         if tuned:
             return tuned
@@ -111,8 +115,22 @@ def table_path(name: str) -> Path:
 @functools.cache
 def tuned_table(device) -> dict[str, Config]:
     """{"form length": Config} that `turbo-core tune` wrote for this card and this Triton; empty without one."""
+    if device.type != "cuda":
+        return {}
     name = torch.cuda.get_device_name(device)
     return read_table(table_path(name), name)
+
+
+def drop_tuned(device, error) -> bool:
+    """Use the shipped table from now on, with one log line; False where it is in use already."""
+    table = tuned_table(device)
+    if not table:
+        return False
+    table.clear()
+    logging.warning(
+        "TurboWan: the tuned launch table is not used any more: %s. `turbo-core tune` writes it anew.", error
+    )
+    return True
 
 
 def read_table(path: Path, card: str) -> dict[str, Config]:
@@ -137,6 +155,7 @@ def _checked(key, values):
     form, _, length = key.rpartition(" ")
     known = form in FORMS and length in LENGTHS and config.variant in VARIANTS
     sizes = config.block_m in (64, 128) and config.block_n in (128, 256) and config.depth in (64, 128)
+    sizes = sizes and (config.variant == "pointers" or config.depth == 128)
     counts = config.group_m in range(1, 65) and config.warps in (2, 4, 8) and config.stages in range(1, 9)
     tile = form != "block quantize" or (config.block_m, config.block_n) == (128, 128)
     if not (known and sizes and counts and tile):
@@ -154,11 +173,19 @@ def write_table(path: Path, card: str, launches: dict[str, Config]):
 
 
 def run(kernel, grid, arguments, options):
-    """Launch on the device of the first argument, which need not be the current one."""
-    if grid[0]:
-        device = arguments[0].device
+    """Launch on the device of the first argument, which need not be the current one. Raises LaunchError."""
+    if not grid[0]:
+        return
+    device = arguments[0].device
+    try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             contextvars.copy_context().run(_launch, kernel, grid, arguments, options)
+    except Exception as error:  # whatever a compiler or driver raises
+        if "out of memory" in str(error):
+            raise  # no fault of the kernel
+        first_line = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first_line}"
+        raise LaunchError(f"{kernel.fn.__name__} cannot run on {device} ({reason})") from error
 
 
 def _launch(kernel, grid, arguments, options):

@@ -77,14 +77,16 @@ def quantize_block(x):
     return q, scale
 
 
-def quantize_rows(x):
+def quantize_rows(x, out=None):
     """Quantize [M, K] (float16, bfloat16 or float32, any strides) to int8, each row by itself.
 
-    Returns (q int8 [M, K], scale float32 [M, 1]), the bits of turbo_core.int8.quantize_rows.
+    Returns (q int8 [M, K], scale float32 [M, 1]), the bits of turbo_core.int8.quantize_rows; out: such a pair,
+    contiguous, to write to.
     """
     m, k = matrix_shape(x)
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
+    if out is None:
+        out = torch.empty((m, k), dtype=torch.int8, device=x.device), x.new_empty((m, 1), dtype=torch.float32)
+    q, scale = out
     tile = row_tile(k)
     launch.run(quantize_rows_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, q, scale, m, k, *x.stride()), tile)
     return q, scale

@@ -16,6 +16,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..turbo_core import fused, layout
 from ..turbo_core.int8 import is_row_scale
+from ..turbo_core.operands import FLOATS, learning
 from ..turbo_core.wan import QUANTIZED_LINEARS, token_slices
 
 _ROW = "TensorWiseINT8Layout"
@@ -43,10 +44,10 @@ def _format(layer, device):
     return "row" if weight._layout_cls == _ROW and scale.ndim == 2 and is_row_scale(weight._qdata, scale) else None
 
 
-def can_fuse(block, x, e, freqs, transformer_options) -> bool:
+def can_fuse(block, x, e, freqs, context, transformer_options) -> bool:
     """True where the fused block computes what the block's own forward would."""
-    training = comfy.model_management.in_training or x.requires_grad
-    if x.dtype not in fused.DTYPES or training or any(transformer_options.get("patches", {}).get(p) for p in _BETWEEN):
+    training = comfy.model_management.in_training or learning(x, e, context)
+    if x.dtype not in FLOATS or training or any(transformer_options.get("patches", {}).get(p) for p in _BETWEEN):
         return False
     parts = (block.self_attn, block.cross_attn, block.ffn)
     if tuple(map(type, parts)) != (block.self_attention, wan.WanT2VCrossAttention, wan.WanFeedForward):
@@ -78,7 +79,8 @@ def borrowed(layers, dtype, device):
             context = comfy.ops.CastBiasWeightContext(layer, device=device, offloadable=True, **cast)
             weight, bias = open_contexts.enter_context(context)
             assert isinstance(weight, QuantizedTensor), type(weight)
-            triple = (*weight.layout_cls.get_plain_tensors(weight), bias)
+            weight_q, scale = weight.layout_cls.get_plain_tensors(weight)
+            triple = (weight_q, scale.float(), bias)
             if len(layers) > 1 and not _stays(layer, weight):
                 triple = tuple(None if t is None else t.clone() for t in triple)
             triples.append(triple)
@@ -104,7 +106,7 @@ class FusedWanBlock(wan.WanAttentionBlock):
     @torch.compiler.disable  # kernels from end to end: there is nothing to compile
     def fused(self, x, e, freqs, context, transformer_options):
         """The block through turbo_core.fused, or None where it has to be the host's way."""
-        if not can_fuse(self, x, e, freqs, transformer_options):
+        if not can_fuse(self, x, e, freqs, context, transformer_options):
             return None
         own = comfy.model_management.cast_to(self.modulation, dtype=x.dtype, device=x.device)
         e = (own + e).unsqueeze(1) if e.ndim < 4 else own.unsqueeze(0) + e  # [B, frames or 1, 6, dim]

@@ -21,7 +21,8 @@ from .ops import quant_entry, quantized_ops
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # whose network is the host's plain WanModel, which takes a block class; others are built from blocks of their own
-PLAIN = tuple(getattr(comfy.supported_models, name) for name in ("WAN21_T2V", "WAN21_I2V", "WAN22_T2V"))
+_PLAIN = (getattr(comfy.supported_models, name, None) for name in ("WAN21_T2V", "WAN21_I2V", "WAN22_T2V"))
+PLAIN = tuple(filter(None, _PLAIN))  # a name that the host has no more costs the fused block, not the pack
 SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
 
 

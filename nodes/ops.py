@@ -47,7 +47,7 @@ def quantized_ops(compute_dtype):
                 )
             self.quant_format, self.layout_type = layout.FORMAT, layout.NAME
             device = self.factory_kwargs["device"]
-            quantized = layout.wrap(weight.to(device), scale.to(device), self.factory_kwargs["dtype"])
+            quantized = layout.wrap(weight.to(device), scale.to(device, torch.float32), self.factory_kwargs["dtype"])
             self.weight = torch.nn.Parameter(quantized, requires_grad=False)
             missing = args[2]
             torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args)

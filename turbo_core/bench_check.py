@@ -7,18 +7,18 @@ import torch
 
 from . import bench, bench_attention, bench_linear, bench_streaming
 from .int8 import quantize_block, quantize_rows
+from .operands import FLOATS
 from .paths import FAMILIES, why_not
 
 LINEAR = ((1, 128, 128), (5, 200, 320), (120, 384, 128), (248, 130, 1536), (300, 384, 320))  # (M, N, K)
 STREAMING = ((1, 128), (5, 200), (120, 5120), (377, 1536))  # (M, K)
 ATTENTION = ((1, 1, 1, 64), (2, 2, 63, 128), (1, 2, 720, 64), (2, 1, 1000, 128))  # (B, H, L, D)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _same_bits(device, quantize, m, k):
     """Quantization against plain operations, bit for bit, in every dtype; a strided view among them."""
     generator = torch.Generator(device).manual_seed(m)
-    for dtype in DTYPES:
+    for dtype in FLOATS:
         wide = torch.randn(m, 2 * k, generator=generator, device=device).to(dtype)
         for x in (wide[:, :k], wide[:, k:].contiguous()):
             got, want = quantize(x), bench_linear.CHAINS[quantize](x)

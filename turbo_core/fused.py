@@ -5,14 +5,10 @@ that is made of layers rounds them to their dtype in between. Plain functions: w
 or the nodes, lends them layer by layer and brings the two attentions along.
 """
 
-import torch
-
 from .int8 import BLOCK, is_row_scale, quantize_block, quantize_rows
 from .int8_mm import int8_mm, int8_mm_qkv, int8_mm_quantize, int8_mm_residual
 from .norms import layer_norm_quantize
 from .paths import use_triton
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pays(device) -> bool:
@@ -82,5 +78,6 @@ def _inner(x_q, x_scale, up, rows, dtype):
     y, scale = x_q.new_empty(m, n), x_scale.new_empty(m, 1)
     for start in range(0, m, step):
         part = slice(start, start + step)
-        y[part], scale[part] = quantize_rows(int8_mm(x_q[part], x_scale[part], *up, out_dtype=dtype, gelu=True))
+        inner = int8_mm(x_q[part], x_scale[part], *up, out_dtype=dtype, gelu=True)
+        quantize_rows(inner, out=(y[part], scale[part]))
     return y, scale

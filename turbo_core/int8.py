@@ -11,10 +11,10 @@ from .devices import has_int_mm
 from .errors import TurboError
 from .int8_paths import int8_path as int8_path
 from .int8_paths import kitchen
+from .operands import FLOATS, check_device, check_float, explained, learning, refuse
 
 BLOCK = 128
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SLICE = 1 << 24  # elements of x or y computed at a time: their int32 and float32 forms stay small beside them
 
 
@@ -28,7 +28,7 @@ def _check_matrix(x, name):
 
 
 def _kernel_quantizes(x):
-    return x.dtype in KERNEL_DTYPES and paths.use_triton(x.device, "quantize")
+    return x.dtype in FLOATS and not learning(x) and paths.use_triton(x.device, "quantize")
 
 
 def check_scale(q, scale, name, formats=("block", "row")):
@@ -75,6 +75,7 @@ def quantize_block(x, seed: int = 0):
     return _quantize_block(x, seed)
 
 
+@explained
 def _quantize_block(x, seed=0):
     if seed == 0 and _kernel_quantizes(x):
         from .kernels.quantize import quantize_block
@@ -102,24 +103,35 @@ def dequantize_block(q, scale, dtype=torch.float32):
     return x.reshape(x.shape[0] * BLOCK, x.shape[2] * BLOCK)[:m, :k].to(dtype).contiguous()
 
 
-def quantize_rows(x):
+def quantize_rows(x, out=None):
     """Quantize each row by itself: scale = max(amax, 1e-8) / 127, symmetric, round half to even.
 
-    x: float [M, K]. Returns (int8 [M, K], float32 scale [M, 1]). Source: ComfyUI int8_tensorwise, per-row.
+    x: float [M, K]. out: a pair as it returns, contiguous, to write to. Returns (int8 [M, K], float32 scale [M, 1]).
+    Source: ComfyUI int8_tensorwise, per-row.
     """
     _check_matrix(x, "quantize_rows")
-    return torch.ops.turbowan.quantize_rows(x) if torch.compiler.is_compiling() else _quantize_rows(x)
+    for t, shape, dtype in zip(out or (), (x.shape, (x.shape[0], 1)), (torch.int8, torch.float32)):
+        if t.shape != shape or t.dtype != dtype or t.device != x.device or not t.is_contiguous():
+            refuse("quantize_rows", "out", f"contiguous {dtype} {list(shape)} beside x", f"{t.dtype} {list(t.shape)}")
+    if not torch.compiler.is_compiling():
+        return _quantize_rows(x, out)
+    made = torch.ops.turbowan.quantize_rows(x)
+    return made if out is None else tuple(t.copy_(new) for t, new in zip(out, made))
 
 
-def _quantize_rows(x):
+@explained
+def _quantize_rows(x, out=None):
     if _kernel_quantizes(x):
         from .kernels.quantize import quantize_rows
 
-        return quantize_rows(x)
+        return quantize_rows(x, out)
     x = x.float()
     amax = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
     scale = amax / torch.full((), 127.0, device=x.device)  # by a number, CUDA multiplies with its rounded reciprocal
-    return (x / scale).round_().clamp_(-128, 127).to(torch.int8).contiguous(), scale
+    q = (x / scale).round_().clamp_(-128, 127)
+    if out is None:
+        return q.to(torch.int8).contiguous(), scale
+    return out[0].copy_(q), out[1].copy_(scale)
 
 
 def dequantize_rows(q, scale, dtype=torch.float32):
@@ -173,26 +185,32 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     """x @ dequantize(weight).T + bias with x quantized on the fly in the weight's own format.
 
     x: float [..., K]; all leading axes count as rows, so in the block format 128 consecutive tokens share a scale.
-    weight_q: int8 [N, K]. weight_scale: float32 [ceil(N/128), ceil(K/128)] or [N, 1]. bias: [N] or None.
-    Returns [..., N] in x's dtype; accumulated in float32. Raises TurboError when shapes or dtypes do not fit.
+    weight_q: int8 [N, K]. weight_scale: float [ceil(N/128), ceil(K/128)] or [N, 1]. bias: float [N] or None.
+    Returns [..., N] in x's dtype; accumulated in float32. Raises TurboError, before any launch, where type, shape or
+    device of an operand does not fit.
     """
+    name = "int8_linear"
     if weight_q.dtype != torch.int8 or weight_q.ndim != 2:
         raise TurboError(f"int8_linear: weight must be int8 [N, K], got {weight_q.dtype} {list(weight_q.shape)}")
     if x.shape[-1] != weight_q.shape[1]:
         raise TurboError(f"int8_linear: x has {x.shape[-1]} channels, the weight {weight_q.shape[1]}")
     check_scale(weight_q, weight_scale, "int8_linear")
     n = weight_q.shape[0]
-    if bias is not None and bias.shape != (n,):
-        raise TurboError(f"int8_linear: bias of {n} outputs must be [{n}], got {list(bias.shape)}")
     if not x.is_floating_point():
         raise TurboError(f"int8_linear: x must be float, got {x.dtype}")
+    if not weight_scale.is_floating_point():
+        refuse(name, "the scale of the weight", "float", weight_scale.dtype)
+    check_device(name, "the weight", weight_q, x.device)
+    check_device(name, "the scale of the weight", weight_scale, x.device)
+    if bias is not None:
+        check_float(name, "bias", bias, (n,), x.device)
     linear = torch.ops.turbowan.int8_linear if torch.compiler.is_compiling() else _linear
-    return linear(x.reshape(-1, x.shape[-1]), weight_q, weight_scale, bias).view(*x.shape[:-1], n)
+    return linear(x.reshape(-1, x.shape[-1]), weight_q, weight_scale.float(), bias).view(*x.shape[:-1], n)
 
 
 def slice_rows(weight_q) -> int:
     """Rows of x computed at a time: whole blocks of them, so that a slice has the scales that it has in the whole."""
-    return max(1, SLICE // max(weight_q.shape) // BLOCK) * BLOCK
+    return max(1, SLICE // max(1, *weight_q.shape) // BLOCK) * BLOCK
 
 
 def multiplier(weight_q, weight_scale, rows: bool, dtype):
@@ -209,15 +227,18 @@ def multiplier(weight_q, weight_scale, rows: bool, dtype):
     return _mm_float, (dequantize_block(weight_q, weight_scale, dtype).t(),)
 
 
+@explained
 def _linear(x, weight_q, weight_scale, bias):
     rows = is_row_scale(weight_q, weight_scale)
+    if learning(x, weight_scale, bias):
+        return _torch_linear(x, weight_q, weight_scale, bias, rows)
     if _kernel_quantizes(x) and paths.use_triton(x.device, "int8_mm"):
         from .kernels.int8_mm import int8_mm
 
         weight = weight_q.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
         return int8_mm(*(_quantize_rows if rows else _quantize_block)(x), *weight, bias, x.dtype)
-    if rows and len(x) and x.dtype in KERNEL_DTYPES and kitchen(x.device):
+    if rows and len(x) and x.dtype in FLOATS and kitchen(x.device):
         return kitchen(x.device).int8_linear(x, weight_q, weight_scale, bias, out_dtype=x.dtype)
     return _torch_linear(x, weight_q, weight_scale, bias, rows)
 

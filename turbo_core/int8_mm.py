@@ -10,34 +10,19 @@ Every function raises TurboError, before any launch, where type, shape or device
 import torch
 
 from . import int8_twins
-from .errors import TurboError
 from .int8 import BLOCK, block_scale_shape, check_scale
+from .operands import FLOATS, check_device, check_float, explained, learning, refuse
 from .paths import use_triton
-
-
-def _refuse(name, what, expected, got):
-    raise TurboError(f"{name}: {what} must be {expected}, got {got}")
 
 
 def _check_int8(name, what, q, scale, k, device):
     if q.dtype != torch.int8 or q.ndim != 2 or (k is not None and q.shape[1] != k):
-        _refuse(name, what, f"int8 [rows, {'K' if k is None else k}]", f"{q.dtype} {list(q.shape)}")
+        refuse(name, what, f"int8 [rows, {'K' if k is None else k}]", f"{q.dtype} {list(q.shape)}")
     if scale.dtype != torch.float32 or scale.ndim != 2:
-        _refuse(name, f"the scale of {what}", "a float32 matrix", f"{scale.dtype} {list(scale.shape)}")
+        refuse(name, f"the scale of {what}", "a float32 matrix", f"{scale.dtype} {list(scale.shape)}")
     check_scale(q, scale, f"{name}, {what}")
-    _check_device(name, f"the scale of {what}", scale, device)
-    _check_device(name, what, q, device)
-
-
-def _check_device(name, what, t, device):
-    if t.device != device:
-        _refuse(name, what, f"on {device} as x is", f"on {t.device}")
-
-
-def _check_float(name, what, t, shape, device, dtype=None):
-    if not t.is_floating_point() or (dtype and t.dtype != dtype) or tuple(t.shape) != tuple(shape):
-        _refuse(name, what, f"{dtype or 'float'} {list(shape)}", f"{t.dtype} {list(t.shape)}")
-    _check_device(name, what, t, device)
+    check_device(name, f"the scale of {what}", scale, device)
+    check_device(name, what, q, device)
 
 
 def _check(name, x_q, x_scale, w_q, w_scale, bias):
@@ -49,14 +34,14 @@ def _check(name, x_q, x_scale, w_q, w_scale, bias):
     # where K <= 128 and a matrix has one row, its scale belongs to both formats
     if not any(all(tuple(s.shape) == pair[i] for s, *pair in shapes) for i in range(2)):
         got = f"{list(x_scale.shape)} and {list(w_scale.shape)}"
-        _refuse(name, "the scales of x and the weight", "in one format, both block or both row", got)
+        refuse(name, "the scales of x and the weight", "in one format, both block or both row", got)
     if bias is not None:
-        _check_float(name, "bias", bias, (n,), device)
+        check_float(name, "bias", bias, (n,), device)
 
 
 def _check_out(name, dtype):
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        _refuse(name, "out_dtype", "bfloat16, float16 or float32", dtype)
+    if dtype not in FLOATS:
+        refuse(name, "out_dtype", "bfloat16, float16 or float32", dtype)
 
 
 def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False):
@@ -75,7 +60,7 @@ def int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias=None, gelu=True):
     name = "int8_mm_quantize"
     _check(name, x_q, x_scale, w_q, w_scale, bias)
     if tuple(x_scale.shape) != block_scale_shape(*x_q.shape) or tuple(w_scale.shape) != block_scale_shape(*w_q.shape):
-        _refuse(name, "the scale of x", f"{list(block_scale_shape(*x_q.shape))} (block format)", list(x_scale.shape))
+        refuse(name, "the scale of x", f"{list(block_scale_shape(*x_q.shape))} (block format)", list(x_scale.shape))
     run = torch.ops.turbowan.int8_mm_quantize if torch.compiler.is_compiling() else _int8_mm_quantize
     return run(x_q, x_scale, w_q, w_scale, bias, gelu)
 
@@ -90,12 +75,12 @@ def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stat
     name = "int8_mm_residual"
     _check(name, x_q, x_scale, w_q, w_scale, bias)
     m, n = x_q.shape[0], w_q.shape[0]
-    _check_float(name, "residual", residual, (m, n), x_q.device)
+    check_float(name, "residual", residual, (m, n), x_q.device)
     _check_out(name, residual.dtype)
     if gate is not None:
-        _check_float(name, "gate", gate, (len(gate) if gate.ndim else 1, n), x_q.device, torch.float32)
+        check_float(name, "gate", gate, (len(gate) if gate.ndim else 1, n), x_q.device, torch.float32)
         if len(gate) == 0 or m % len(gate):
-            _refuse(name, "the number of rows of x", f"a multiple of the {len(gate)} rows of the gate", m)
+            refuse(name, "the number of rows of x", f"a multiple of the {len(gate)} rows of the gate", m)
     run = torch.ops.turbowan.int8_mm_residual if torch.compiler.is_compiling() else _int8_mm_residual
     y, sums = run(x_q, x_scale, w_q, w_scale, bias, residual, gate, stats)
     return y, sums if stats else None
@@ -111,37 +96,44 @@ def int8_mm_qkv(x_q, x_scale, weights, scales, biases=None, out_dtype=torch.bflo
     name = "int8_mm_qkv"
     if len(weights) != 3 or len(scales) != 3 or (biases is not None and len(biases) != 3):
         count = f"{len(weights)}, {len(scales)} and {3 if biases is None else len(biases)}"
-        _refuse(name, "weights, scales and biases", "three each (q, k, v)", count)
+        refuse(name, "weights, scales and biases", "three each (q, k, v)", count)
     biases = None if biases is None or all(b is None for b in biases) else list(biases)
     for i, (w_q, w_scale) in enumerate(zip(weights, scales)):
         if w_q.shape != weights[0].shape or w_scale.shape != scales[0].shape:
-            _refuse(name, "the weights of q, k and v", "of one shape and format", [list(w.shape) for w in weights])
+            refuse(name, "the weights of q, k and v", "of one shape and format", [list(w.shape) for w in weights])
         if biases and biases[i] is None:
-            _refuse(name, "biases", "three tensors or None", "some of each")
+            refuse(name, "biases", "three tensors or None", "some of each")
         _check(name, x_q, x_scale, w_q, w_scale, biases and biases[i])
     _check_out(name, out_dtype)
     run = torch.ops.turbowan.int8_mm_qkv if torch.compiler.is_compiling() else _int8_mm_qkv
     return run(x_q, x_scale, list(weights), list(scales), biases or [], out_dtype)
 
 
+def _by_kernels(x_q, *tensors):
+    return not learning(*tensors) and use_triton(x_q.device, "int8_mm")
+
+
+@explained
 def _int8_mm(x_q, x_scale, w_q, w_scale, bias, out_dtype, gelu):
-    if use_triton(x_q.device, "int8_mm"):
+    if _by_kernels(x_q, x_scale, w_scale, bias):
         from .kernels.int8_mm import int8_mm as run
     else:
         run = int8_twins.int8_mm
     return run(*_contiguous(x_q, x_scale, w_q, w_scale, bias), out_dtype, gelu)
 
 
+@explained
 def _int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias, gelu):
-    if use_triton(x_q.device, "int8_mm"):
+    if _by_kernels(x_q, x_scale, w_scale, bias):
         from .kernels.int8_mm import int8_mm_quantize as run
     else:
         run = int8_twins.int8_mm_quantize
     return run(*_contiguous(x_q, x_scale, w_q, w_scale, bias), gelu)
 
 
+@explained
 def _int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate, stats):
-    if use_triton(x_q.device, "int8_mm"):
+    if _by_kernels(x_q, x_scale, w_scale, bias, residual, gate):
         from .kernels.int8_mm import int8_mm_residual as run
     else:
         run = int8_twins.int8_mm_residual
@@ -149,8 +141,9 @@ def _int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate, stats):
     return y, x_scale.new_empty(0) if sums is None else sums  # an operator returns tensors only
 
 
+@explained
 def _int8_mm_qkv(x_q, x_scale, weights, scales, biases, out_dtype):
-    if use_triton(x_q.device, "int8_mm"):
+    if _by_kernels(x_q, x_scale, *scales, *biases):
         from .kernels.int8_mm import int8_mm_qkv as run
     else:
         run = int8_twins.int8_mm_qkv

@@ -8,7 +8,7 @@ from .int8 import BLOCK, SLICE, block_scale_shape, quantize_block, quantize_rows
 
 def _slices(x):
     """Slices of the rows of x, whole int8 blocks of 128: their float32 copies stay small beside x."""
-    step = max(1, SLICE // x.shape[1] // BLOCK) * BLOCK
+    step = max(1, SLICE // max(1, x.shape[1]) // BLOCK) * BLOCK
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
@@ -17,9 +17,9 @@ def row_stats(x):
     m, k = x.shape
     stats = x.new_empty(-(-k // BLOCK), m, 2, dtype=torch.float32)
     for part in _slices(x):
-        for out, span in zip(stats[:, part], x[part].split(BLOCK, 1)):
+        for i, span in enumerate(x[part].split(BLOCK, 1)[: len(stats)]):
             variance, mean = torch.var_mean(span.float(), 1, correction=0)
-            torch.stack((mean, variance * span.shape[1]), 1, out=out)
+            stats[i, part] = torch.stack((mean, variance * span.shape[1]), 1)
     return stats
 
 

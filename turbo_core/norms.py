@@ -10,27 +10,14 @@ Every function raises TurboError, before any launch, where type, shape or device
 import torch
 
 from . import norm_twins
-from .errors import TurboError
 from .int8 import BLOCK, block_scale_shape
+from .operands import FLOATS, check_float, explained, learning, refuse
 from .paths import use_triton
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _refuse(name, what, expected, got):
-    raise TurboError(f"{name}: {what} must be {expected}, got {got}")
 
 
 def _check_matrix(name, x):
-    if x.ndim != 2 or x.dtype not in _DTYPES:
-        _refuse(name, "x", "a float16, bfloat16 or float32 matrix [M, K]", f"{x.dtype} {list(x.shape)}")
-
-
-def _check_operand(name, what, t, shape, device):
-    if not t.is_floating_point() or tuple(t.shape) != tuple(shape):
-        _refuse(name, what, f"float {list(shape)}", f"{t.dtype} {list(t.shape)}")
-    if t.device != device:
-        _refuse(name, what, f"on {device} as x is", f"on {t.device}")
+    if x.ndim != 2 or x.dtype not in FLOATS:
+        refuse(name, "x", "a float16, bfloat16 or float32 matrix [M, K]", f"{x.dtype} {list(x.shape)}")
 
 
 def row_stats(x):
@@ -57,17 +44,17 @@ def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, 
     m, k = x.shape
     for what, t in (("weight", weight), ("bias", bias)):
         if t is not None:
-            _check_operand(name, what, t, (k,), x.device)
+            check_float(name, what, t, (k,), x.device)
     modulation = [(what, t) for what, t in (("shift", shift), ("scale", scale)) if t is not None]
     for what, t in modulation:
         groups = len(modulation[0][1]) if modulation[0][1].ndim else 1
-        _check_operand(name, what, t, (groups, k), x.device)
+        check_float(name, what, t, (groups, k), x.device)
         if groups == 0 or m % groups:
-            _refuse(name, "the number of rows of x", f"a multiple of the {groups} rows of {what}", m)
+            refuse(name, "the number of rows of x", f"a multiple of the {groups} rows of {what}", m)
     if stats is not None:
-        _check_operand(name, "stats", stats, (-(-k // BLOCK), m, 2), x.device)
+        check_float(name, "stats", stats, (-(-k // BLOCK), m, 2), x.device)
         if stats.dtype != torch.float32:
-            _refuse(name, "stats", "float32", stats.dtype)
+            refuse(name, "stats", "float32", stats.dtype)
     run = torch.ops.turbowan.layer_norm_quantize if torch.compiler.is_compiling() else _layer_norm_quantize
     return run(x, eps, weight, bias, shift, scale, None if rows else stats, rows)
 
@@ -78,20 +65,26 @@ def rms_norm(x, weight, eps):
     x: float16, bfloat16 or float32 [M, K], any strides. weight: float [K]. Returns [M, K] in x's dtype.
     """
     _check_matrix("rms_norm", x)
-    _check_operand("rms_norm", "weight", weight, x.shape[1:], x.device)
+    check_float("rms_norm", "weight", weight, x.shape[1:], x.device)
     return (torch.ops.turbowan.rms_norm if torch.compiler.is_compiling() else _rms_norm)(x, weight, eps)
 
 
+def _by_kernels(x, *tensors):
+    return not learning(x, *tensors) and use_triton(x.device, "norm")
+
+
+@explained
 def _row_stats(x):
-    if use_triton(x.device, "norm"):
+    if _by_kernels(x):
         from .kernels.norm import row_stats as run
     else:
         run = norm_twins.row_stats
     return run(x)
 
 
+@explained
 def _layer_norm_quantize(x, eps, weight, bias, shift, scale, stats, rows):
-    if use_triton(x.device, "norm"):
+    if _by_kernels(x, weight, bias, shift, scale, stats):
         from .kernels.norm import layer_norm_quantize as run
 
         weight, bias, shift, scale, stats = (
@@ -102,8 +95,9 @@ def _layer_norm_quantize(x, eps, weight, bias, shift, scale, stats, rows):
     return run(x, eps, weight, bias, shift, scale, stats, rows)
 
 
+@explained
 def _rms_norm(x, weight, eps):
-    if use_triton(x.device, "norm"):
+    if _by_kernels(x, weight):
         from .kernels.norm import rms_norm as run
     else:
         run = norm_twins.rms_norm

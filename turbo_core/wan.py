@@ -19,6 +19,7 @@ from .devices import widest_float
 from .errors import TurboError
 from .int8 import check_scale, int8_linear, is_row_scale
 from .norms import rms_norm
+from .operands import learning
 from .paths import use_triton
 from .sla import sla_from_qkv, sparse_linear_attention
 
@@ -70,7 +71,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if use_triton(x.device, "norm"):
+        if not learning(x, self.weight) and use_triton(x.device, "norm"):
             return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
         weight = self.weight.float()
         return _by_slices(lambda x: F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), x)
@@ -198,7 +199,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
         modulation = (self.modulation.float() + modulation).chunk(6, 1)
-        if fused.pays(x.device) and self.is_int8():
+        if fused.pays(x.device) and self.is_int8() and not learning(x, context, *modulation, *self.parameters()):
             return self.fused(x, modulation, context, angles, topk, precision)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
