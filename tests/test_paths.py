@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.triton_cpu.process import run_pytest
-from turbo_core import doctor, paths, probe
+from turbo_core import doctor, norm_twins, paths, probe
 from turbo_core.bench import EventClock
 from turbo_core.errors import TurboError
 
@@ -223,16 +223,50 @@ def test_what_a_probe_calls_different():
         assert probe._difference(other, x, None)
     q = (10 * x).to(torch.int8)
     flipped = q.clone()
-    flipped.view(-1)[:100] += 1  # 100 of 12,800 rounded the other way
+    flipped.view(-1)[::128] += 1  # 100 of 12,800 rounded the other way
     assert probe._difference(flipped, q, None) is None
     flipped.view(-1)[:200] += 1
     assert "by up to 2" in probe._difference(flipped, q, None)
+    in_one_row = q.clone()
+    in_one_row[3, :100] += 1  # as few, but half of a row: its scale is wrong
+    assert probe._difference(in_one_row, q, None)
     assert probe._difference((x, x), (x, None), None)
 
 
-def test_probes_through_the_interpreter():
+def test_a_small_row_beside_a_large_one_counts_by_itself():
+    x = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+    x[2] *= 300
+    x[4] = 0
+    assert probe._difference(x.clone(), x, None) is None
+    wrong = x.clone()
+    wrong[5] += 0.1  # 1e-4 of the largest value, 3e-4 of the whole
+    assert "worst row" in probe._difference(wrong, x, 1e-3)
+    wrong = x.clone()
+    wrong[4, 0] = 1.0  # where the twin has zeros
+    assert probe._difference(wrong, x, 1e-3)
+
+
+def test_row_statistics_count_apart():
+    """M2 is 60 times what means are: in one norm of both, no mean matters."""
+    x = torch.randn(134, 200, generator=torch.Generator().manual_seed(0))
+    x[1], x[3] = 0, x[3] + 50
+    stats = norm_twins.row_stats(x)
+    as_rounded = norm_twins.row_stats(x + 1e-4 * x.sign())
+    assert probe._difference(stats.clone(), stats, None) is None
+    assert probe._difference(as_rounded, stats, None) is None
+    for part, change in ((0, -1), (0, 0), (0, 1.05), (1, 0), (1, 1.05), (1, torch.nan)):
+        wrong = stats.clone()
+        wrong[..., part] *= change
+        assert probe._difference(wrong, stats, None), (part, change)
+    wrong = stats.clone()
+    wrong[1, 7, 0] *= -1  # of one row and span
+    assert "means" in probe._difference(wrong, stats, None)
+
+
+@pytest.mark.parametrize("kind", ["interpreted", "compiled"])
+def test_probes(kind):
     pytest.importorskip("triton", reason="the Triton tests need triton (pip install triton)")
-    run_pytest(Path(__file__).with_name("kernels") / "probes_interpreted.py", interpret=True)
+    run_pytest(Path(__file__).with_name("kernels") / f"probes_{kind}.py", interpret=kind == "interpreted")
 
 
 def test_the_doctor_says_which_path_and_why(monkeypatch):

@@ -31,27 +31,46 @@ def one_value(result):
     return result
 
 
+def means_negated(result):
+    """Row statistics whose means have the wrong sign: (y, stats) of a product, or stats."""
+    stats = result[1] if isinstance(result, tuple) else result
+    if stats is not None:
+        stats[..., 0] *= -1
+    return result
+
+
+def no_means(result):
+    stats = result[1] if isinstance(result, tuple) else result
+    if stats is not None:
+        stats[..., 0] = 0
+    return result
+
+
 @pytest.mark.parametrize(
-    ("family", "module", "name"),
+    ("family", "module", "name", "wrong"),
     [
-        ("quantize", "quantize", "quantize_block"),
-        ("quantize", "quantize", "quantize_rows"),
-        ("norm", "norm", "layer_norm_quantize"),
-        ("norm", "norm", "rms_norm"),
-        ("norm", "norm", "row_stats"),
-        ("int8_mm", "int8_mm", "int8_mm"),
-        ("int8_mm", "int8_mm", "int8_mm_quantize"),
-        ("int8_mm", "int8_mm", "int8_mm_residual"),
-        ("int8_mm", "int8_mm", "int8_mm_qkv"),
-        ("sla", "sla_attention", "attention"),
-        ("sla", "sla_prepare", "prepare"),
-        ("sla", "block_map", "block_map"),
+        ("quantize", "quantize", "quantize_block", one_value),
+        ("quantize", "quantize", "quantize_rows", one_value),
+        ("norm", "norm", "layer_norm_quantize", one_value),
+        ("norm", "norm", "rms_norm", one_value),
+        ("norm", "norm", "row_stats", one_value),
+        ("norm", "norm", "row_stats", means_negated),
+        ("norm", "norm", "row_stats", no_means),
+        ("int8_mm", "int8_mm", "int8_mm_residual", means_negated),
+        ("int8_mm", "int8_mm", "int8_mm_residual", no_means),
+        ("int8_mm", "int8_mm", "int8_mm", one_value),
+        ("int8_mm", "int8_mm", "int8_mm_quantize", one_value),
+        ("int8_mm", "int8_mm", "int8_mm_residual", one_value),
+        ("int8_mm", "int8_mm", "int8_mm_qkv", one_value),
+        ("sla", "sla_attention", "attention", one_value),
+        ("sla", "sla_prepare", "prepare", one_value),
+        ("sla", "block_map", "block_map", one_value),
     ],
 )
-def test_a_kernel_that_is_wrong_is_noticed_and_left_alone(monkeypatch, caplog, family, module, name):
+def test_a_kernel_that_is_wrong_is_noticed_and_left_alone(monkeypatch, caplog, family, module, name, wrong):
     kernels = importlib.import_module(f"turbo_core.kernels.{module}")
     right = getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, lambda *args, **kwargs: one_value(right(*args, **kwargs)))
+    monkeypatch.setattr(kernels, name, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
     monkeypatch.setattr(paths, "_needs_probe", lambda device: True)
     monkeypatch.setattr(paths, "_found", {})
     monkeypatch.setattr(paths, "_logged", set())
