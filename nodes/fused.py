@@ -44,19 +44,27 @@ def _format(layer, device):
     return "row" if weight._layout_cls == _ROW and scale.ndim == 2 and is_row_scale(weight._qdata, scale) else None
 
 
-def can_fuse(block, x, e, freqs, context, transformer_options) -> bool:
-    """True where the fused block computes what the block's own forward would."""
+def may_fuse(block, x, e, freqs, context, transformer_options) -> bool:
+    """False where the fused block cannot compute this, as far as torch.compile watches what it depends on."""
     training = comfy.model_management.in_training or learning(x, e, context)
     if x.dtype not in FLOATS or training or any(transformer_options.get("patches", {}).get(p) for p in _BETWEEN):
         return False
     parts = (block.self_attn, block.cross_attn, block.ffn)
     if tuple(map(type, parts)) != (block.self_attention, wan.WanT2VCrossAttention, wan.WanFeedForward):
         return False  # image keys among others
-    if not (block.qk_norm and block.cross_attn_norm and all(map(_untouched, block.modules()))):
+    if not (block.qk_norm and block.cross_attn_norm):
         return False
     if e.shape[0] != x.shape[0] or (e.ndim == 4 and x.shape[1] % e.shape[1]):
         return False  # a timestep for each frame, and tokens that do not divide into frames
     if tuple(freqs.shape[:3]) != (1, x.shape[1], 1):
+        return False
+    layers = [block.get_submodule(name) for name in QUANTIZED_LINEARS]
+    return all(isinstance(getattr(layer, "weight", None), QuantizedTensor) for layer in layers)
+
+
+def can_fuse(block, x) -> bool:
+    """True where may_fuse was and the fused block computes what the block's own forward would."""
+    if not all(map(_untouched, block.modules())):
         return False
     formats = {_format(block.get_submodule(name), x.device) for name in QUANTIZED_LINEARS}
     return len(formats) == 1 and None not in formats
@@ -100,13 +108,19 @@ class FusedWanBlock(wan.WanAttentionBlock):
     self_attention = wan.WanSelfAttention
 
     def forward(self, x, e, freqs, context, context_img_len=257, transformer_options={}):  # noqa: B006 (the host's)
-        out = self.fused(x, e, freqs, context, transformer_options) if fused.pays(x.device) else None
+        given = x, e, freqs, context, transformer_options
+        out = self.fused(*given) if fused.pays(x.device) and may_fuse(self, *given) else None
         return super().forward(x, e, freqs, context, context_img_len, transformer_options) if out is None else out
 
-    @torch.compiler.disable  # kernels from end to end: there is nothing to compile
+    @torch.compiler.disable
     def fused(self, x, e, freqs, context, transformer_options):
-        """The block through turbo_core.fused, or None where it has to be the host's way."""
-        if not can_fuse(self, x, e, freqs, context, transformer_options):
+        """The block through turbo_core.fused, or None where it has to be the host's way.
+
+        A break in torch.compile's graph, and an error with fullgraph=True. It could be traced, but the compiler does
+        not look again at hooks and replaced forwards: a bypass LoRA added later would be ignored. There is little to
+        compile: it is kernels from end to end.
+        """
+        if not can_fuse(self, x):
             return None
         own = comfy.model_management.cast_to(self.modulation, dtype=x.dtype, device=x.device)
         e = (own + e).unsqueeze(1) if e.ndim < 4 else own.unsqueeze(0) + e  # [B, frames or 1, 6, dim]

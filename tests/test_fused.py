@@ -182,6 +182,17 @@ def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch
     assert not fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
 
 
+def test_gradients_flow_by_the_layers(monkeypatch):
+    monkeypatch.setattr(fused, "pays", lambda device: True)
+    block, (x, *rest) = one_block(), block_inputs()
+    for learns in (x, block.norm3.weight):
+        learns.requires_grad_()
+        monkeypatch.setattr(fused, "block", lambda *_: pytest.fail("kernels have no gradient"))
+        (gradient,) = torch.autograd.grad(block(x, *rest).square().sum(), learns)
+        assert gradient.isfinite().all() and gradient.any()
+        learns.requires_grad_(False)
+
+
 @pytest.mark.parametrize(("quantize", "topk"), [(int8.quantize_block, 0.5), (int8.quantize_rows, None)])
 def test_compiles_into_one_graph(fuse, quantize, topk):
     block, args = one_block(quantize, sla=True), block_inputs(2)

@@ -410,3 +410,38 @@ def test_a_scale_of_the_other_format_is_refused(decode, scale):
     assert str(list(scale)) in str(error.value)
     with pytest.raises(TurboError):
         decode(W, torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight_scale": torch.ones(64, 1, dtype=torch.int32)}, "scale of the weight must be float, got torch.int32"),
+        ({"weight_scale": torch.ones(64, 1, device="meta")}, "scale of the weight must be on cpu as x is, got on meta"),
+        ({"weight_q": torch.ones(64, 200, dtype=torch.int8, device="meta")}, "the weight must be on cpu"),
+        ({"bias": torch.ones(64, device="meta")}, "bias must be on cpu"),
+        ({"bias": torch.ones(64, dtype=torch.int32)}, r"bias must be float \[64\], got torch.int32"),
+    ],
+)
+def test_operands_are_checked_before_any_launch(change, message):
+    weight_q, weight_scale = int8.quantize_rows(gaussian(64, 200))
+    given = {"x": gaussian(5, 200), "weight_q": weight_q, "weight_scale": weight_scale, "bias": torch.ones(64)}
+    with pytest.raises(TurboError, match=message):
+        int8.int8_linear(**given | change)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_scales_in_half_precision_are_read_as_float32(fmt):
+    x, (q, scale) = gaussian(5, 200), FORMATS[fmt](gaussian(64, 200, seed=1))
+    scale = scale.bfloat16()
+    assert torch.equal(int8.int8_linear(x, q, scale), int8.int8_linear(x, q, scale.float()))
+
+
+def test_rows_are_written_where_they_are_wanted():
+    x = gaussian(5, 200)
+    q, scale = torch.zeros(9, 200, dtype=torch.int8), torch.zeros(9, 1)
+    out = int8.quantize_rows(x, out=(q[2:7], scale[2:7]))
+    for whole, part, expected in zip((q, scale), out, int8.quantize_rows(x)):
+        assert part.data_ptr() == whole[2:].data_ptr() and torch.equal(whole[2:7], expected)
+        assert not whole[:2].any() and not whole[7:].any()
+    with pytest.raises(TurboError, match=r"out must be contiguous torch\.int8"):
+        int8.quantize_rows(x, out=(q[:4], scale[:5]))

@@ -128,3 +128,14 @@ def test_one_graph_under_torch_compile():
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True, dynamic=True)
     for a, b in zip(compiled(x), chain(x)):
         assert torch.equal(a, b)
+
+
+def test_statistics_have_gradients():
+    x = gaussian(5, 200).requires_grad_()
+    norms.row_stats(x).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_no_columns():
+    assert norms.row_stats(torch.zeros(3, 0)).shape == (0, 3, 2)
+    assert norms.rms_norm(torch.zeros(3, 0), torch.zeros(0), EPS).shape == (3, 0)

@@ -4,6 +4,7 @@ No machine of these tests has kernels for it, so `fused` makes the pack believe 
 """
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -197,6 +198,44 @@ def test_compiled_model_gives_the_same(lab, fused):
     ours, blocks = fused(lambda: run(**lab.inputs(), transformer_options=options))
     assert blocks == 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert lab.distance(ours, plain) < 1e-4
+
+
+def test_a_block_that_cannot_fuse_compiles_as_the_host_s_own(comfy, lab, core, pack, monkeypatch):
+    """On a card, where attention is torch's: without a break in the graph."""
+    module, attention = importlib.import_module("comfy.ldm.wan.model"), comfy.ldm.modules.attention.attention_pytorch
+    monkeypatch.setattr(module, "optimized_attention", attention)
+    monkeypatch.setattr(core, "pays", lambda device: True)
+    model = lab.dense(lab.load(T2V))
+    block, seen = lab.loaded(model).diffusion_model.blocks[0], []
+    hook = block.register_forward_pre_hook(lambda module, *given: seen.append(given), with_kwargs=True)
+    lab.denoise(model)
+    hook.remove()
+    args, kwargs = seen[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    assert lab.distance(compiled(*args, **kwargs), block(*args, **kwargs)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["block", "row"])
+def test_scales_in_half_precision_are_taken_as_they_are_by_the_layers(lab, fused, pack, kind, tmp_path):
+    """As a file may have them."""
+    import safetensors.torch
+
+    checkpoint = importlib.import_module(f"{pack.name}.turbo_core.checkpoint")
+    target = tmp_path / "half.safetensors"
+    checkpoint.quantize(lab.path(T2V), target, f"int8_{kind}")
+    sd = safetensors.torch.load_file(target)
+    sd = {name: t.bfloat16() if name.endswith("weight_scale") else t for name, t in sd.items()}
+    safetensors.torch.save_file(sd, target)
+    assert compare(lab, fused, lab.pack.loader.load_turbo_model(str(target))) < ROUNDING
+
+
+def test_a_host_without_one_of_the_model_classes_still_loads_the_pack(comfy, pack, monkeypatch):
+    monkeypatch.delattr(comfy.supported_models, "WAN22_T2V")
+    spec = importlib.util.find_spec(f"{pack.name}.nodes.loader")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert len(module.PLAIN) == 2 and None not in module.PLAIN
 
 
 def test_sampling_end_to_end(lab, fused):

@@ -19,6 +19,8 @@ from tests.kernels.int8_mm_cases import (
 from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
 from turbo_core import int8, int8_mm, int8_twins
+from turbo_core.errors import TurboError
+from turbo_core.kernels import launch as kernel_launch
 
 repair()
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # GELU's, which is right at infinity
@@ -176,3 +178,51 @@ def test_int8_linear_takes_the_kernels_and_no_float_copy_of_the_weight(fmt, dtyp
     x_q = quantize(x.reshape(-1, 200).float())
     assert_near(y.flatten(0, 1), exact(x_q, w, bias), torch.finfo(dtype).eps / 2 + FLOAT)
     assert "Triton" in int8.int8_path("cpu", fmt)
+
+
+def test_gradients_take_the_torch_path():
+    w, bias = quantized("row", 64, 200, 1), torch.zeros(64, requires_grad=True)
+    x = quantized("row", 5, 200, 0)
+    for y in (int8.int8_linear(gaussian(5, 200), *w, bias), int8_mm.int8_mm(*x, *w, bias, torch.float32)):
+        (gradient,) = torch.autograd.grad(y.sum(), bias)
+        assert torch.equal(gradient, torch.full((64,), 5.0))
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_launch_that_fails_is_retried_as_shipped_or_explained(tuned, monkeypatch, caplog):
+    tall = launch.DEFAULT._replace(block_m=64)
+    table = {"block plain short": tall} if tuned else {}
+    run = kernel_launch._launch
+
+    def failing(kernel, grid, arguments, options):
+        if options.get("BLOCK_M") == 64 or (not tuned and "BLOCK_M" in options):
+            raise RuntimeError("out of resource: shared memory\nsecond line")
+        run(kernel, grid, arguments, options)
+
+    monkeypatch.setattr(kernel_launch, "tuned_table", lambda device: table)
+    monkeypatch.setattr(kernel_launch, "_launch", failing)
+    x, w = quantized("block", 5, 200, 0), quantized("block", 64, 200, 1)
+    if not tuned:
+        with pytest.raises(TurboError, match=r"int8_mm_kernel cannot run on cpu .*shared memory\).*TURBOWAN_KERNELS=t"):
+            int8_mm.int8_mm(*x, *w)
+        return
+    for _ in range(2):
+        assert_near(int8_mm.int8_mm(*x, *w), exact(x, w), HALF)
+    assert len(caplog.records) == 1 and "tuned launch table" in caplog.text and not table
+
+
+def test_memory_that_is_short_is_no_fault_of_the_kernel(monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernel_launch, "_launch", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        int8_mm.int8_mm(*quantized("block", 5, 200, 0), *quantized("block", 64, 200, 1))
+
+
+def test_a_variant_of_fixed_depth_refuses_another():
+    config = launch.DEFAULT._replace(variant="persistent", depth=64)
+    with pytest.raises(ValueError, match="128 deep"):
+        int8_mm_kernel(*quantized("block", 5, 208, 0), *quantized("block", 64, 208, 1), config=config)
+    with pytest.raises(ValueError):
+        launch._checked("block plain long", config)

@@ -10,6 +10,7 @@ from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
 from turbo_core import kernels as bridge
 from turbo_core import norm_twins, norms, paths
+from turbo_core.wan import RMSNorm
 
 repair()
 
@@ -202,3 +203,14 @@ def test_the_library_takes_the_kernels(monkeypatch):
     norms.rms_norm(x, weight, EPS)
     assert taken == ["row_stats", "layer_norm_quantize", "rms_norm"] and bridge.__path__
     check_quantized(q, q_scale, exact(x, shift=shift, scale=scale), False)
+
+
+def test_gradients_take_the_torch_path():
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.ones(200)
+    given = norms.rms_norm(x, weight, 1e-6)
+    torch.autograd.grad(given.square().sum(), x)
+    assert norms.layer_norm_quantize(x, 1e-6)[1].requires_grad and norms.row_stats(x).requires_grad
+    torch.autograd.grad(RMSNorm(200, 1e-6)(x[None]).square().sum(), x)
+    with torch.no_grad():
+        assert not norms.rms_norm(x, weight, 1e-6).requires_grad

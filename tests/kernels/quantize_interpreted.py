@@ -135,3 +135,11 @@ def test_other_input_is_refused(fmt):
     for x in (torch.zeros(2, 3, 4), torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.int8)):
         with pytest.raises(ValueError, match=r"expected .*got torch\.\w+ \["):
             FORMATS[fmt][0](x)
+
+
+def test_rows_are_written_where_they_are_wanted():
+    x = gaussian(5, 200)
+    q, scale = torch.zeros(9, 200, dtype=torch.int8), torch.zeros(9, 1)
+    int8.quantize_rows(x, out=(q[2:7], scale[2:7]))
+    for whole, expected in zip((q, scale), int8.quantize_rows(x)):
+        assert torch.equal(whole[2:7], expected) and not whole[:2].any() and not whole[7:].any()
