@@ -141,6 +141,7 @@ def attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MAP_Q: tl.constexpr,
+    RAGGED: tl.constexpr,  # keys are not whole blocks
     PRECISION: tl.constexpr,
 ):
     # one program owns BLOCK_Q queries of one head; neighbours share the head's keys and values in the L2 cache
@@ -175,12 +176,11 @@ def attention_kernel(
         index_ptr += row * kept
         steps = kept if counts_ptr is None else tl.load(counts_ptr + row)
         last = tl.load(index_ptr + steps - 1)
-        ragged = last >= whole
-        steps -= ragged.to(tl.int32)
     else:
-        steps = whole
-        last = whole
-        ragged = keys % BLOCK_K > 0
+        steps = tl.cdiv(keys, BLOCK_K)
+        last = steps - 1
+    if RAGGED:
+        steps -= (last >= whole).to(tl.int32)
     maximum = tl.full((BLOCK_Q,), _LOWEST, tl.float32)
     state = (maximum, tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q, D), tl.float32))
     for i in range(steps):
@@ -188,10 +188,11 @@ def attention_kernel(
         state = attend_block(
             state, q, block, k_ptr, v_ptr, k_scale_ptr, strides, keys, factor, False, D, BLOCK_K, PRECISION
         )
-    if ragged:
-        state = attend_block(
-            state, q, last, k_ptr, v_ptr, k_scale_ptr, strides, keys, factor, True, D, BLOCK_K, PRECISION
-        )
+    if RAGGED:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if last >= whole:
+            state = attend_block(
+                state, q, last, k_ptr, v_ptr, k_scale_ptr, strides, keys, factor, True, D, BLOCK_K, PRECISION
+            )
     maximum, total, o = state
     o /= total[:, None]
     if v_scale_ptr is not None:
@@ -201,10 +202,14 @@ def attention_kernel(
         # Loaded again, for registers: kept through the loop, q spills. The zero makes the addresses ones that the
         # compiler cannot know it has had.
         zero = tl.minimum(keys, 0)
-        w = tl.zeros((BLOCK_Q, D), mean_ptr.dtype.element_ty)
-        if queries > 0:
+        if v_ptr.dtype.element_ty == tl.float8e4nv:
             x = load_query(q_ptr, q_strides[1], start + zero, local + zero, *raw, D)
-            w = linear_weights(x, tl.load(k_sum_ptr + plane * D + d)).to(w.dtype)
+            w = linear_weights(x, tl.load(k_sum_ptr + plane * D + d)).to(mean_ptr.dtype.element_ty)
+        else:  # the branch again: here values of 16 bits go without spills with it, those of 8 bits without it
+            w = tl.zeros((BLOCK_Q, D), mean_ptr.dtype.element_ty)
+            if queries > 0:
+                x = load_query(q_ptr, q_strides[1], start + zero, local + zero, *raw, D)
+                w = linear_weights(x, tl.load(k_sum_ptr + plane * D + d)).to(w.dtype)
         mean = tl.load(mean_ptr + plane * D * D + d[:, None] * D + d[None, :])
         mean_scale = tl.load(mean_scale_ptr + plane)
         o = tl.dot(w, mean, o * (1 / mean_scale), input_precision=PRECISION) * mean_scale
@@ -230,8 +235,8 @@ def attention(
 ):  # fmt: skip
     """Attention of each 128 queries over their kept blocks of 64 keys, plus the linear branch.
 
-    q: [B, L, H, D] by stride, D 64 or 128. Raw form, see kernels/rope.py: sums float32 [2, P, B * L] of which q's plane
-    is read, with q_weight float32 [H * D]; cos, sin float32 [L, D / 2].
+    q: [B, L, H, D] by stride, D 64 or 128. Raw form, see kernels/rope.py: sums float32 [2 or 1, P, B * L] of which
+    q's plane is read, with q_weight float32 [H * D]; cos, sin float32 [L, D / 2].
     k, v, k_scale, v_scale as kernels/sla_prepare.py makes them: k int8 [B, H, keys, D] with k_scale float32
     [B, H, ceil(keys / 64)] and v fp8 [B, H, D, ceil(keys / 64) * 64] or fp16 [B, H, keys, D] with v_scale float32
     [B, H, D]; or both [B, H, keys, D] in q's dtype, by stride, without scales. float32 is multiplied as three TF32.
@@ -242,7 +247,7 @@ def attention(
     """
     b, length, h, d = q.shape
     check_heads(q)
-    check_raw(q, sums, (q_weight,), cos, sin)
+    check_raw(q, None, (), cos, sin)
     keys = k.shape[2]
     low_bit = k.dtype == torch.int8
     fp8 = v.dtype == torch.float8_e4m3fn
@@ -254,6 +259,8 @@ def attention(
         ("v", v, (b, h, d, blocks_k * BLOCK_K) if fp8 else (b, h, keys, d), v.dtype if fp8 and low_bit else half),
         ("k_scale", k_scale, (b, h, blocks_k) if low_bit else None, f32),
         ("v_scale", v_scale, (b, h, d) if low_bit else None, f32),
+        ("sums", sums, None if sums is None else (len(sums), *sums.shape[1:2], b * length), f32),
+        ("q_weight", q_weight, None if sums is None else (h * d,), f32),
         ("index", index, None if index is None else (b, h, blocks_q, kept), i32),
         ("counts", counts, None if counts is None or index is None else (b, h, blocks_q), i32),
         ("kv_proj", kv_proj, None if kv_proj is None else (b, h, d, d), f32),
@@ -275,7 +282,7 @@ def attention(
         o, o_scale = torch.empty((b, length, h, d), dtype=q.dtype, device=q.device), None
     v_strides = (*v.stride()[:2], v.stride(3), v.stride(2)) if fp8 else v.stride()
     sizes = (b, h, length, keys, kept, 1 if sums is None else sums.shape[1], eps, d**-0.5)
-    tile_q = 64 if single else BLOCK_Q
+    tile_q = 64 if single else BLOCK_Q  # float32 fills the registers, and the shared memory of small cards
     run(
         attention_kernel,
         (triton.cdiv(length, tile_q), b * h),
@@ -284,9 +291,9 @@ def attention(
             mean, mean_scale, k_sum, proj_bias, sums, q_weight, cos, sin, o, o_scale, *sizes,
         ),
         {
-            "D": d, "BLOCK_Q": tile_q, "BLOCK_K": BLOCK_K, "MAP_Q": BLOCK_Q,
+            "D": d, "BLOCK_Q": tile_q, "BLOCK_K": BLOCK_K, "MAP_Q": BLOCK_Q, "RAGGED": keys % BLOCK_K > 0,
             "PRECISION": "tf32x3" if single and torch.version.hip is None else "ieee",
-            "num_warps": 8, "num_stages": 3,
+            "num_warps": 8, "num_stages": 2 if index is None else 3,  # a table's entry comes a step before its block
         },
     )  # fmt: skip
     return (o, o_scale) if quantize else o
@@ -295,7 +302,7 @@ def attention(
 def _check(name, t, shape, dtype, device, by_stride):
     if shape is None:
         if t is not None:
-            raise ValueError(f"{name} does not belong to this form of k and v")
+            raise ValueError(f"{name} does not belong to this form")
         return
     got = "None" if t is None else f"{t.dtype} {list(t.shape)} on {t.device}"
     if t is None or t.shape != shape or t.dtype != dtype or t.device != device:

@@ -1,0 +1,121 @@
+"""The attention kernel compiles for every card, without spills, to the instructions meant; by test_sla_attention.py."""
+
+import contextlib
+import re
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from kernels import cross_attention, sla_attention, sla_linear
+from tests.kernels import sass
+from tests.triton_cpu import aot
+
+LENGTH, HEADS, KEPT = 75600, 40, 118  # 14B at 720p, top-k 0.1
+QK = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA", 120: "IMMA"}
+PV = {80: "HMMA", 86: "HMMA", 89: "QMMA", 90: "QGMMA", 100: "QMMA", 120: "QMMA"}
+HALF = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "HMMA", 120: "HMMA"}
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(wrapper, *args, **kwargs):
+    """What the call would launch, its tensors without memory but with the strides of a real video."""
+    made = []
+
+    def note(kernel, grid, arguments, options):
+        held = [torch.empty(16, dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
+        made.append((kernel, held, options))
+
+    with contextlib.ExitStack() as stack:
+        for module in (sla_attention, sla_linear, cross_attention):
+            stack.enter_context(patch.object(module, "run", note))
+        wrapper(*args, **kwargs)
+    return made
+
+
+def raw_form(d=128):
+    tables = {name: empty(LENGTH, d // 2) for name in ("cos", "sin")}
+    return {"sums": empty(2, 1, LENGTH), "q_weight": empty(HEADS * d), **tables}
+
+
+def attention(precision, raw, capability=89, quantize=False, linear=True, d=128, keys=LENGTH):
+    half = torch.bfloat16
+    q = empty(3, 1, LENGTH, HEADS, d, dtype=half)[0] if raw else empty(1, LENGTH, HEADS, d, dtype=half)
+    k = v = empty(1, LENGTH, HEADS, d, dtype=half).transpose(1, 2)
+    given = raw_form(d) if raw else {}
+    blocks = -(-keys // 64)
+    if precision == "int8":
+        fp8 = capability >= 89
+        k = empty(1, HEADS, LENGTH, d, dtype=torch.int8)
+        v = empty(1, HEADS, LENGTH, d, dtype=torch.float16)
+        v = empty(1, HEADS, d, blocks * 64, dtype=torch.float8_e4m3fn) if fp8 else v
+        given |= {"k_scale": empty(1, HEADS, blocks), "v_scale": empty(1, HEADS, d)}
+    elif raw:
+        k = empty(1, HEADS, LENGTH, d, dtype=half)
+    if linear:
+        given |= {"kv_proj": empty(1, HEADS, d, d), "k_sum": empty(1, HEADS, d), "proj_bias": empty(d)}
+    index = empty(1, HEADS, -(-LENGTH // 128), KEPT, dtype=torch.int32)
+    return launches(sla_attention.attention, q, k, v, index, quantize=quantize, **given)
+
+
+def check(capability, made, *wanted):
+    for launch in made:
+        compiled = sass.compile_launch(capability, *launch)
+    names = aot.matrix_instructions(compiled)
+    for name in wanted:
+        assert any(name in found for found in names), names
+    return compiled
+
+
+def products(compiled):
+    """The instructions of the loop over kept blocks, from its first product on."""
+    lines = compiled.asm["sass"].splitlines()
+    first = next(i for i, line in enumerate(lines) if "IMMA" in line)
+    last = [i for i, line in enumerate(lines) if "QMMA" in line][31]  # 128 x 128 x 64 by 8 warps
+    return "\n".join(lines[first : last + 1])
+
+
+@pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
+def test_sagesla_in_the_fused_block(capability):
+    made = attention("int8", raw=True, capability=capability, quantize=True)
+    compiled = check(capability, made, QK[capability], PV[capability])
+    if capability in (89, 120):
+        # probabilities stay in their thread: the only shuffles of a step are those of maximum and sum, two rows each
+        assert len(re.findall(r"\tSHFL", products(compiled))) == 8
+        assert "PRMT" not in products(compiled)
+
+
+@pytest.mark.parametrize("capability", [86, 89, 100])
+def test_sagesla_in_the_host(capability):
+    made = attention("int8", raw=False, capability=capability)
+    check(capability, made, QK[capability], PV[capability])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_sla_in_the_fused_block(capability):
+    made = attention("bf16", raw=True, capability=capability, quantize=True)
+    compiled = check(capability, made, HALF[capability])
+    if capability != 90:
+        # keys come by wide loads: those of single values, which the rotation of q once brought, are 4 times as many
+        assert compiled.asm["sass"].count("LDS.U16") == 0
+
+
+def test_heads_of_64():
+    check(89, attention("int8", raw=False, d=64), QK[89], PV[89])
+
+
+def test_without_the_linear_branch_two_programs_fit_a_multiprocessor_by_their_memory():
+    for launch in attention("int8", raw=False, linear=False):
+        assert sass.compile_launch(120, *launch).metadata.shared <= aot.SHARED_MEMORY[120] // 2
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_cross_attention(capability):
+    q, text = (empty(1, n, HEADS, 128, dtype=torch.bfloat16) for n in (LENGTH, 512))
+    weight = empty(HEADS * 128)
+    made = launches(cross_attention.cross_attention, q, text, text, norm_weight=weight, quantize=True)
+    assert len(made) == 2  # sums of q, attention
+    check(capability, made, HALF[capability])
