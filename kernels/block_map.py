@@ -103,7 +103,7 @@ def block_map(pooled_q, pooled_k, kept: int, k_mean=None):
         raise ValueError(f"cannot keep {kept} of {keys} key blocks for queries {list(pooled_q.shape)}")
     index = torch.empty(b, h, queries, kept, dtype=torch.int32, device=pooled_q.device)
     tiles = b * h * triton.cdiv(queries, 64)
-    step = min(tiles, max(1, SCRATCH // (64 * keys * 4)))
+    step = min(tiles, max(1, SCRATCH // (64 * keys * 4)), 65535)  # a grid takes no more in its second dimension
     rank = torch.empty(step, 64, keys, dtype=torch.int32, device=pooled_q.device)
     precision = "ieee" if torch.version.hip else "tf32x3"
     scoring = {"D": d, "PRECISION": precision, "num_warps": 4, "num_stages": 1}

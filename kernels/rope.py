@@ -18,7 +18,8 @@ def rms_factors(sums_ptr, rows, valid, partials, tokens, width, eps, plane: tl.c
     """
     if sums_ptr is not None:
         total = tl.zeros(rows.shape, tl.float32)
-        at = sums_ptr + plane * partials * tokens.to(tl.int64) + rows
+        # tokens is no tensor where B and L are 1: the compiler makes constants of such arguments
+        at = sums_ptr + plane * partials * tl.full((), tokens, tl.int64) + rows
         for _ in range(partials):
             total += tl.load(at, valid, other=0.0)
             at += tokens

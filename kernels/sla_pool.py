@@ -129,7 +129,7 @@ def pool_means(q, k, v=None, sums=None, q_weight=None, k_weight=None, eps=1e-6, 
     b, lq, h, d = q.shape
     lk = k.shape[1]
     check_heads(q, k, *(() if v is None else (v,)))
-    check_raw(k, sums, (q_weight, k_weight), cos, sin)
+    check_raw(k, sums, (q_weight, k_weight), cos, sin, eps)
     if k.shape != (b, lk, h, d) or (v is not None and v.shape != k.shape):
         raise ValueError("q, k, v must have the same B, H and D, and k and v the same L")
     if lq != lk and not (sums is None and cos is None):
@@ -173,13 +173,18 @@ def check_heads(*tensors):
             raise ValueError(f"one dtype and device, got {first.dtype} on {first.device}, {x.dtype} on {x.device}")
 
 
-def check_raw(k, sums, weights, cos, sin):
-    """ValueError unless the raw form of k [B, L, H, D] is complete: float32, contiguous, of the shapes in rope.py."""
+def check_raw(k, sums, weights, cos, sin, eps=1e-6):
+    """ValueError unless the raw form of k [B, L, H, D] is complete: float32, contiguous, of the shapes in rope.py.
+
+    eps must be above 0, since tokens of zeros, and those that are not there, are divided by sqrt(eps).
+    """
     b, length, h, d = k.shape
     wanted = {}
     if sums is not None:
         if sums.ndim != 3 or 0 in sums.shape:
             raise ValueError(f"sums must be [2, P, {b * length}], got {list(sums.shape)}")
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, got {eps}")
         wanted["sums"] = sums, (2, sums.shape[1], b * length)
         wanted |= {f"norm weight {i}": (weight, (h * d,)) for i, weight in enumerate(weights)}
     if (cos is None) != (sin is None):

@@ -69,7 +69,10 @@ def _prepare_kernel(
         at = (plane * L + wide) * D + d[None, :]
         if k_scale_ptr is not None:
             centred = tl.where(valid[:, None], x - k_mean[None, :], 0.0)
-            scale = row_scale(tl.max(magnitude(centred)))  # inf or NaN where a key is: that spoils this block's scores
+            scale = row_scale(tl.max(magnitude(centred)))
+            # NaN also for an infinite key: this block's scores are NaN then. Times infinity, those below zero would
+            # become -inf, and the softmax would leave the block out without a trace.
+            scale = tl.where(scale < float("inf"), scale, float("nan"))
             tl.store(k_scale_ptr + plane * blocks + block, scale)
             # no quotient passes 127, so that adding 1.5 * 2^23 leaves the rounded number in the low byte
             inverse = tl.broadcast_to(tl.div_rn(1.0, scale), (64, D))
@@ -145,7 +148,7 @@ def prepare(
     """
     b, length, h, d = k.shape
     check_heads(k, v)
-    check_raw(k, sums, (k_weight,), cos, sin)
+    check_raw(k, sums, (k_weight,), cos, sin, eps)
     if v.shape != k.shape:
         raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
     blocks = triton.cdiv(length, 64)
@@ -173,7 +176,8 @@ def prepare(
         inputs = (k, k.stride()[:3], v, v.stride()[:3], k_mean, v_amax, sums, k_weight, cos, sin)
         sizes = (length, b, h, 1 if sums is None else sums.shape[1], eps, chunk)
         deep = not low_bit and new["k_out"] is not None and k.dtype != torch.float32
-        stages = 2 if deep else 1  # as many as fit without spilled registers
+        # as many as fit without spilled registers; float32, which only the interpreter gets, spills with any number
+        stages = 2 if deep else 1
         exact = "ieee" if torch.version.hip else "tf32x3"  # for float32 alone
         options = {"D": d, "EXACT": exact, "num_warps": d // 16, "num_stages": stages}
         outputs = (new["k_out"], k_scale, new["v_out"], v_scale, partial)

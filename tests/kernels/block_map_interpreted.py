@@ -49,6 +49,15 @@ def test_a_row_of_8192_key_blocks():
     assert torch.equal(block_map(q, k, 819), by_sorting(q, k, 819))
 
 
+def test_no_launch_is_larger_than_a_grid_may_be(monkeypatch):
+    grids = []
+    monkeypatch.setattr(module, "run", lambda kernel, grid, *_: grids.append(grid))
+    q = torch.empty(1, 65537, 1, 64, device="meta")  # heads of one tile each: the 65536th does not fit the first launch
+    block_map(q, q, 1)
+    assert max(grid[1] for grid in grids[::2]) == 65535
+    assert sum(grid[1] for grid in grids[::2]) == 65537
+
+
 def test_the_twin_and_the_score_at_the_threshold():
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 2, 20, 128, generator=generator)

@@ -67,6 +67,16 @@ def test_keys_and_values(capability, d, compile_all):
     assert bool(FP8_STORE.search(kernel.asm["sass"])) == fp8
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_one_token_of_one_head(capability, compile_all):
+    # sizes of 1 are constants to the compiler, which have not all that a tensor has
+    q, k, v, raw = inputs(128, length=1, h=1)
+    compile_all(capability, sla_pool.pool_means, q, k, v, *raw)
+    mean = torch.zeros(1, 1, 128)
+    sums, _, weight, *rest = raw
+    compile_all(capability, sla_prepare.prepare, k, v, mean, mean, True, capability >= 89, True, sums, weight, *rest)
+
+
 @pytest.mark.parametrize("capability, dtype", [(80, torch.float16), (120, torch.bfloat16)])
 def test_other_forms_of_keys_and_values(capability, dtype, compile_all):
     _, k, v, (sums, _, weight, *rest) = inputs(128, dtype)

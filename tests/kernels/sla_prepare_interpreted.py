@@ -218,8 +218,7 @@ def test_a_bad_key_or_value_spoils_its_own_block_alone(bad):
     good = prepare(k, v, *pool_means(q, k, v)[2:], linear=False)
     k[0, 70, 1, 5] = v[0, 70, 1, 6] = bad
     out = prepare(k, v, *pool_means(q, k, v)[2:], linear=False)
-    assert (~out[1].isfinite()).nonzero().tolist() == [[0, 1, 1]]
-    assert (0 * out[1][0, 1, 1]).isnan()  # whatever the products with that block, the scores are NaN
+    assert out[1].isnan().nonzero().tolist() == [[0, 1, 1]] == (~out[1].isfinite()).nonzero().tolist()
     assert torch.equal(out[0][0, 0], good[0][0, 0])
     assert ((out[0][0, 1, 128:].int() - good[0][0, 1, 128:].int()).abs() <= 60).all()  # another mean of channel 5
     assert out[2].float().isnan().nonzero().tolist() == [[0, 1, 6, 70]]
@@ -296,6 +295,8 @@ def test_impossible_input_is_refused():
         ("k_mean", lambda: prepare(k, v, None, mean)),
         ("v_amax", lambda: prepare(k, v, mean, mean.half())),
         ("same shape", lambda: prepare(k, v[:, 1:], mean, mean)),
+        ("eps", lambda: pool_means(q, k, None, sums, weight, weight, 0.0)),
+        ("eps", lambda: prepare(k, v, mean, mean, sums=sums, k_weight=weight, eps=float("nan"))),
     ]:
         with pytest.raises(ValueError, match=expected):
             call()
