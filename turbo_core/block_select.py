@@ -5,6 +5,8 @@ keys everywhere. Top-k is what the published models were trained with (SLA, arXi
 after SpargeAttn (arXiv 2502.18137), gives blocks to the rows that spread and takes them from those that do not.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -40,12 +42,19 @@ def kept_blocks(topk: float, blocks: int) -> int:
     return min(blocks, max(1, int(topk * blocks)))
 
 
+def as_written(device):
+    """A context in which products of float32 stay in float32, whatever the caller's torch.autocast says."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def _scores(pooled_q, pooled_k):
     # Any constant taken off all keys shifts a row of scores as a whole, so the mean is there for precision alone;
     # nanmean and the -inf keep one bad key block from deciding every row.
     pooled_k = nan_unless_finite(pooled_k)
     pooled_k = pooled_k - pooled_k.nanmean(2, keepdim=True)
-    score = pooled_q @ pooled_k.transpose(-1, -2)
+    with as_written(pooled_q.device):
+        score = pooled_q @ pooled_k.transpose(-1, -2)
     return score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
@@ -82,7 +91,8 @@ def covering_blocks(pooled_q, pooled_k, coverage: float, own: int = 0):
     to a query block where both are the same tokens, else 0. A token's own neighbourhood is where a mean of 64 keys
     says least: a sharp head looks at single tokens there, which the mean has averaged away.
     Returns int32 (index [B, H, q blocks, most], counts [B, H, q blocks]): the first counts entries of a row are its
-    blocks, ascending; the last of them is repeated behind.
+    blocks, ascending; the last of them is repeated behind. `most` is read from the device, which waits for it: once
+    for each layer.
     """
     b, h, rows, d = pooled_q.shape
     blocks = pooled_k.shape[2]

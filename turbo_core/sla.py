@@ -17,6 +17,7 @@ from .block_select import covering_map as _covering_map
 from .block_select import kept_blocks, pool, top_map
 from .errors import TurboError
 from .int8 import block_scale_shape, quantize_block
+from .operands import explained, learning
 from .paths import use_triton
 from .sla_torch import GATHERED, SLICE, linear_branch, sparse_attention
 
@@ -105,23 +106,28 @@ def sparse_linear_attention(
     _check_projection(proj_weight, proj_bias, q.shape[-1])
     if coverage == 1.0:
         topk, coverage = 1.0, None
-    attend = torch.ops.turbowan.sparse_linear_attention if torch.compiler.is_compiling() else _attend
+    if learning(q, k, v, proj_weight, proj_bias):
+        attend = sla_torch.sparse_linear  # also under torch.compile: the operator has no gradient
+    else:
+        attend = torch.ops.turbowan.sparse_linear_attention if torch.compiler.is_compiling() else _attend
     return attend(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision)
 
 
+@explained
 def _attend(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision):
     dense = topk == 1.0 and coverage is None and precision == "bf16" and proj_weight is None  # torch has kernels
-    if (block_q, block_k) == (128, 64) and not dense and _by_kernels(q, k, v, proj_weight):
+    if (block_q, block_k) == (128, 64) and not dense and _by_kernels(q):
         from .sla_kernels import attend
 
         return attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision)
     return sla_torch.sparse_linear(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision)
 
 
-def _by_kernels(*tensors):
-    q = tensors[0]
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return not learning and use_triton(q.device, "sla")
+def _by_kernels(q):
+    # tiles of float32 do not fit the registers of any card: the kernels would wait for the memory they spill to. The
+    # interpreter keeps them, to show what the kernels do differently from the twin without the inputs' rounding.
+    slow = q.dtype == torch.float32 and q.device.type == "cuda"
+    return not slow and use_triton(q.device, "sla")
 
 
 def sla_from_qkv(
@@ -163,38 +169,50 @@ def sla_from_qkv(
             raise TurboError(f"{name} of qkv {list(qkv.shape)} must be {list(shape)}, got {list(t.shape)}")
     if (norm_q_weight is None) != (norm_k_weight is None) or (cos is None) != (sin is None):
         raise TurboError("norm_q_weight and norm_k_weight, cos and sin are given both or neither")
+    if norm_q_weight is not None and not eps > 0:
+        raise TurboError(f"eps of RMSNorm must be above 0, got {eps}: use 1e-6")
     if coverage == 1.0:
         topk, coverage = 1.0, None
     raw = sums, norm_q_weight, norm_k_weight, eps, cos, sin
     attend = _from_qkv_quantized if quantize else _from_qkv
-    if torch.compiler.is_compiling():
+    if learning(qkv, sums, norm_q_weight, norm_k_weight, cos, sin, proj_weight, proj_bias):
+        attend = _quantized_by_torch if quantize else _by_torch
+    elif torch.compiler.is_compiling():
         attend = torch.ops.turbowan.sla_from_qkv_quantized if quantize else torch.ops.turbowan.sla_from_qkv
     return attend(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
 
 
+@explained
 def _from_qkv(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
     raw = sums, norm_q, norm_k, eps, cos, sin
-    if _by_kernels(qkv, proj_weight):
+    if _by_kernels(qkv):
         from .sla_kernels import attend
 
         return attend(*qkv, proj_weight, proj_bias, topk, coverage, precision, raw)
-    return _attend(*_ready(qkv, *raw), proj_weight, proj_bias, topk, coverage, 128, 64, precision)
+    return _by_torch(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
 
 
+@explained
 def _from_qkv_quantized(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
     raw = sums, norm_q, norm_k, eps, cos, sin
-    if _by_kernels(qkv, proj_weight):
+    if _by_kernels(qkv):
         from .sla_kernels import attend
 
         return attend(*qkv, proj_weight, proj_bias, topk, coverage, precision, raw, quantize=True)
-    o = _attend(*_ready(qkv, *raw), proj_weight, proj_bias, topk, coverage, 128, 64, precision)
-    return quantize_block(o.view(-1, qkv.shape[3] * qkv.shape[4]))
+    return _quantized_by_torch(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
 
 
-def _ready(qkv, sums, norm_q, norm_k, eps, cos, sin):
+def _by_torch(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
     q_sums, k_sums = (None, None) if sums is None else sums
-    q, k, v = qkv
-    return sla_torch.normed(q, q_sums, norm_q, eps, cos, sin), sla_torch.normed(k, k_sums, norm_k, eps, cos, sin), v
+    q, k = (
+        sla_torch.normed(x, part, weight, eps, cos, sin)
+        for x, part, weight in ((qkv[0], q_sums, norm_q), (qkv[1], k_sums, norm_k))
+    )
+    return sla_torch.sparse_linear(q, k, qkv[2], proj_weight, proj_bias, topk, coverage, 128, 64, precision)
+
+
+def _quantized_by_torch(qkv, *given):
+    return quantize_block(_by_torch(qkv, *given).view(-1, qkv.shape[3] * qkv.shape[4]))
 
 
 # torch.compile gets one node instead of the loops unrolled

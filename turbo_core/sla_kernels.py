@@ -1,8 +1,11 @@
 """Sparse-linear attention by the Triton kernels: block means, block map, prepared keys and values, attention."""
 
+import functools
+import logging
+
 import torch
 
-from .block_select import covering_blocks, kept_blocks, own_blocks
+from .block_select import as_written, covering_blocks, kept_blocks, own_blocks, top_blocks
 from .int8 import quantize_block
 
 NO_RAW = (None, None, None, 1e-6, None, None)
@@ -21,7 +24,11 @@ def attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw=NO_RA
     q, k, v: [B, L, H, D] views; raw: (sums, norm_q_weight, norm_k_weight, eps, cos, sin) as of sla_from_qkv.
     Returns [B, L, H, D], or with quantize (int8 [B * L, H * D], scale [ceil(B * L / 128), ceil(H * D / 128)]).
     """
-    from .kernels.block_map import block_map
+    with as_written(q.device):
+        return _attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw, quantize)
+
+
+def _attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw, quantize):
     from .kernels.sla_attention import attention, can_quantize
     from .kernels.sla_pool import pool_means
     from .kernels.sla_prepare import prepare
@@ -37,7 +44,7 @@ def attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw=NO_RA
         if coverage is not None:
             index, counts = covering_blocks(pooled_q, pooled_k, coverage, own_blocks(q, k))
         elif not dense:
-            index = block_map(pooled_q, pooled_k, kept_blocks(topk, pooled_k.shape[2]), k_mean)
+            index = _top_blocks(pooled_q, pooled_k, kept_blocks(topk, pooled_k.shape[2]), k_mean)
         del means, pooled_q, pooled_k
     prepared = prepare(k, v, k_mean, v_amax, low_bit, has_fp8(q.device), linear, sums, norm_k, eps, cos, sin)
     keys, k_scale, values, v_scale, kv, k_sum = prepared
@@ -45,12 +52,30 @@ def attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw=NO_RA
     if linear:
         # in TF32, where somebody has turned that on, it is still finer than the kernel, which takes it in 16 bits
         kv_proj, bias = kv @ proj_weight.float().t(), proj_bias.float().contiguous()
-    by_kernel = quantize and can_quantize(q)
+    # float32 values go in tiles of 64 queries, which are no scale blocks
+    by_kernel = quantize and can_quantize(q) and (low_bit or q.dtype != torch.float32)
     o = attention(
         q, keys, values, index, k_scale, v_scale, kv_proj, k_sum, bias,
         sums=sums, q_weight=norm_q, eps=eps, cos=cos, sin=sin, counts=counts, quantize=by_kernel,
     )  # fmt: skip
     return quantize_block(o.view(-1, o.shape[2] * o.shape[3])) if quantize and not by_kernel else o
+
+
+def _top_blocks(pooled_q, pooled_k, kept, k_mean):
+    """block_select.top_blocks: by the kernel up to its longest row, else in torch, one head at a time for memory."""
+    from .kernels import block_map
+
+    blocks = pooled_k.shape[2]
+    if blocks <= block_map.MOST_BLOCKS:
+        return block_map.block_map(pooled_q, pooled_k, kept, k_mean)
+    _tell_of_long_rows(blocks)
+    heads = zip(pooled_q.split(1, 1), pooled_k.split(1, 1))
+    return torch.cat([top_blocks(q, k, kept) for q, k in heads], 1)
+
+
+@functools.cache
+def _tell_of_long_rows(blocks):
+    logging.info("TurboWan: PyTorch chooses among %d key blocks, too many for the kernel: slower.", blocks)
 
 
 def _as_float(q, k, sums, norm_q, norm_k, eps, cos, sin):

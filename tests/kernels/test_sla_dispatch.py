@@ -13,5 +13,9 @@ def test_sparse_attention_through_the_kernels():
     assert "TRITON_INTERPRET" not in os.environ
 
 
+def test_where_the_kernels_hand_over_to_torch():
+    run_pytest(Path(__file__).with_name("sla_dispatch_edges.py"), interpret=True)
+
+
 def test_memory_of_the_kernel_path():
     run_pytest(Path(__file__).with_name("sla_dispatch_memory.py"), interpret=False)
