@@ -1,0 +1,63 @@
+"""The trained weights that lie in models/tinywan keep what they were measured to do; int8 keeps what they compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from turbo_core import checkpoint
+from turbo_core.text import encode_text, load_text_encoder
+from turbo_core.train import clips, data, evaluate, judge, vae
+from turbo_core.train.teacher import mix
+from turbo_core.wan import WanModel
+
+FOLDER = Path(__file__).parent.parent / "models" / "tinywan"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Scenes, their clips, latents and prompts' embeddings, as the models were trained to see them."""
+    random = torch.Generator().manual_seed(77)
+    scenes = clips.random_scenes(4, random)
+    video = clips.render(scenes, 33, 128, 128, random)
+    codec = vae.load(FOLDER / evaluate.FILES["vae"])
+    latent = data.encode_latents(codec, video)
+    encoder, tokenize = load_text_encoder(FOLDER / evaluate.FILES["text"], dtype=torch.float32)
+    captions = [clips.caption(scene, i) for i, scene in enumerate(scenes)]
+    return scenes, video, codec, latent, encode_text(encoder, tokenize, captions).clone()
+
+
+def test_clips_come_back_from_the_vae(real):
+    scenes, video, codec, latent, _ = real
+    shown = data.decode_latents(codec, latent).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (shown - video).square().mean((1, 2, 3, 4)))
+    assert psnr.mean() > 23
+    marks = [judge.score(clip, scene) for clip, scene in zip(shown, scenes)]
+    assert sum(mark["motion"] + mark["background"] + mark["colour"] for mark in marks) >= 10  # of 12
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "turbo"])
+@pytest.mark.parametrize("format", ["int8_block", "int8_row"])
+def test_int8_keeps_the_velocity_of_trained_weights(real, name, format, tmp_path):
+    path = FOLDER / evaluate.FILES[name]
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there")
+    _, _, _, latent, context = real
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([0.988, 0.934, 0.853, 0.609])  # of the four steps
+    x = mix(latent, noise, time)
+    done = checkpoint.quantize(path, tmp_path / "int8.safetensors", format)
+    ours, rounded = (velocity(file, x, time, context) for file in (path, done.path))
+    assert (rounded - ours).norm() / ours.norm() < 0.05
+    # what is trained: the velocity points from the clip to the noise
+    right = (ours - (noise - latent)).square().mean((1, 2, 3, 4))
+    assert right.mean() < 0.5
+
+
+def velocity(path, x, time, context):
+    state, described = checkpoint.load(path)
+    with torch.inference_mode():
+        return WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)(x, 1000 * time, context)
