@@ -198,7 +198,7 @@ def kernels(monkeypatch):
         "int8_mm_residual": residual,
         "int8_mm_qkv": qkv,
         "quantize_block": quantized,
-        "quantize_rows": lambda x: quantized(x, True),
+        "quantize_rows": lambda x, out=None: out or quantized(x, True),
         "pays": lambda device: True,
     }.items():
         monkeypatch.setattr(fused, name, function)
