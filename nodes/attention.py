@@ -35,7 +35,9 @@ def training_free(previous):
         settings = None
         options = kwargs.get("transformer_options") or {}
         of_image = kwargs.get("low_precision_attention") is False
-        if q.ndim == 3 and not args and kwargs.get("mask") is None and _is_self_attention(q, k, options, of_image):
+        plain = q.ndim == 3 and not args and kwargs.get("mask") is None
+        # asked for [B, H, L, D], it is the given function's to answer; it is self-attention all the same
+        if plain and _is_self_attention(q, k, options, of_image) and not kwargs.get("skip_output_reshape"):
             settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
         if settings is not None and q.dtype not in DTYPES:
             log_once(f"dense attention, because q, k and v are {q.dtype}")

@@ -23,6 +23,7 @@ DEFAULTS = {
     "min_tokens": 0,
     "verbose": False,
 }
+_SIGMA = "turbowan_sigma"  # of one evaluation, in its options: (sigmas, the largest of them)
 _logged = set()
 
 
@@ -47,7 +48,7 @@ def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
     elif tokens < settings["min_tokens"]:
         reason = f"{tokens} tokens are fewer than min_tokens {settings['min_tokens']}"
     elif settings["sigma_start"] is not None or settings["sigma_end"] is not None:
-        sigma = float(transformer_options["sigmas"].max())
+        sigma = _sigma(transformer_options)
         start, end = settings["sigma_start"], settings["sigma_end"]
         if (start is not None and sigma > start) or (end is not None and sigma < end):
             reason = f"sigma {sigma:.4f} is outside start_percent..end_percent"
@@ -56,6 +57,15 @@ def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
     if settings["verbose"]:
         log_once(f"dense attention where {reason}")
     return None
+
+
+def _sigma(transformer_options):
+    """The largest sigma of this evaluation, read from the device by its first block alone: each read waits for it."""
+    sigmas = transformer_options["sigmas"]
+    known = transformer_options.get(_SIGMA)
+    if known is None or known[0] is not sigmas:
+        known = transformer_options[_SIGMA] = sigmas, float(sigmas.max())
+    return known[1]
 
 
 def _matrix(linear, device):
