@@ -103,7 +103,12 @@ def attend_block(
     if fp8:
         p = tl.permute(tl.reshape(p, (q.shape[0], BLOCK_K // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
         p = tl.reshape(p, (q.shape[0], BLOCK_K))
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    if fp8:
+        # The units of sm_89 and sm_90 add fp8 products in 13 bits and cut off the rest: over the thousands of keys of a
+        # row that would shrink the result by a percent and more. So each block is summed by itself, then in float32.
+        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, max_num_imprecise_acc=BLOCK_K)
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return top, total, acc
 
 
@@ -217,6 +222,7 @@ def attention_kernel(
 
     valid = (start + local < queries)[:, None]
     if o_scale_ptr is not None:
+        tl.static_assert(BLOCK_Q == MAP_Q, "a tile is one scale block")
         o_scale = block_scale(tl.max(tl.where(valid, magnitude(o), 0)))
         tl.store(o_scale_ptr + (batch * queries + start) // BLOCK_Q * heads + head, o_scale)
         o = to_int8(o, o_scale)
@@ -224,9 +230,10 @@ def attention_kernel(
     tl.store(o_ptr + local[:, None] * (heads * D) + d[None, :], o.to(o_ptr.dtype.element_ty), valid)
 
 
-def can_quantize(q) -> bool:
-    """True where a tile of q [B, L, H, D] is one scale block of the int8 format."""
-    return q.shape[3] == 128 and (q.shape[0] == 1 or q.shape[1] % 128 == 0)
+def can_quantize(q, low_bit=False) -> bool:
+    """True where a tile of q [B, L, H, D] is one scale block of int8; products of float32 have smaller tiles."""
+    whole = q.shape[3] == 128 and (q.shape[0] == 1 or q.shape[1] % 128 == 0)
+    return whole and (low_bit or q.dtype != torch.float32)
 
 
 def attention(
@@ -248,6 +255,8 @@ def attention(
     b, length, h, d = q.shape
     check_heads(q)
     check_raw(q, None, (), cos, sin)
+    if sums is not None and (sums.ndim != 3 or 0 in sums.shape or not eps > 0):
+        raise ValueError(f"sums must be [2 or 1, P, {b * length}] and eps above 0, got {list(sums.shape)} and {eps}")
     keys = k.shape[2]
     low_bit = k.dtype == torch.int8
     fp8 = v.dtype == torch.float8_e4m3fn
@@ -268,8 +277,11 @@ def attention(
         ("proj_bias", proj_bias, None if kv_proj is None else (d,), f32),
     ):
         _check(name, t, shape, dtype, q.device, by_stride=name in "kv")
-    if quantize and not can_quantize(q):
-        raise ValueError(f"int8 output needs head_dim 128, and tokens by 128 in a batch, got {list(q.shape)}")
+    if quantize and not can_quantize(q, low_bit):
+        raise ValueError(
+            "int8 output needs head_dim 128, tokens by 128 in a batch, and 16 bits or less in the products, got "
+            f"{q.dtype} {list(q.shape)}"
+        )
 
     single = half == f32
     mean = mean_scale = None

@@ -14,6 +14,7 @@ from .rounding import magnitude
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(1e-30)
+_LEAST = tl.constexpr(1e-20)  # of a matrix's largest magnitude: its inverse times a result stays finite
 _WEIGHT_ONE = tl.constexpr(32768.0)  # stands for a weight of 1: small weights stay normal numbers of float16
 
 
@@ -40,7 +41,7 @@ def _means_kernel(
     at = plane * D * D + d[:, None] * D + d[None, :]
     # a channel that no key has anything in: 0 / tiny = 0
     mean = tl.load(kv_ptr + at) / tl.maximum(tl.load(k_sum_ptr + plane * D + d), _TINY)[:, None]
-    bits = tl.maximum(tl.max(magnitude(mean)), magnitude(tl.full((), _TINY, tl.float32)))
+    bits = tl.maximum(tl.max(magnitude(mean)), magnitude(tl.full((), _LEAST, tl.float32)))
     amax = bits.to(tl.float32, bitcast=True)
     tl.store(mean_ptr + at, (mean / amax).to(mean_ptr.dtype.element_ty))
     tl.store(scale_ptr + tl.program_id(0), amax / _WEIGHT_ONE)

@@ -53,7 +53,7 @@ def _attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision, raw, qua
         # in TF32, where somebody has turned that on, it is still finer than the kernel, which takes it in 16 bits
         kv_proj, bias = kv @ proj_weight.float().t(), proj_bias.float().contiguous()
     # float32 values go in tiles of 64 queries, which are no scale blocks
-    by_kernel = quantize and can_quantize(q) and (low_bit or q.dtype != torch.float32)
+    by_kernel = quantize and can_quantize(q, low_bit)
     o = attention(
         q, keys, values, index, k_scale, v_scale, kv_proj, k_sum, bias,
         sums=sums, q_weight=norm_q, eps=eps, cos=cos, sin=sin, counts=counts, quantize=by_kernel,

@@ -84,8 +84,10 @@ def test_sagesla_in_the_fused_block(capability):
     compiled = check(capability, made, QK[capability], PV[capability])
     if capability in (89, 120):
         # probabilities stay in their thread: the only shuffles of a step are those of maximum and sum, two rows each
-        assert len(re.findall(r"\tSHFL", products(compiled))) == 8
+        assert len(re.findall(r"\tSHFL", products(compiled))) <= 8
         assert "PRMT" not in products(compiled)
+        # 13 bits do not hold the sum over all keys: the products of a block start at zero, not at the sum so far
+        assert re.search(r"QMMA\S* .*, RZ;", products(compiled))
 
 
 @pytest.mark.parametrize("capability", [86, 89, 100])

@@ -208,7 +208,20 @@ def test_int8_output_is_the_block_format(length, b):
 
 def test_where_int8_output_is_possible():
     shapes = [(1, 200, 2, 128), (2, 256, 2, 128), (2, 200, 2, 128), (1, 128, 2, 64)]
-    assert [can_quantize(torch.empty(s)) for s in shapes] == [True, True, False, False]
+    assert [can_quantize(torch.empty(s, dtype=torch.bfloat16)) for s in shapes] == [True, True, False, False]
+    # float32 is multiplied in tiles of 64 queries, half a scale block: it once wrote past the end of the scales
+    q, k, v = draw(256, h=2, d=128)
+    assert not can_quantize(q) and can_quantize(q, low_bit=True)
+    with pytest.raises(ValueError, match="16 bits"):
+        attention(q, in_heads(k), in_heads(v), quantize=True)
+
+
+def test_a_projection_of_zeros_adds_its_bias_to_large_values():
+    q, k, v = draw(66, d=64)
+    v = 2e4 * v
+    zeros = torch.zeros(64, 64), torch.ones(64)
+    out = attention(q, in_heads(k), in_heads(v), **linear_sums(k, v, *zeros))
+    torch.testing.assert_close(out, attention(q, in_heads(k), in_heads(v)) + 1, rtol=1e-4, atol=1e-2)
 
 
 # ---- layouts, repetition, bad numbers
@@ -262,8 +275,9 @@ def test_rows_past_the_end_do_not_make_the_scale_of_int8_output():
     q, k, v = torch.zeros(1, 3, 1, 128), torch.zeros(1, 64, 1, 128), torch.full((1, 64, 1, 128), 100.0)
     k[:, 0], q[..., 0], v[:, 0] = 0, 1, 0.01
     k[:, 0, :, 0] = 400
+    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     q_out, scale = attention(q, in_heads(k), in_heads(v), quantize=True)
-    assert scale.item() == pytest.approx(0.01 / 128, rel=1e-3) and (q_out == 127).all()
+    assert scale.item() == pytest.approx(v[0, 0, 0, 0].item() / 128, rel=1e-3) and (q_out == 127).all()
 
 
 @pytest.mark.parametrize(
