@@ -18,6 +18,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -62,12 +63,23 @@ def demo(arguments):
 def test(arguments):
     failed = check([])
     python = environment(".venv", [".[test]"])
-    failed |= call(python, "-m", "pytest", "-q", "--ignore=tests/host", *arguments)
-    if find_comfyui() is None:
-        print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host were skipped.")
-    else:
-        failed |= host(arguments)
-    return int(failed)
+    pytest = [str(python), "-m", "pytest", "-q"]
+    with tempfile.TemporaryFile() as output:
+        # compiling and interpreting the kernels takes a core as long as all the rest does
+        kernels = None
+        if not arguments:
+            kernels = subprocess.Popen([*pytest, "tests/kernels"], cwd=ROOT, stdout=output, stderr=output)
+        skipped = ["--ignore=tests/host"] + (["--ignore=tests/kernels"] if kernels else [])
+        failed |= call(*pytest, *skipped, *arguments)
+        if find_comfyui() is None:
+            print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host were skipped.")
+        else:
+            failed |= host(arguments)
+        if kernels:
+            failed |= kernels.wait()
+            output.seek(0)
+            print("tests/kernels:", output.read().decode(errors="replace"), sep="\n")
+    return int(failed != 0)
 
 
 def check(arguments):
