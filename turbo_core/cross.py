@@ -1,7 +1,7 @@
 """Cross-attention of video tokens over those of a text: dense, with the query's norm and the output's int8 in it.
 
 A Triton kernel (kernels/cross_attention.py) computes where it can, its torch twin elsewhere. The models still take
-torch's attention for this: which is faster has not been measured on a card, and `turbo-core bench attention` does.
+torch's attention for this: which is faster has not been measured on a card.
 """
 
 import torch
