@@ -14,7 +14,6 @@ from turbo_core.tiny_family import (
     TEXT_CONFIG,
     captions,
     make_tiny,
-    make_tiny_for_comfyui,
     tiny_tokenizer,
     tiny_vae,
 )
@@ -89,14 +88,3 @@ def test_an_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TurboError, match="Choose another"):
         make_tiny(tmp_path / "file" / "tiny")
-
-
-def test_for_comfyui_the_files_lie_where_its_loaders_look(tmp_path):
-    with pytest.raises(TurboError, match="models folder of a ComfyUI"):
-        make_tiny_for_comfyui(tmp_path / "models")
-    make_tiny_for_comfyui(tmp_path)
-    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(files) == 9
-    assert {"vae/tiny_wan_vae.safetensors", "text_encoders/tiny_umt5.safetensors"} < files
-    assert {f"diffusion_models/TinyWan2.1-T2V{kind}.pth" for kind in ("", "-quant")} < files
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["diffusion_models", "text_encoders", "vae"]

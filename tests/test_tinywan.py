@@ -1,7 +1,5 @@
 """The trained weights that lie in models/tinywan keep what they were measured to do; int8 keeps what they compute."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,11 +7,12 @@ pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
 from turbo_core.text import encode_text, load_text_encoder
+from turbo_core.tinywan import FILES, FOLDER
 from turbo_core.train import clips, data, evaluate, judge, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
-FOLDER = Path(__file__).parent.parent / "models" / "tinywan"
+ROWS = {"rCM, 4 steps": 10, "rCM 4 + SageSLA 0.15 + W8A8 block": 10}  # floors for shape and motion, of 16
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
 
 
@@ -23,9 +22,9 @@ def real():
     random = torch.Generator().manual_seed(77)
     scenes = clips.random_scenes(4, random)
     video = clips.render(scenes, 33, 128, 128, random)
-    codec = vae.load(FOLDER / evaluate.FILES["vae"])
+    codec = vae.load(FOLDER / FILES["vae"])
     latent = data.encode_latents(codec, video)
-    encoder, tokenize = load_text_encoder(FOLDER / evaluate.FILES["text"], dtype=torch.float32)
+    encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)
     captions = [clips.caption(scene, i) for i, scene in enumerate(scenes)]
     return scenes, video, codec, latent, encode_text(encoder, tokenize, captions).clone()
 
@@ -42,9 +41,7 @@ def test_clips_come_back_from_the_vae(real):
 @pytest.mark.parametrize("name", ["teacher", "student", "turbo"])
 @pytest.mark.parametrize("format", ["int8_block", "int8_row"])
 def test_int8_keeps_the_velocity_of_trained_weights(real, name, format, tmp_path):
-    path = FOLDER / evaluate.FILES[name]
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not there")
+    path = FOLDER / FILES[name]
     _, _, _, latent, context = real
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     time = torch.tensor([0.988, 0.934, 0.853, 0.609])  # of the four steps
@@ -57,7 +54,35 @@ def test_int8_keeps_the_velocity_of_trained_weights(real, name, format, tmp_path
     assert right.mean() < 0.5
 
 
-def velocity(path, x, time, context):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precision):
+    _, _, _, latent, context = real
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    time = torch.tensor([0.988, 0.934, 0.853, 0.609])
+    x = mix(latent, noise, time)
+    dense = velocity(FOLDER / FILES["student"], x, time, context)
+    sparse = velocity(FOLDER / FILES["turbo"], x, time, context, topk=0.15, precision=precision)
+    assert (sparse - dense).norm() / dense.norm() < 0.5
+
+
+@pytest.mark.parametrize("row", [row for row in evaluate.ROWS if row.name in ROWS], ids=lambda row: row.name)
+def test_four_steps_show_what_prompts_say(row):
+    """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
+    scenes = clips.random_scenes(evaluate.BATCH, torch.Generator().manual_seed(1000), held_out=None)
+    encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)
+    captions = [clips.caption(scene, 1000 + i) for i, scene in enumerate(scenes)]
+    context, empty = (encode_text(encoder, tokenize, texts).clone() for texts in (captions, [""]))
+    model, _ = evaluate.load_row(FOLDER, row)
+    latents = evaluate.sample_row(model, row, context, empty, 1000)
+    videos = data.decode_latents(vae.load(FOLDER / FILES["vae"]), latents)
+    marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
+    right = {name: sum(mark[name] for mark in marks) for name in marks[0]}
+    assert right["background"] >= 7 and right["colour"] >= 7, right
+    assert right["shape"] + right["motion"] >= ROWS[row.name], right
+
+
+def velocity(path, x, time, context, **attention):
     state, described = checkpoint.load(path)
+    model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
     with torch.inference_mode():
-        return WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)(x, 1000 * time, context)
+        return model(x, 1000 * time, context, **attention)

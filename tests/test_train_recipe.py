@@ -11,11 +11,11 @@ pytest.importorskip("transformers")
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.text import encode_text, load_text_encoder
-from turbo_core.train import evaluate, recipe, report
+from turbo_core.train import data, evaluate, recipe, report, teacher
 from turbo_core.vae import load_vae
 
 COUNT = 2
-ROWS = tuple(evaluate.ROWS[i] for i in (2, 8, 11))  # student, sparse, int8
+ROWS = tuple(evaluate.ROWS[i] for i in (2, 8, 10))  # student, sparse, int8
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,28 @@ def test_the_same_noise_for_every_row(family, monkeypatch):
     context = torch.randn(1, 512, 64)
     one, other = (evaluate.sample_row(model, row, context, None, seed=3) for _ in range(2))
     assert torch.equal(one, other) and not torch.equal(one, evaluate.sample_row(model, row, context, None, seed=4))
+
+
+def test_joined_data_keep_every_clips_captions():
+    def part(count, tokens, first):
+        text = torch.full((1 + 2 * count, tokens, 3), float(first))
+        latents = torch.full((count, 16, 2, 4, 4), float(first))
+        captions = 1 + torch.arange(2 * count).view(count, 2)
+        return data.Data(latents, text, torch.full((1 + 2 * count,), tokens), captions)
+
+    whole = data.joined([part(2, 5, 1), part(3, 7, 2)])
+    assert whole.latents.shape[0] == 5 and whole.text.shape == (5 + 7, 7, 3)
+    for latent, captions in zip(whole.latents, whole.captions_of):
+        for row in captions:
+            assert (whole.text[row][: whole.lengths[row]] == latent.flatten()[0]).all()
+
+
+def test_a_few_frames_of_a_clip_begin_with_its_first():
+    random = torch.Generator().manual_seed(0)
+    picks = [teacher.frames_of(9, 4, random) for _ in range(50)]
+    assert all(len(p) == 4 and p[0] == 0 and (p.diff() > 0).all() and p[-1] < 9 for p in picks)
+    assert {int(i) for p in picks for i in p} == set(range(9))
+    assert teacher.frames_of(9, 9, random).tolist() == list(range(9))
 
 
 def test_a_family_that_is_not_there(tmp_path):

@@ -25,6 +25,7 @@ from .tensor_file import open_tensors
 
 __all__ = ["Converted", "Description", "convert", "inspect", "load", "quantize"]
 
+WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, "tinywan" is that of train.clips
 FILE_VERSION = "1"  # of the convention above, in the metadata as turbowan.version
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
 _CHUNK = 1 << 24  # bytes hashed at once
@@ -129,6 +130,8 @@ def file_metadata(description: Description, format: str) -> dict[str, str]:
     config = {"num_heads": description.num_heads, "text_dim": description.text_dim}
     if config != {"num_heads": description.dim // 128, "text_dim": 4096}:
         metadata["config"] = json.dumps({"transformer": config})  # where ComfyUI looks for sizes other than Wan's own
+    if WORLD in description.metadata:
+        metadata[WORLD] = description.metadata[WORLD]
     return metadata
 
 

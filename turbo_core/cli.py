@@ -82,11 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="cuda, cuda:1; default the best there is")
     command.set_defaults(run=commands.tune)
 
-    command = verbs.add_parser("make-tiny", parents=[common], help="a complete small model family for tests")
+    command = verbs.add_parser("make-tiny", parents=[common], help="a small family with random weights, for tests")
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--comfyui", action="store_true", help="DIR is the models folder of a ComfyUI")
     command.set_defaults(run=commands.make_tiny)
+
+    command = verbs.add_parser("tinywan", parents=[common], help="TinyWan, a small trained family, into a ComfyUI")
+    command.add_argument("models", type=Path, metavar="MODELS", help="ComfyUI's models folder")
+    command.set_defaults(run=commands.install_tinywan)
 
     add_training(verbs, common)
     return parser

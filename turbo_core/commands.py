@@ -21,6 +21,7 @@ def generate(arguments) -> None:
     check_video_path(arguments.output)
     if arguments.contact_sheet:
         check_sheet_path(arguments.contact_sheet)
+    _tell_of_world(arguments)
     start = time.perf_counter()
     try:
         with progress_bars() as progress:
@@ -61,6 +62,21 @@ def generate(arguments) -> None:
             "--frames or --tiled."
         ) from error
     _report(arguments, result, time.perf_counter() - start)
+
+
+def _tell_of_world(arguments) -> None:
+    """Say so when TinyWan is asked for more than it has ever seen: it renders something all the same."""
+    from . import checkpoint
+    from .train import clips
+
+    world = checkpoint.inspect(arguments.dit).metadata.get(checkpoint.WORLD)
+    if world == clips.WORLD and clips.is_outside(arguments.prompt):
+        print(
+            "TinyWan knows only its small world, and this prompt is not of it. Name a colour "
+            f"({', '.join(clips.COLOURS)}), a shape ({', '.join(clips.SHAPES)}), a motion (moves left, right, up or "
+            f"down, bounces, orbits, grows, shrinks) and a background ({', '.join(clips.BACKGROUNDS)}).",
+            file=sys.stderr,
+        )
 
 
 def _report(arguments, result, total: float) -> None:
@@ -206,11 +222,21 @@ def doctor(arguments) -> None:
 
 
 def make_tiny(arguments) -> None:
-    from . import tiny_family
+    from .tiny_family import make_tiny
+
+    make_tiny(arguments.folder, arguments.seed, _say_file)
+
+
+def install_tinywan(arguments) -> None:
+    from .tinywan import install
+
+    install(arguments.models, _say_file)
+
+
+def _say_file(path: Path) -> None:
     from .console import human_bytes
 
-    make = tiny_family.make_tiny_for_comfyui if arguments.comfyui else tiny_family.make_tiny
-    make(arguments.folder, arguments.seed, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))
+    print(f"{path}: {human_bytes(path.stat().st_size)}")
 
 
 def bench(arguments) -> int:

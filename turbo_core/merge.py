@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import Progress, file_metadata, inspect
+from .checkpoint import WORLD, Progress, file_metadata, inspect
 from .describe import Description, describe
 from .errors import TurboError
 from .formats import FLOATS, FORMATS, PROJ_L, canonical, decode, is_delicate, is_helper
@@ -176,7 +176,7 @@ def _hollow(files, finetune, sources) -> dict[str, torch.Tensor]:
 
 
 def _describe(finetune: Description, hollow: dict) -> Description:
-    kept = {"config": finetune.metadata["config"]} if "config" in finetune.metadata else {}
+    kept = {name: finetune.metadata[name] for name in ("config", WORLD) if name in finetune.metadata}
     return describe(finetune.path, "safetensors", kept, len(hollow), hollow)
 
 

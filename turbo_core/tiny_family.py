@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -51,26 +50,6 @@ def make_tiny(folder, seed: int = 0, progress=None) -> list[Path]:
         paths.append(Path(path))
         if progress is not None:
             progress(Path(path))
-    return paths
-
-
-def make_tiny_for_comfyui(models, seed: int = 0, progress=None) -> list[Path]:
-    """The files of make_tiny that ComfyUI's loaders take, sorted into the sub-folders of its models folder."""
-    models = Path(models)
-    if not models.is_dir():
-        raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
-    kinds = {"tiny_wan_vae.safetensors": "vae", "tiny_umt5.safetensors": "text_encoders"}
-    unused = {"TinyWan2.1_VAE.pth", "tiny_umt5_enc.pth", "spiece.model"}
-    paths = []
-    with tempfile.TemporaryDirectory(dir=models) as aside:
-        for path in make_tiny(aside, seed):
-            if path.name in unused:
-                continue
-            target = models / kinds.get(path.name, "diffusion_models") / path.name
-            target.parent.mkdir(exist_ok=True)
-            paths.append(path.replace(target))
-            if progress is not None:
-                progress(target)
     return paths
 
 

@@ -1,10 +1,9 @@
-"""Renders the shipped Turbo Sampler workflow in a real ComfyUI with the small model family.
+"""Renders the shipped workflow "try it" in a real ComfyUI with TinyWan, the small trained family.
 
-    python -m tests.host.demo MODELS_FOLDER OUTPUT_FOLDER
+    python -m tests.host.demo OUTPUT_FOLDER
 
-From the repository root. MODELS_FOLDER: as `turbo-core make-tiny` writes it. Starts the ComfyUI in COMFYUI_DIR on a
-free port with this pack, runs the workflow over HTTP, writes OUTPUT_FOLDER/comfyui-demo.mp4 and stops it again. Needs
-no GPU.
+From the repository root. Starts the ComfyUI in COMFYUI_DIR on a free port with this pack, runs the workflow over HTTP,
+writes OUTPUT_FOLDER/comfyui-demo.mp4 and stops it again. Needs no GPU.
 """
 
 import argparse
@@ -18,8 +17,7 @@ from pathlib import Path
 from .. import workflow_api
 from . import server as host
 
-WORKFLOW = "turbowan_t2v_turbo_sampler"
-SIZE = (192, 112, 25)
+WORKFLOW = "turbowan_try_it"
 STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",
           "VAELoader": "VAE", "VAEDecode": "decoding", "CreateVideo": "MP4", "SaveVideo": "MP4"}  # fmt: skip
 
@@ -42,7 +40,6 @@ class Stopwatch:
 def render(server, output):
     """Run the workflow on a server; returns (the video's path in output, {stage: seconds}). Raises RuntimeError."""
     prompt = workflow_api.to_api(workflow_api.load(WORKFLOW), host.get_json(server, "/object_info"))
-    prompt = workflow_api.for_tiny_models(prompt, *SIZE, seed=0)
     watch = Stopwatch(prompt)
     run = host.run(server, prompt, watch)
     if run.status != "execution_success":
@@ -54,7 +51,6 @@ def render(server, output):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.host.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, metavar="MODELS_FOLDER")
     parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER")
     options = parser.parse_args(arguments)
     comfyui = Path(os.environ.get("COMFYUI_DIR", "")).resolve()
@@ -64,7 +60,7 @@ def main(arguments=None):
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as base:
         try:
-            server = host.start(comfyui, host.make_base(Path(base), options.models))
+            server = host.start(comfyui, host.make_base(Path(base)))
         except (OSError, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 1
@@ -77,7 +73,7 @@ def main(arguments=None):
         finally:
             host.stop(server)
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
-    print(f"{video}: {WORKFLOW} in ComfyUI, {SIZE[0]}x{SIZE[1]}, {SIZE[2]} frames")
+    print(f"{video}: {WORKFLOW} in ComfyUI")
     print(f"ComfyUI's start {started:.1f} s, {stages}")
     return 0
 

@@ -33,10 +33,6 @@ PUBLISHED = {
     "diffusion_models/wan2.1_t2v_14B_bf16.safetensors": "tiny_wan_stock_bf16.safetensors",
     "vae/wan_2.1_vae.safetensors": "tiny_wan_vae.safetensors",
     "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_umt5.safetensors",
-    # turbowan_try_it asks for the small family by its own names
-    "diffusion_models/TinyWan2.1-T2V-quant.pth": "TinyWan2.1-T2V-quant.pth",
-    "vae/tiny_wan_vae.safetensors": "tiny_wan_vae.safetensors",
-    "text_encoders/tiny_umt5.safetensors": "tiny_umt5.safetensors",
 }
 LORAS = (
     "loras/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
@@ -84,8 +80,11 @@ class Run:
         return [path for path in paths if path.suffix == ".mp4"]
 
 
-def make_base(base, tiny, copies=("ComfyUI-TurboWan",)):
-    """A ComfyUI base directory: the pack once per name, the small family as published, LoRAs and two pictures."""
+def make_base(base, tiny=None, copies=("ComfyUI-TurboWan",)):
+    """A ComfyUI base directory: the pack once per name, TinyWan, the random family of a folder `tiny` as
+    published, LoRAs and two pictures."""
+    from turbo_core import tinywan
+
     for name in copies:
         for part in PARTS:
             if (PACK / part).is_dir():
@@ -94,10 +93,11 @@ def make_base(base, tiny, copies=("ComfyUI-TurboWan",)):
             elif (PACK / part).is_file():
                 (base / "custom_nodes" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(PACK / part, base / "custom_nodes" / name / part)
-    for published, file in PUBLISHED.items():
+    for published, file in PUBLISHED.items() if tiny else ():
         target = base / "models" / published
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny / file, target)
+    tinywan.install(base / "models")
     for seed, lora in enumerate(LORAS):
         _write_lora(base / "models" / lora, seed)
     _write_pictures(base / "input")

@@ -9,6 +9,7 @@ import random
 
 import torch
 
+WORLD = "tinywan"  # in the metadata of models that know nothing else, see checkpoint.WORLD
 COLOURS = {
     "red": (0.90, 0.10, 0.10), "green": (0.10, 0.75, 0.15), "blue": (0.15, 0.30, 0.95), "yellow": (0.95, 0.85, 0.10),
     "magenta": (0.90, 0.15, 0.85), "cyan": (0.10, 0.85, 0.90), "orange": (1.00, 0.50, 0.05),

@@ -34,7 +34,7 @@ def add_verbs(verbs, common) -> None:
 
     _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
     distill = _add_stage(
-        stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 1e-3, 5e-4
+        stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
     )
     distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
     distill.add_argument("--sigma-max", type=float, default=80.0, help="default %(default)s; 200 for image-to-video")

@@ -18,12 +18,13 @@ GRID = 24  # finite steps from noise to clip
 
 
 def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, guidance=GUIDANCE, sigma_max=80.0,
-          alone=0.25, weight=1.0, muon_lr=1e-3, lr=5e-4, decay=0.99, seed=0, seconds=None, device="cpu",
+          alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, seed=0, seconds=None, device="cpu",
           shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
     student, teacher, fake: TrainWan models with the same weights to begin with; the teacher is not changed. alone:
-    share of the steps with consistency only. weight: of distribution matching. kept_frames: see teacher.train.
+    share of the steps with consistency only. weight: of distribution matching. ahead: how many times faster the fake
+    score learns; where it lags behind the student, clips oversaturate and grow a grid. kept_frames: see teacher.train.
     """
     engine.frozen(teacher.requires_grad_(False).eval(), shard)
     for model in (student, fake):
@@ -31,7 +32,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
     wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
     average = optim.Average(student)
     optimizer = optim.Both(student, muon_lr, lr, optim.in_blocks)
-    fake_optimizer = optim.Both(fake, muon_lr, lr, optim.in_blocks)
+    fake_optimizer = optim.Both(fake, ahead * muon_lr, ahead * lr, optim.in_blocks)
     empty = data_module.text_rows(data, torch.zeros(1, dtype=torch.long), device)
 
     def step_of(step):

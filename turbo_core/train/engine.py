@@ -37,6 +37,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def wait() -> None:
     """Until every process is here."""
     if dist.is_initialized():

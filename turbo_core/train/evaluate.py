@@ -13,18 +13,12 @@ from .. import checkpoint, pipeline
 from ..errors import TurboError
 from ..schedule import rcm_sigmas
 from ..text import encode_text, load_text_encoder
+from ..tinywan import FILES
 from ..video import complete_or_nothing
 from ..wan import WanModel
 from . import clips, data, judge, vae
 from .teacher import GUIDANCE, SHIFT
 
-FILES = {
-    "teacher": "TinyWan2.1-T2V-teacher.safetensors",
-    "student": "TinyWan2.1-T2V-rCM.safetensors",
-    "turbo": "TinyWan2.1-T2V.safetensors",
-    "vae": "TinyWan2.1_VAE.safetensors",
-    "text": "TinyWan_umt5.safetensors",
-}
 FRAMES, SIDE, BATCH = 33, 128, 8
 SIGMA_MAX = 80.0
 
@@ -43,15 +37,14 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("teacher, 50 steps, guidance 3", "teacher", 50, GUIDANCE),
-    Row("teacher, 8 steps, guidance 3", "teacher", 8, GUIDANCE),
+    Row("teacher, 4 steps, guidance 3", "teacher", 4, GUIDANCE),
     Row("rCM, 4 steps", "student", 4),
     Row("rCM, 3 steps", "student", 3),
     Row("rCM, 2 steps", "student", 2),
     Row("rCM, 1 step", "student", 1),
     Row("rCM 4 + SLA top-k 1.0", "turbo", 4, topk=1.0),
     Row("rCM 4 + SLA top-k 0.3", "turbo", 4, topk=0.3),
-    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, topk=0.15),
-    Row("rCM 4 + SLA top-k 0.1", "turbo", 4, topk=0.1),
+    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, topk=0.15),  # one of nine key blocks, as top-k 0.1 would be
     Row("rCM 4 + SageSLA top-k 0.15", "turbo", 4, topk=0.15, precision="int8"),
     Row("rCM 4 + W8A8 block", "student", 4, format="int8_block"),
     Row("rCM 4 + W8A8 row", "student", 4, format="int8_row"),

@@ -50,6 +50,6 @@ def save_model(model, path, world: str = "") -> Path:
     config = json.dumps({"transformer": {"num_heads": model.num_heads, "text_dim": text_dim}})
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     stream_safetensors(
-        path, layout, state.items(), {"format": "pt", "config": config} | ({"turbowan.world": world} if world else {})
+        path, layout, state.items(), {"format": "pt", "config": config} | ({checkpoint.WORLD: world} if world else {})
     )
     return Path(path)

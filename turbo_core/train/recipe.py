@@ -12,21 +12,21 @@ import torch
 from ..errors import TurboError
 from ..text import load_text_encoder
 from ..video import complete_or_nothing
-from . import curves, data, distill, engine, models, sparsify, teacher, text, vae
+from . import clips, curves, data, distill, engine, models, sparsify, teacher, text, vae
 from .evaluate import FILES
 
-WORLD = "tinywan"  # turbowan.world in the metadata: what clips.is_outside judges prompts by
 # steps and sizes of each stage; batches are of one process. "cpu" is meant for two cores and three hours, "gpu" for one
 # card; "try" shows in a minute that all of it works, and learns nothing
 PRESETS = {
     "cpu": {
-        "vae": {"dim": 8, "steps": 1800, "image_steps": 600},
-        "decoder": {"steps": 1500, "image_steps": 0, "muon_lr": 0.012, "lr": 1.2e-3},
+        "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
+        "decoder": {"steps": 1400, "image_steps": 0, "muon_lr": 0.012, "lr": 1.2e-3},
         "text": {"steps": 300},
-        "data": {"count": 1000},
+        "data": {"count": 2800},
         "teacher": [
-            {"steps": 1500, "batch": 24, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3, "decay": 0.996},
-            {"steps": 2500, "batch": 8, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.99},
+            {"steps": 900, "batch": 12, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3, "decay": 0.996},
+            {"steps": 1600, "batch": 12, "kept_frames": 5, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.995},
+            {"steps": 1000, "batch": 8, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.995},
         ],
         "distill": [{"steps": 600, "batch": 8}],
         "sparsify": {"steps": 300, "batch": 8},
@@ -77,12 +77,8 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
         state, history = text.train(work / "text", **settings["text"], seed=seed, log=_named(log, "text encoder"))
         _write(lambda path: text.save(state, path), files["text"], history)
     encoded = work / "data.safetensors"
-    if not encoded.exists() and engine.rank() == 0:
-        encoder, tokenize = load_text_encoder(files["text"], dtype=torch.float32)
-        data.save(
-            data.make_clips(vae.load(files["vae"]), encoder, tokenize, **settings["data"], seed=seed, log=log), encoded
-        )
-    engine.wait()
+    if not encoded.exists():
+        _encode(files, encoded, settings["data"], seed, log)
     known = data.load(encoded)
 
     if not files["teacher"].exists():
@@ -92,7 +88,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
                 model.train().requires_grad_(True), known, work / f"teacher{i}", **stage, seed=seed + i, device=device,
                 log=_named(log, f"teacher {i + 1}"),
             )  # fmt: skip
-        _write(lambda path: models.save_model(model, path, WORLD), files["teacher"], history)
+        _write(lambda path: models.save_model(model, path, clips.WORLD), files["teacher"], history)
     if not files["student"].exists():
         student, fake, guide = (models.load_model(files["teacher"], device) for _ in range(3))
         for i, stage in enumerate(settings["distill"]):
@@ -100,7 +96,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
                 student.train().requires_grad_(True), guide, fake, known, work / f"distill{i}", **stage, seed=seed + i,
                 device=device, log=_named(log, f"rCM {i + 1}"),
             )  # fmt: skip
-        _write(lambda path: models.save_model(student, path, WORLD), files["student"], history)
+        _write(lambda path: models.save_model(student, path, clips.WORLD), files["student"], history)
     if not files["turbo"].exists():
         sparse, dense = (
             models.load_model(files["student"], device, sla=True),
@@ -110,8 +106,24 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
             sparse, dense, known, work / "sparsify", **settings["sparsify"], seed=seed, device=device,
             log=_named(log, "SLA"),
         )  # fmt: skip
-        _write(lambda path: models.save_model(sparse, path, WORLD), files["turbo"], history)
+        _write(lambda path: models.save_model(sparse, path, clips.WORLD), files["turbo"], history)
     return list(files.values())
+
+
+def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
+    """Encode clips for the transformer, every process its share of them."""
+    processes = engine.processes()
+    parts = [target.with_name(f"data{rank}of{processes}.safetensors") for rank in range(processes)]
+    part = parts[engine.rank()]
+    if not part.exists():
+        encoder, tokenize = load_text_encoder(files["text"], dtype=torch.float32)
+        count = -(-sizes["count"] // processes)
+        options = sizes | {"count": count, "seed": seed * processes + engine.rank()}
+        data.save(data.make_clips(vae.load(files["vae"]), encoder, tokenize, **options, log=_named(log, "data")), part)
+    engine.wait()
+    if engine.rank() == 0:
+        data.save(data.joined([data.load(part) for part in parts]), target)
+    engine.wait()
 
 
 def _claim(work: Path, settings: dict) -> None:

@@ -19,10 +19,12 @@ def times(count: int, random: torch.Generator) -> torch.Tensor:
 
 
 def frames_of(total: int, kept: int, random: torch.Generator):
-    """Which latent frames a batch shows: all, or `kept` of them in order, spread over the clip."""
+    """Which latent frames a batch shows: all, or `kept` of them in order: the first, which is one picture and unlike
+    the others, and a random choice of the rest."""
     if kept >= total:
         return torch.arange(total)
-    return torch.randperm(total, generator=random)[:kept].sort().values
+    others = 1 + torch.randperm(total - 1, generator=random)[: kept - 1].sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.long), others])
 
 
 def mix(clean, noise, t):

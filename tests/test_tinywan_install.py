@@ -1,0 +1,35 @@
+"""turbo-core tinywan puts the trained family where ComfyUI's loaders look."""
+
+import pytest
+
+from turbo_core import tinywan
+from turbo_core.cli import main
+from turbo_core.errors import TurboError
+
+pytestmark = pytest.mark.skipif(not tinywan.FOLDER.is_dir(), reason="this copy comes without models/tinywan")
+
+
+def test_every_file_lies_where_its_loader_looks(tmp_path):
+    assert main(["tinywan", str(tmp_path)]) == 0
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert files == [
+        "diffusion_models/TinyWan2.1-T2V-rCM.safetensors",
+        "diffusion_models/TinyWan2.1-T2V-teacher.safetensors",
+        "diffusion_models/TinyWan2.1-T2V.safetensors",
+        "text_encoders/TinyWan_umt5.safetensors",
+        "vae/TinyWan2.1_VAE.safetensors",
+    ]
+    for file in files:
+        copy = tmp_path / file
+        assert copy.read_bytes() == (tinywan.FOLDER / copy.name).read_bytes()
+
+
+def test_bad_input_names_the_cure(tmp_path, monkeypatch):
+    with pytest.raises(TurboError, match="models folder of a ComfyUI"):
+        tinywan.install(tmp_path / "none")
+    (tmp_path / "vae").write_text("a file")
+    with pytest.raises(TurboError, match="rights"):
+        tinywan.install(tmp_path)
+    monkeypatch.setattr(tinywan, "FOLDER", tmp_path / "gone")
+    with pytest.raises(TurboError, match="Clone the repository"):
+        tinywan.install(tmp_path)

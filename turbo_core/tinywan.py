@@ -1,0 +1,42 @@
+"""TinyWan, the small trained family in models/tinywan of this repository, and its way into a ComfyUI."""
+
+import shutil
+from pathlib import Path
+
+from .errors import TurboError
+from .video import complete_or_nothing
+
+FOLDER = Path(__file__).resolve().parent.parent / "models" / "tinywan"
+FILES = {
+    "teacher": "TinyWan2.1-T2V-teacher.safetensors",
+    "student": "TinyWan2.1-T2V-rCM.safetensors",
+    "turbo": "TinyWan2.1-T2V.safetensors",
+    "vae": "TinyWan2.1_VAE.safetensors",
+    "text": "TinyWan_umt5.safetensors",
+}
+_PLACES = {"vae": "vae", "text": "text_encoders"}  # the others: diffusion_models
+
+
+def install(models, progress=None) -> list[Path]:
+    """Copy the family into the sub-folders of a ComfyUI's models folder; returns the copies.
+
+    progress: callable (path), after each file. Raises TurboError when models is no folder or cannot be written, and
+    where the family is missing.
+    """
+    models, copies = Path(models), []
+    if not models.is_dir():
+        raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
+    if not FOLDER.is_dir():
+        raise TurboError(f"This copy of TurboWan comes without {FOLDER}. Clone the repository, or install the pack.")
+    for kind, name in FILES.items():
+        target = models / _PLACES.get(kind, "diffusion_models") / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+            with complete_or_nothing(target) as part:
+                shutil.copyfile(FOLDER / name, part)
+        except OSError as error:
+            raise TurboError(f"Could not write {target} ({error}). Check its rights and the free space.") from error
+        copies.append(target)
+        if progress is not None:
+            progress(target)
+    return copies
