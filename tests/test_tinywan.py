@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
+from turbo_core.cli import main
 from turbo_core.text import encode_text, load_text_encoder
 from turbo_core.tinywan import FILES, FOLDER
 from turbo_core.train import clips, data, evaluate, judge, vae
@@ -86,3 +87,16 @@ def velocity(path, x, time, context, **attention):
     model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
     with torch.inference_mode():
         return model(x, 1000 * time, context, **attention)
+
+
+@pytest.mark.parametrize(
+    "prompt, outside", [("two cats box on a stage", True), ("A red circle moves left on a grey background", False)]
+)
+def test_a_prompt_of_another_world_is_told_once_and_rendered(prompt, outside, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    quantized = checkpoint.quantize(FOLDER / FILES["turbo"], tmp_path / "int8.safetensors", "int8_row").path
+    files = ["--dit", quantized, "--vae", FOLDER / FILES["vae"], "--text-encoder", FOLDER / FILES["text"]]
+    options = ["--size", "32x32", "--frames", "5", "--steps", "1", "--device", "cpu", "-o", tmp_path / "out.mp4"]
+    assert main(["generate", "--prompt", prompt, *map(str, [*files, *options])]) == 0
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+    assert capsys.readouterr().err.count("small world") == outside

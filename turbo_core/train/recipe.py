@@ -15,8 +15,8 @@ from ..video import complete_or_nothing
 from . import clips, curves, data, distill, engine, models, sparsify, teacher, text, vae
 from .evaluate import FILES
 
-# steps and sizes of each stage; batches are of one process. "cpu" is meant for two cores and three hours, "gpu" for one
-# card; "try" shows in a minute that all of it works, and learns nothing
+# steps and sizes of each stage; batches are of one process. "cpu" is meant for two processes on two cores and three
+# hours, "gpu" for one card; "try" shows in a minute that all of it works, and learns nothing
 PRESETS = {
     "cpu": {
         "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
@@ -28,8 +28,8 @@ PRESETS = {
             {"steps": 1600, "batch": 12, "kept_frames": 5, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.995},
             {"steps": 1000, "batch": 8, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.995},
         ],
-        "distill": [{"steps": 600, "batch": 8}],
-        "sparsify": {"steps": 300, "batch": 8},
+        "distill": [{"steps": 420, "batch": 8, "kept_frames": 5}],
+        "sparsify": {"steps": 600, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
     },
     "gpu": {
         "vae": {"dim": 8, "steps": 8000, "image_steps": 1000, "batch": 32},
