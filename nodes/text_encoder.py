@@ -42,8 +42,8 @@ class TurboTextEncoderLoader(io.ComfyNode):
             node_id="TurboTextEncoderLoader",
             display_name="Turbo Text Encoder Loader",
             category="model/loaders",
-            description="Loads Wan's umT5 text encoder as CLIPLoader with type wan does, and small ones made by "
-            "turbo-core make-tiny, which CLIPLoader does not take.",
+            description="Loads Wan's umT5 text encoder as CLIPLoader with type wan does, and small ones such "
+            "as TinyWan's, which CLIPLoader does not take.",
             search_aliases=["umt5", "TurboWan", "load clip"],
             inputs=[
                 io.Combo.Input(

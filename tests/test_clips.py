@@ -44,6 +44,8 @@ def test_a_caption_names_what_is_there():
 def test_prompts_of_another_world_are_recognized():
     assert clips.is_outside("two stylish cats box on a stage")
     assert clips.is_outside("a red circle")  # no motion, no background
+    assert clips.is_outside("A red cat sleeps on the black sofa.")  # articles and prepositions name nothing
+    assert clips.is_outside("A woman with a white dress walks to the navy car")
     assert not clips.is_outside("A red circle moves left on a grey background")
 
 

@@ -24,6 +24,7 @@ from turbo_core import checkpoint, stream_safetensors
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.tiny_family import make_tiny
+from turbo_core.tinywan import FILES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,8 +132,9 @@ def test_the_shipped_package_has_all_that_runs_and_little_else():
     code = {f for f in git("ls-files") if re.match(r"(nodes|turbo_core|kernels|web|workflows|locales)/", f)}
     assert len(code) > 60 and any(f.startswith("web/docs/") for f in code)
     roots = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"}
-    assert files == code | roots
-    assert sum((ROOT / f).stat().st_size for f in files if (ROOT / f).exists()) < 6e6
+    family = {f"models/tinywan/{name}" for name in ["README.md", *FILES.values()]}
+    assert files == code | roots | family
+    assert sum((ROOT / f).stat().st_size for f in files if (ROOT / f).exists()) < 20e6
 
 
 def test_names_suit_windows():

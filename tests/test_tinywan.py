@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 
@@ -13,7 +14,8 @@ from turbo_core.train import clips, data, evaluate, judge, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
-ROWS = {"rCM, 4 steps": 10, "rCM 4 + SageSLA 0.15 + W8A8 block": 10}  # floors for shape and motion, of 16
+# least number of attributes that are right, of 32; 25 and 28 were measured, chance is 6
+ROWS = {"rCM, 4 steps": 21, "rCM 4 + SageSLA 0.15 + W8A8 block": 23}
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
 
 
@@ -56,14 +58,20 @@ def test_int8_keeps_the_velocity_of_trained_weights(real, name, format, tmp_path
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precision):
+def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precision, tmp_path):
     _, _, _, latent, context = real
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
     time = torch.tensor([0.988, 0.934, 0.853, 0.609])
     x = mix(latent, noise, time)
     dense = velocity(FOLDER / FILES["student"], x, time, context)
-    sparse = velocity(FOLDER / FILES["turbo"], x, time, context, topk=0.15, precision=precision)
-    assert (sparse - dense).norm() / dense.norm() < 0.5
+    state, _ = checkpoint.load(FOLDER / FILES["turbo"])
+    blank = {name: torch.zeros_like(tensor) if "proj_l" in name else tensor for name, tensor in state.items()}
+    save_file(blank, tmp_path / "blank.safetensors", {"config": '{"transformer": {"num_heads": 2, "text_dim": 64}}'})
+    far = {}
+    for name, path in (("trained", FOLDER / FILES["turbo"]), ("blank", tmp_path / "blank.safetensors")):
+        sparse = velocity(path, x, time, context, topk=0.15, precision=precision)
+        far[name] = ((sparse - dense).norm() / dense.norm()).item()
+    assert far["trained"] < 0.36 and far["trained"] < 0.8 * far["blank"], far  # 0.31 and 0.46
 
 
 @pytest.mark.parametrize("row", [row for row in evaluate.ROWS if row.name in ROWS], ids=lambda row: row.name)
@@ -77,9 +85,8 @@ def test_four_steps_show_what_prompts_say(row):
     latents = evaluate.sample_row(model, row, context, empty, 1000)
     videos = data.decode_latents(vae.load(FOLDER / FILES["vae"]), latents)
     marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
-    right = {name: sum(mark[name] for mark in marks) for name in marks[0]}
-    assert right["background"] >= 7 and right["colour"] >= 7, right
-    assert right["shape"] + right["motion"] >= ROWS[row.name], right
+    right = {name: sum(mark[name] for mark in marks) for name in clips.ATTRIBUTES}
+    assert sum(right.values()) >= ROWS[row.name], right
 
 
 def velocity(path, x, time, context, **attention):
@@ -90,7 +97,8 @@ def velocity(path, x, time, context, **attention):
 
 
 @pytest.mark.parametrize(
-    "prompt, outside", [("two cats box on a stage", True), ("A red circle moves left on a grey background", False)]
+    "prompt, outside",
+    [("A red cat sleeps on the black sofa", True), ("A red circle moves left on a grey background", False)],
 )
 def test_a_prompt_of_another_world_is_told_once_and_rendered(prompt, outside, tmp_path, capsys):
     pytest.importorskip("diffusers")

@@ -53,6 +53,8 @@ def test_the_report(family, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "SIDE", 64)
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS[:1], log=lambda line: None)
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS, log=lambda line: None)  # only what is missing
+    with pytest.raises(TurboError, match="other files or prompts"):
+        evaluate.evaluate(family, tmp_path, COUNT + 1, rows=ROWS, log=lambda line: None)
     assert [row["name"] for row in found] == ["VAE", *(row.name for row in ROWS)]
     assert all(0 <= row["low"] <= row["all"] <= row["high"] <= 1 for row in found)
     assert found == json.loads((tmp_path / "quality.json").read_text())
@@ -83,6 +85,35 @@ def test_joined_data_keep_every_clips_captions():
     for latent, captions in zip(whole.latents, whole.captions_of):
         for row in captions:
             assert (whole.text[row][: whole.lengths[row]] == latent.flatten()[0]).all()
+
+
+def test_processes_share_the_encoding_and_a_kill_costs_one_part(tmp_path, monkeypatch):
+    made = []
+
+    def make(codec, encoder, tokenize, count, seed):
+        made.append(seed)
+        latents = torch.full((count, 16, 2, 4, 4), float(seed))
+        text = torch.full((1 + count, 5, 3), float(seed))
+        return data.Data(latents, text, torch.full((1 + count,), 5), 1 + torch.arange(count)[:, None])
+
+    monkeypatch.setattr(recipe.data, "make_clips", make)
+    monkeypatch.setattr(recipe.vae, "load", lambda path: None)
+    monkeypatch.setattr(recipe, "load_text_encoder", lambda path, dtype: (None, None))
+    monkeypatch.setattr(recipe.engine, "processes", lambda: 2)
+    sizes, target = {"count": 250}, tmp_path / "data.safetensors"
+
+    def encode(rank):
+        monkeypatch.setattr(recipe.engine, "rank", lambda: rank)
+        recipe._encode({"vae": "", "text": ""}, target, sizes, 0, lambda line: None)
+
+    encode(1)
+    assert made == [1] and not target.exists()
+    monkeypatch.setattr(recipe.engine, "processes", lambda: 1)  # killed, and started again with one
+    encode(0)
+    assert sorted(made) == [0, 1, 2] and list(tmp_path.iterdir()) == [target]
+    whole = data.load(target)
+    assert whole.latents[:, 0, 0, 0, 0].tolist() == [0.0] * 100 + [1.0] * 100 + [2.0] * 50
+    assert (whole.text[whole.captions_of[:, 0], 0, 0] == whole.latents[:, 0, 0, 0, 0]).all()
 
 
 def test_a_few_frames_of_a_clip_begin_with_its_first():

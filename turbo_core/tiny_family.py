@@ -1,4 +1,4 @@
-"""A complete small Wan family in the published file layouts, random weights from a seed: for tests and the demo."""
+"""A complete small Wan family in the published file layouts, random weights from a seed: for tests."""
 
 import io
 import itertools

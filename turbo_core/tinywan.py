@@ -26,8 +26,11 @@ def install(models, progress=None) -> list[Path]:
     models, copies = Path(models), []
     if not models.is_dir():
         raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
-    if not FOLDER.is_dir():
-        raise TurboError(f"This copy of TurboWan comes without {FOLDER}. Clone the repository, or install the pack.")
+    missing = [name for name in FILES.values() if not (FOLDER / name).is_file()]
+    if missing:
+        raise TurboError(
+            f"This copy of TurboWan comes without {FOLDER / missing[0]}. Clone the repository, or reinstall the pack."
+        )
     for kind, name in FILES.items():
         target = models / _PLACES.get(kind, "diffusion_models") / name
         try:
@@ -35,7 +38,10 @@ def install(models, progress=None) -> list[Path]:
             with complete_or_nothing(target) as part:
                 shutil.copyfile(FOLDER / name, part)
         except OSError as error:
-            raise TurboError(f"Could not write {target} ({error}). Check its rights and the free space.") from error
+            raise TurboError(
+                f"Could not write {target} ({error}). Check its rights and the free space, and stop a ComfyUI that has "
+                "the file open."
+            ) from error
         copies.append(target)
         if progress is not None:
             progress(target)

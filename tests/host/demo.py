@@ -61,13 +61,13 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory() as base:
         try:
             server = host.start(comfyui, host.make_base(Path(base)))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
         started = time.perf_counter() - began
         try:
             video, seconds = render(server, options.output)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             return 1
         finally:

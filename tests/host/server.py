@@ -97,6 +97,7 @@ def make_base(base, tiny=None, copies=("ComfyUI-TurboWan",)):
         target = base / "models" / published
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny / file, target)
+    (base / "models").mkdir(parents=True, exist_ok=True)
     tinywan.install(base / "models")
     for seed, lora in enumerate(LORAS):
         _write_lora(base / "models" / lora, seed)

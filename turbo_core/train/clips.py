@@ -51,6 +51,12 @@ _BACKGROUND_WORDS = {
     "navy": ("on a navy background", "in front of a navy wall", "over a plain navy backdrop"),
     "brown": ("on a brown background", "in front of a brown wall", "over a plain brown backdrop"),
 }
+# the words of those phrases that tell a shape or a motion from anything else
+_SHAPE_NAMES = {"circle", "disc", "square", "block", "triangle", "cross"}
+_MOTION_NAMES = {
+    "left", "right", "up", "down", "top", "bottom", "upwards", "downwards", "bounces", "bouncing", "orbit", "orbits",
+    "orbiting", "circles", "grows", "growing", "swells", "shrinks", "shrinking", "dwindles",
+}  # fmt: skip
 _OPENINGS = ("", "A short video. ", "In this clip, ", "Simple animation: ")
 _ENDINGS = (
     "", " The camera does not move.", " The picture is clean, with soft even light.",
@@ -103,9 +109,7 @@ def words_of(text: str) -> set[str]:
 def is_outside(prompt: str) -> bool:
     """True when a prompt names no colour, shape, motion and background that TinyWan was shown."""
     words = words_of(prompt)
-    tables = (_SHAPE_WORDS, _MOTION_WORDS)
-    known = [set().union(*(words_of(phrase) for row in table.values() for phrase in row)) for table in tables]
-    return not (words & set(COLOURS) and words & set(BACKGROUNDS) and all(words & names for names in known))
+    return not all(words & named for named in (set(COLOURS), _SHAPE_NAMES, _MOTION_NAMES, set(BACKGROUNDS)))
 
 
 def paths(motion: torch.Tensor, frames: int, travel=1.0, phase=0.0):

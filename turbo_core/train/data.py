@@ -124,15 +124,13 @@ def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
     return torch.cat(videos)
 
 
-def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, seed=0, log=print) -> Data:
+def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, seed=0) -> Data:
     """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each."""
     random = torch.Generator().manual_seed(seed)
     scenes = clips.random_scenes(count, random)
     latents = []
     for some in scenes.split(4):
         latents.append(encode_latents(vae, clips.render(some, frames, side, side, random)).to(torch.bfloat16))
-        if len(latents) % 25 == 0:
-            log(f"encoded {4 * len(latents)}/{count} clips")
     words = [
         clips.caption(scene, seed * count + i * wordings + w) for i, scene in enumerate(scenes) for w in range(wordings)
     ]

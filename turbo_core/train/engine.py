@@ -4,6 +4,7 @@ A step draws everything random from generator(seed, step), so that a run which w
 checkpoint makes the same weights as one that was never interrupted.
 """
 
+import datetime
 import os
 import pickle
 import time
@@ -50,7 +51,8 @@ def wait() -> None:
 def start_processes(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # one process may have clips to encode that the others encoded before a kill
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)

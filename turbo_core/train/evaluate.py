@@ -1,5 +1,6 @@
 """The quality report: how much of a prompt comes true at each acceleration, read by the judge."""
 
+import hashlib
 import itertools
 import json
 import tempfile
@@ -65,6 +66,11 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
         raise TurboError(f"{folder} lacks {missing[0]}: train it with turbo-core train tiny, or name another folder.")
     out.mkdir(parents=True, exist_ok=True)
     report = read(out / "quality.json")
+    of = _digest(folder, count, seed)
+    if any(row.get("of") != of for row in report):
+        raise TurboError(
+            f"{out / 'quality.json'} is a report of other files or prompts. Choose another folder, or remove it."
+        )
     random = torch.Generator().manual_seed(seed)
     scenes = clips.random_scenes(count, random, held_out=None)
     captions = [clips.caption(scene, seed + i) for i, scene in enumerate(scenes)]
@@ -73,7 +79,7 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
     empty = encode_text(encoder, tokenize, [""])
     decoder = vae.load(folder / FILES["vae"])
     if not any(row["name"] == "VAE" for row in report):
-        report.append(_vae_row(decoder, scenes[:32], folder / FILES["vae"]))
+        report.append(_vae_row(decoder, scenes[:32], folder / FILES["vae"]) | {"of": of})
         _keep(report, out)
     for row in rows:
         if any(done["name"] == row.name for done in report):
@@ -88,7 +94,7 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
             videos = data.decode_latents(decoder, latents)
             marks += [judge.score(video, scene) for video, scene in zip(videos, scenes[part])]
             log(f"{row.name}: {len(marks)}/{count}, {sum(mark['all'] for mark in marks)} all right")
-        report.append(_summary(row, marks, scenes, seconds / count, size))
+        report.append(_summary(row, marks, scenes, seconds / count, size) | {"of": of})
         _keep(report, out)
     return report
 
@@ -153,8 +159,22 @@ def _scores(name: str, marks: list[dict]) -> dict:
 
 def _summary(row: Row, marks, scenes, seconds: float, size: int) -> dict:
     held = [mark["all"] for mark, scene in zip(marks, scenes) if clips.is_held_out(scene)]
+    motions = {}
+    for mark, scene in zip(marks, scenes):
+        right = motions.setdefault(clips.describe(scene)["motion"], [0, 0])
+        right[0] += mark["motion"]
+        right[1] += 1
     extra = {"held_out": sum(held), "held_out_count": len(held), "seconds": round(seconds, 3), "bytes": size}
+    extra["motions"] = motions  # {motion: [read back, asked for]}
     return _scores(row.name, marks) | {"steps": row.steps} | extra
+
+
+def _digest(folder: Path, count: int, seed: int) -> str:
+    """Tells apart what reports are about: the files of the family and the prompts."""
+    digest = hashlib.sha256(f"{count} {seed}".encode())
+    for name in FILES.values():
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _keep(report: list[dict], out: Path) -> None:

@@ -17,6 +17,7 @@ from .evaluate import FILES
 
 # steps and sizes of each stage; batches are of one process. "cpu" is meant for two processes on two cores and three
 # hours, "gpu" for one card; "try" shows in a minute that all of it works, and learns nothing
+_PART = 100  # clips encoded into one file
 PRESETS = {
     "cpu": {
         "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
@@ -111,18 +112,22 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -
 
 
 def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
-    """Encode clips for the transformer, every process its share of them."""
-    processes = engine.processes()
-    parts = [target.with_name(f"data{rank}of{processes}.safetensors") for rank in range(processes)]
-    part = parts[engine.rank()]
-    if not part.exists():
-        encoder, tokenize = load_text_encoder(files["text"], dtype=torch.float32)
-        count = -(-sizes["count"] // processes)
-        options = sizes | {"count": count, "seed": seed * processes + engine.rank()}
-        data.save(data.make_clips(vae.load(files["vae"]), encoder, tokenize, **options, log=_named(log, "data")), part)
+    """Encode clips for the transformer, some at a time: what is done survives a kill, and any number of processes
+    makes the same data."""
+    count = sizes["count"]
+    parts = [target.with_name(f"data{i:04d}.safetensors") for i in range(-(-count // _PART))]
+    todo = [i for i, part in enumerate(parts) if i % engine.processes() == engine.rank() and not part.exists()]
+    if todo:
+        codec, (encoder, tokenize) = vae.load(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
+        for i in todo:
+            options = sizes | {"count": min(_PART, count - i * _PART), "seed": seed * 10_000 + i}
+            data.save(data.make_clips(codec, encoder, tokenize, **options), parts[i])
+            log(f"data: part {i + 1} of {len(parts)}")
     engine.wait()
     if engine.rank() == 0:
         data.save(data.joined([data.load(part) for part in parts]), target)
+        for part in parts:
+            part.unlink()
     engine.wait()
 
 
