@@ -58,7 +58,7 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
     row, and a second call measures only what is missing there.
 
     count: prompts, the same ones, with the same noise, for every row; a sixteenth are combinations that training
-    never saw. Raises TurboError when a file is missing.
+    never saw. Raises TurboError when a file is missing, and when out holds a report of other files or prompts.
     """
     folder, out = Path(folder), Path(out)
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
