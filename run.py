@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 OUTPUT = ROOT / "output"
 TINYWAN = ROOT / "models" / "tinywan"
-DEMO_PROMPT = "A vivid orange circle glides from left to right over a plain navy backdrop. The camera does not move."
+DEMO_PROMPT = "A bright red circle rises towards the top over a plain navy backdrop. The camera does not move."
 # of ComfyUI's requirements what our tests do not use (torchvision and torchaudio have no build for every torch)
 HOST_SKIPS = ("torch", "torchvision", "torchaudio", "spandrel", "pyopengl", "comfy-angle",
               "comfyui-workflow-templates", "comfyui-embedded-docs")  # fmt: skip
