@@ -77,10 +77,7 @@ def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precisio
 @pytest.mark.parametrize("row", [row for row in evaluate.ROWS if row.name in ROWS], ids=lambda row: row.name)
 def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
-    scenes = clips.random_scenes(evaluate.BATCH, torch.Generator().manual_seed(1000), held_out=None)
-    encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)
-    captions = [clips.caption(scene, 1000 + i) for i, scene in enumerate(scenes)]
-    context, empty = (encode_text(encoder, tokenize, texts).clone() for texts in (captions, [""]))
+    scenes, _, context, empty = evaluate.prompts(FOLDER, evaluate.BATCH, 1000)
     model, _ = evaluate.load_row(FOLDER, row)
     latents = evaluate.sample_row(model, row, context, empty, 1000)
     videos = data.decode_latents(vae.load(FOLDER / FILES["vae"]), latents)

@@ -11,6 +11,7 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
+from tests.kernels.sla_attends import recorded  # noqa: E402
 from turbo_core import block_select, sla, sla_kernels  # noqa: E402
 from turbo_core.errors import TurboError  # noqa: E402
 from turbo_core.int8 import dequantize_block  # noqa: E402
@@ -20,14 +21,7 @@ from turbo_core.kernels import block_map, launch  # noqa: E402
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """One entry for each attention that the kernels computed."""
-    calls, real = [], sla_kernels.attend
-
-    def attend(q, *args, **kwargs):
-        calls.append(tuple(q.shape))
-        return real(q, *args, **kwargs)
-
-    monkeypatch.setattr(sla_kernels, "attend", attend)
-    return calls
+    return recorded(monkeypatch)
 
 
 def draw(length, h=1, d=64, dtype=torch.float32):

@@ -8,6 +8,7 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
+from tests.kernels.sla_attends import recorded  # noqa: E402
 from turbo_core import sla, sla_kernels, sla_torch  # noqa: E402
 from turbo_core.int8 import dequantize_block  # noqa: E402
 from turbo_core.wan import WanModel  # noqa: E402
@@ -22,14 +23,7 @@ def poison():
 @pytest.fixture
 def launched(monkeypatch, poison):
     """One entry for each attention that the kernels computed."""
-    calls, real = [], sla_kernels.attend
-
-    def attend(q, *args, **kwargs):
-        calls.append(tuple(q.shape))
-        return real(q, *args, **kwargs)
-
-    monkeypatch.setattr(sla_kernels, "attend", attend)
-    return calls
+    return recorded(monkeypatch)
 
 
 def draw(length, keys=None, b=1, h=2, d=64, dtype=torch.float32, seed=0):

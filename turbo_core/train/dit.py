@@ -18,9 +18,6 @@ _BLOCK_Q, _BLOCK_K = 128, 64
 class TrainBlock(Block):
     """A block of WanModel with a backward pass, see TrainWan."""
 
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-
     def forward(self, x, modulation, context, pads, rope, topk=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + modulation).to(x.dtype).chunk(6, 1)
         y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1

@@ -71,12 +71,7 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
         raise TurboError(
             f"{out / 'quality.json'} is a report of other files or prompts. Choose another folder, or remove it."
         )
-    random = torch.Generator().manual_seed(seed)
-    scenes = clips.random_scenes(count, random, held_out=None)
-    captions = [clips.caption(scene, seed + i) for i, scene in enumerate(scenes)]
-    encoder, tokenize = load_text_encoder(folder / FILES["text"], dtype=torch.float32)
-    context = torch.cat([encode_text(encoder, tokenize, captions[i : i + 32]) for i in range(0, count, 32)])
-    empty = encode_text(encoder, tokenize, [""])
+    scenes, _, context, empty = prompts(folder, count, seed)
     decoder = vae.load(folder / FILES["vae"])
     if not any(row["name"] == "VAE" for row in report):
         report.append(_vae_row(decoder, scenes[:32], folder / FILES["vae"]) | {"of": of})
@@ -97,6 +92,16 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
         report.append(_summary(row, marks, scenes, seconds / count, size) | {"of": of})
         _keep(report, out)
     return report
+
+
+def prompts(folder, count: int, seed: int = 1000):
+    """(scenes, captions, context [count, 512, text_dim], context of the empty prompt) of a report; fewer are the first
+    ones of more."""
+    scenes = clips.random_scenes(count, torch.Generator().manual_seed(seed), held_out=None)
+    captions = [clips.caption(scene, seed + i) for i, scene in enumerate(scenes)]
+    encoder, tokenize = load_text_encoder(Path(folder) / FILES["text"], dtype=torch.float32)
+    context = torch.cat([encode_text(encoder, tokenize, captions[i : i + 32]) for i in range(0, count, 32)])
+    return scenes, captions, context.clone(), encode_text(encoder, tokenize, [""]).clone()
 
 
 def sample_row(model: WanModel, row: Row, context, empty, seed: int) -> torch.Tensor:

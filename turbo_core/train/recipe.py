@@ -11,9 +11,9 @@ import torch
 
 from ..errors import TurboError
 from ..text import load_text_encoder
+from ..tinywan import FILES
 from ..video import complete_or_nothing
 from . import clips, curves, data, distill, engine, models, sparsify, teacher, text, vae
-from .evaluate import FILES
 
 # steps and sizes of each stage; batches are of one process. "cpu" is meant for two processes on two cores and three
 # hours, "gpu" for one card; "try" shows in a minute that all of it works, and learns nothing

@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 
 from ..errors import TurboError, missing_library
-from ..text import encode_text, load_text_encoder
 from ..video import complete_or_nothing, to_frames
-from . import clips, data, vae
+from . import clips, data, evaluate, vae
 from .evaluate import FILES, ROWS, load_row, sample_row
 
 _INK, _FAINT, _BAR, _HELD = (28, 28, 36), (140, 140, 150), (37, 87, 167), (190, 208, 235)
@@ -97,12 +96,7 @@ def _bar(pen, font, row: dict, top: int) -> None:
 
 def _clips(folder: Path, rows, prompts: int, seed: int):
     """({row's name: clips [prompts, 3, T, H, W]}, captions) of the first prompts of the report."""
-    random = torch.Generator().manual_seed(seed)
-    scenes = clips.random_scenes(prompts, random, held_out=None)
-    captions = [clips.caption(scene, seed + i) for i, scene in enumerate(scenes)]
-    encoder, tokenize = load_text_encoder(folder / FILES["text"], dtype=torch.float32)
-    context = encode_text(encoder, tokenize, captions).clone()
-    empty = encode_text(encoder, tokenize, [""]).clone()
+    _, captions, context, empty = evaluate.prompts(folder, prompts, seed)
     decoder = vae.load(folder / FILES["vae"])
     videos = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The block format as a comfy_kitchen tensor: everything the host does with a weight, without the host."""
+"""The block format as a comfy_kitchen tensor, and the row format beside comfy_kitchen's own: what the host brings."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("comfy_kitchen", reason="comfy_kitchen is not installed")
 
 from turbo_core import layout
-from turbo_core.int8 import dequantize_block, int8_linear, quantize_block
+from turbo_core.int8 import dequantize_block, int8_linear, quantize_block, quantize_rows
 
 
 @pytest.fixture
@@ -101,3 +101,12 @@ def test_requantizing_after_a_lora(weight, quantized):
 def test_a_given_scale_is_refused(weight):
     with pytest.raises(ValueError, match="recalculate"):
         layout.QuantizedTensor.from_float(weight, layout.NAME, scale=torch.ones(1))
+
+
+def test_row_format_is_the_hosts_own():
+    from comfy_kitchen.backends.eager import quantization as host
+
+    for seed, (m, k) in enumerate([(1, 1), (5, 127), (129, 300), (64, 1536)]):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+        for ours, theirs in zip(quantize_rows(x), host.quantize_int8_rowwise(x)):
+            assert torch.equal(ours, theirs)
