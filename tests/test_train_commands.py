@@ -26,12 +26,13 @@ def tiny(tmp_path_factory):
         (videos / f"{seed}.txt").write_text(f"a red circle number {seed}\n")
     write_video(videos / "no caption.mp4", frames)
     assert encode(folder) == 0
+    assert encode(folder, "--image", out="images.safetensors") == 0
     return folder
 
 
-def encode(folder, *more):
+def encode(folder, *more, out="data.safetensors"):
     arguments = ["--vae", folder / "tiny_wan_vae.safetensors", "--text-encoder", folder / "tiny_umt5.safetensors"]
-    arguments += ["--size", "64x48", "--frames", "5", "--device", "cpu", "-o", folder / "data.safetensors", *more]
+    arguments += ["--size", "64x48", "--frames", "5", "--device", "cpu", "-o", folder / out, *more]
     return main(["train", "data", str(folder / "videos"), *map(str, arguments)])
 
 
@@ -64,6 +65,28 @@ def test_a_stage_makes_a_checkpoint_of_the_same_family(stage, tiny, tmp_path, ca
     assert "new.safetensors" in capsys.readouterr().out
 
 
+def test_the_first_frame_is_what_an_image_to_video_model_is_given(tiny):
+    plain, made = (data.load(tiny / name) for name in ("data.safetensors", "images.safetensors"))
+    assert plain.images is None and torch.equal(made.latents, plain.latents)
+    assert made.images.shape == (2, 20, 2, 6, 8)
+    mask, image = made.images.split((4, 16), 1)
+    assert (mask[:, :, 0] == 1).all() and (mask[:, :, 1:] == 0).all()
+    assert torch.equal(image[:, :, 0], made.latents[:, :, 0])  # the VAE is causal: the first frame is alone
+    assert not torch.equal(image[:, :, 1], made.latents[:, :, 1])
+
+
+@pytest.mark.parametrize("stage", ["teacher", "distill", "sparsify"])
+def test_two_experts_become_two_files(stage, tiny, tmp_path, capsys):
+    names = [tiny / f"TinyWan2.2-I2V-{noise}.pth" for noise in ("high", "low")]
+    more = ["--model", names[0], "--model-low", names[1], "--data", tiny / "images.safetensors"]
+    assert train(stage, tiny, tmp_path, *more, "--output-low", tmp_path / "low.safetensors") == 0
+    paths = [tmp_path / "new.safetensors", tmp_path / "low.safetensors"]
+    assert capsys.readouterr().out.split()[-2:] == [str(path) for path in paths]
+    for path, old in zip(paths, names):
+        new, old = checkpoint.inspect(path), checkpoint.inspect(old)
+        assert (new.family, new.task, new.in_dim, new.has_sla) == (old.family, "i2v", 36, old.has_sla)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -75,10 +98,14 @@ def test_a_stage_makes_a_checkpoint_of_the_same_family(stage, tiny, tmp_path, ca
         (["--steps", "0"], "at least 1"),
         (["--lr", "0"], "above 0"),
         (["--topk", "1.5"], "topk"),
+        (["--boundary", "900"], "between 0 and 1"),
+        (["--data", "{tiny}/images.safetensors"], "without for others"),
+        (["--model-low", "{tiny}/TinyWan2.2-I2V-low.pth"], "--output-low belong together"),
+        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/new.safetensors"], "Give each expert its own"),
     ],
 )
 def test_bad_input(more, message, tiny, tmp_path, capsys):
-    assert train("sparsify", tiny, tmp_path, *(word.format(tiny=tiny) for word in more)) == 2
+    assert train("sparsify", tiny, tmp_path, *(word.format(tiny=tiny, out=tmp_path) for word in more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new.safetensors").exists()
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,11 @@ def test_two_processes(shard, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("teacher", "student", "sparse"):
+    for name in ("teacher", "student", "sparse", "experts"):
         first, second = ((tmp_path / f"{name}{rank}.safetensors").read_bytes() for rank in (0, 1))
         assert first == second, name
+        # the file that all processes wrote together
+        saved, held = load_file(tmp_path / f"{name}.safetensors"), load_file(tmp_path / f"{name}0.safetensors")
+        for key, tensor in saved.items():
+            assert torch.equal(tensor, held.get(key, held.get(f"high.{key}")).to(tensor.dtype)), key
+    assert len(load_file(tmp_path / "experts-low.safetensors")) == len(saved)

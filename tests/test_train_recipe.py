@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.text import encode_text, load_text_encoder
-from turbo_core.train import data, evaluate, recipe, report, teacher
+from turbo_core.train import data, evaluate, recipe, report
 from turbo_core.vae import load_vae
 
 COUNT = 2
@@ -118,10 +118,10 @@ def test_processes_share_the_encoding_and_a_kill_costs_one_part(tmp_path, monkey
 
 def test_a_few_frames_of_a_clip_begin_with_its_first():
     random = torch.Generator().manual_seed(0)
-    picks = [teacher.frames_of(9, 4, random) for _ in range(50)]
+    picks = [data.frames_of(9, 4, random) for _ in range(50)]
     assert all(len(p) == 4 and p[0] == 0 and (p.diff() > 0).all() and p[-1] < 9 for p in picks)
     assert {int(i) for p in picks for i in p} == set(range(9))
-    assert teacher.frames_of(9, 9, random).tolist() == list(range(9))
+    assert data.frames_of(9, 9, random).tolist() == list(range(9))
 
 
 def test_a_family_that_is_not_there(tmp_path):

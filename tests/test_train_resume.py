@@ -6,20 +6,26 @@ import torch
 from turbo_core.errors import TurboError
 from turbo_core.train import data, distill, engine, sparsify, teacher
 from turbo_core.train.dit import TrainWan
+from turbo_core.train.experts import Experts
 
 STEPS = 6
 
 
-def model():
+def model(**more):
     torch.manual_seed(0)
-    return TrainWan(64, 96, 1, 2, text_dim=8, sla=True)
+    return TrainWan(64, 96, 1, 2, text_dim=8, sla=True, **more)
 
 
-def clips():
+def pair():
+    return Experts(model(in_dim=36), model(in_dim=36))
+
+
+def clips(images=False):
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(6, 16, 3, 4, 4, generator=random)
     text = torch.randn(7, 5, 8, generator=random)
-    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None])
+    conditions = torch.randn(6, 20, 3, 4, 4, generator=random) if images else None
+    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None], conditions)
 
 
 def stages(folder, steps=STEPS):
@@ -28,6 +34,7 @@ def stages(folder, steps=STEPS):
         "teacher": lambda: teacher.train(model(), clips(), folder, steps, kept_frames=2, **quiet),
         "distill": lambda: distill.train(model(), model(), model(), clips(), folder, steps, **quiet),
         "sparsify": lambda: sparsify.train(model(), model(), clips(), folder, steps, topk=0.5, **quiet),
+        "two experts": lambda: distill.train(pair(), pair(), pair(), clips(images=True), folder, steps, **quiet),
     }
 
 
@@ -35,7 +42,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["teacher", "distill", "sparsify"])
+@pytest.mark.parametrize("stage", ["teacher", "distill", "sparsify", "two experts"])
 def test_killed_and_resumed_is_the_same_bit_for_bit(stage, tmp_path, monkeypatch):
     whole, history = stages(tmp_path / "whole")[stage]()
     real, calls = engine.generator, []
@@ -58,7 +65,8 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(stage, tmp_path, monkeypatch
     assert again == history
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(one, other), name
-    moved = [not torch.equal(a, b) for a, b in zip(whole.parameters(), model().parameters())]
+    before = pair() if stage == "two experts" else model()
+    moved = [not torch.equal(a, b) for a, b in zip(whole.parameters(), before.parameters())]
     assert sum(moved) > len(moved) / 2
 
 

@@ -28,16 +28,19 @@ def add_verbs(verbs, common) -> None:
     encode.add_argument("--tokenizer", type=Path)
     encode.add_argument("--size", default="832x480", help="default %(default)s")
     encode.add_argument("--frames", type=int, default=81, help="4n + 1; default %(default)s")
+    encode.add_argument("--image", action="store_true", help="their first frames too, for an image-to-video model")
     encode.add_argument("--device", help="default the best there is")
     encode.add_argument("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")
     encode.set_defaults(run=run_data)
 
-    _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
+    teacher = _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
     distill = _add_stage(
         stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
     )
     distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
     distill.add_argument("--sigma-max", type=float, default=80.0, help="default %(default)s; 200 for image-to-video")
+    for command in (teacher, distill):
+        command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p takes 5")
     sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
     sparsify.add_argument(
         "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
@@ -54,9 +57,12 @@ def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
     command = stages.add_parser(name, parents=[common], help=text)
     add = command.add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="float weights to start from")
+    add("--model-low", type=Path, metavar="FILE", help="the low-noise expert's, where --model is the high-noise one's")
+    add("--boundary", type=float, default=0.9, help="time at which the experts change; default %(default)s")
     add("--data", type=Path, required=True, metavar="DATA.safetensors", help="from turbo-core train data")
     add("--work", type=Path, required=True, metavar="DIR", help="checkpoints; started again it resumes from there")
     add("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    add("--output-low", type=Path, metavar="OUT.safetensors", help="for the low-noise expert")
     add("--steps", type=int, default=1000, help="default %(default)s")
     add("--batch", type=int, default=8, help="clips a step, of each process; default %(default)s")
     add("--muon-lr", type=float, default=muon_lr, help="of the blocks' matrices; default %(default)s")
@@ -86,37 +92,54 @@ def run_data(arguments) -> None:
     size, device = parse_size(arguments.size), pick_device(arguments.device)
     made = videos.encode(
         arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
-        log=_say(),
+        arguments.image, log=_say(),
     )  # fmt: skip
     data.save(made, arguments.output)
     print(f"{arguments.output}: {len(made.latents)} clips, latents {list(made.latents.shape[1:])}")
 
 
 def run_stage(arguments) -> None:
-    """teacher, distill or sparsify: a model and a data set in, a model out."""
+    """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
     from . import curves, data, distill, engine, models, sparsify, teacher
 
     _check_numbers(arguments)
+    files, outputs = _files(arguments)
     device = engine.start_processes(arguments.device)
     known = data.load(arguments.data)
-    data.check_fits(known, arguments.model)
+    for path in files:
+        data.check_fits(known, path)
+
+    def load(sla=False):
+        return models.load_models(files, arguments.boundary, device, sla, arguments.checkpointing)
+
     sla = arguments.stage == "sparsify"
-    model = models.load_model(arguments.model, device, sla)
-    model.checkpointing = arguments.checkpointing
+    model = load(sla)
     names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
     options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
+    if not sla:
+        options["shift"] = arguments.shift
     if arguments.stage == "teacher":
         average, history = teacher.train(model, known, arguments.work, **options)
     elif sla:
-        dense = models.load_model(arguments.model, device)
-        average, history = sparsify.train(model, dense, known, arguments.work, topk=arguments.topk, **options)
+        average, history = sparsify.train(model, load(), known, arguments.work, topk=arguments.topk, **options)
     else:
-        guide, fake = (models.load_model(arguments.model, device) for _ in range(2))
         options |= {"guidance": arguments.guidance, "sigma_max": arguments.sigma_max}
-        average, history = distill.train(model, guide, fake, known, arguments.work, **options)
+        average, history = distill.train(model, load(), load(), known, arguments.work, **options)
+    models.save_models(average, outputs)
     if engine.rank() == 0:
         curves.draw(history, arguments.work / "curves.png")
-        print(models.save_model(average, arguments.output))
+        print(*outputs, sep="\n")
+
+
+def _files(arguments) -> tuple[list[Path], list[Path]]:
+    """(models to read, files to write): one of each, or both experts'."""
+    if (arguments.model_low is None) != (arguments.output_low is None):
+        raise TurboError("--model-low and --output-low belong together: give both for two experts, or neither.")
+    if arguments.model_low is None:
+        return [arguments.model], [arguments.output]
+    if arguments.output == arguments.output_low:
+        raise TurboError(f"--output and --output-low are the same file, {arguments.output}. Give each expert its own.")
+    return [arguments.model, arguments.model_low], [arguments.output, arguments.output_low]
 
 
 def _check_numbers(arguments) -> None:
@@ -127,6 +150,10 @@ def _check_numbers(arguments) -> None:
     for name in ("muon_lr", "lr"):
         if not 0 < getattr(arguments, name) < 1:
             raise TurboError(f"--{name.replace('_', '-')} must be above 0 and below 1, got {getattr(arguments, name)}.")
+    if getattr(arguments, "shift", 1.0) <= 0:
+        raise TurboError(f"--shift must be above 0, got {arguments.shift}.")
+    if not 0 < arguments.boundary < 1:
+        raise TurboError(f"--boundary is a time between 0 and 1, got {arguments.boundary}.")
     if not 0 < getattr(arguments, "topk", 1.0) <= 1:
         raise TurboError(f"--topk is the share of key blocks to keep, above 0 and up to 1, got {arguments.topk}.")
 

@@ -16,22 +16,26 @@ from ..video import complete_or_nothing
 from . import clips
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
+_SMALL = ("latents", "text", "images")  # in bfloat16
 
 
 class Data(NamedTuple):
     """latents [N, 16, T, H, W] normalized; text [M, tokens, text_dim], of which lengths [M] are a caption's;
-    captions_of int64 [N, k]: rows of text that describe each clip. Row 0 of text is the empty caption."""
+    captions_of int64 [N, k]: rows of text that describe each clip. Row 0 of text is the empty caption.
+    images [N, 20, T, H, W]: what an image-to-video model is given of each clip, see pipeline.encode_image; None for
+    text-to-video."""
 
     latents: torch.Tensor
     text: torch.Tensor
     lengths: torch.Tensor
     captions_of: torch.Tensor
+    images: torch.Tensor | None = None
 
 
 def save(data: Data, path) -> None:
-    """Write a data set as safetensors, latents and text in bfloat16."""
-    state = {name: getattr(data, name).contiguous() for name in _NAMES}
-    state |= {name: state[name].to(torch.bfloat16) for name in ("latents", "text")}
+    """Write a data set as safetensors, latents, text and images in bfloat16."""
+    state = {name: tensor.contiguous() for name, tensor in data._asdict().items() if tensor is not None}
+    state |= {name: state[name].to(torch.bfloat16) for name in _SMALL if name in state}
     try:
         with complete_or_nothing(path) as part:
             save_file(state, part, {"format": "pt"})
@@ -48,7 +52,7 @@ def load(path) -> Data:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise TurboError(f"data: {path} cannot be read ({error}). Make it again.") from error
-    if set(found) != set(_NAMES) or found["latents"].ndim != 5 or found["text"].ndim != 3:
+    if set(found) - {"images"} != set(_NAMES) or found["latents"].ndim != 5 or found["text"].ndim != 3:
         raise TurboError(f"data: {path} is no training data, expected the tensors {', '.join(_NAMES)}.")
     return Data(**found)
 
@@ -62,6 +66,7 @@ def joined(parts: list[Data]) -> Data:
         torch.cat([F.pad(part.text, (0, 0, 0, longest - part.text.shape[1])) for part in parts]),
         torch.cat([part.lengths for part in parts]),
         torch.cat([part.captions_of + start for part, start in zip(parts, starts)]),
+        None if parts[0].images is None else torch.cat([part.images for part in parts]),
     )
 
 
@@ -69,20 +74,41 @@ def check_fits(data: Data, model) -> None:
     """Raise TurboError unless the transformer in the file `model` takes what the data holds."""
     described = checkpoint.inspect(model)
     channels, text_dim = data.latents.shape[1], data.text.shape[2]
+    if data.images is not None:
+        channels += data.images.shape[1]
     if (described.in_dim, described.text_dim) != (channels, text_dim):
         raise TurboError(
             f"{model} takes {described.in_dim} latent channels and text of {described.text_dim}, the data has "
-            f"{channels} and {text_dim}: encode it with this model's own VAE and text encoder."
+            f"{channels} and {text_dim}: encode it with this model's own VAE and text encoder, with --image for an "
+            "image-to-video model (36 channels) and without for others (16)."
         )
 
 
-def batch(data: Data, count: int, random: torch.Generator, dropout: float = 0.0, device="cpu"):
-    """(latents, context, lengths) of random clips, each with one of its captions, or with the empty one."""
+def batch(data: Data, count: int, random: torch.Generator, dropout=0.0, kept_frames: int | None = None, device="cpu"):
+    """(latents, what a TrainWan is told about them) of random clips.
+
+    They are told, by name: context and lengths of one of the clip's captions, or with the probability dropout of the
+    empty one; frames, the places of the kept_frames latent frames that the batch shows; y, where there are images.
+    """
     rows = torch.randint(len(data.latents), (count,), generator=random)
     wording = torch.randint(data.captions_of.shape[1], (count,), generator=random)
     empty = torch.rand(count, generator=random) < dropout
     captions = data.captions_of[rows, wording].masked_fill(empty, 0)
-    return (data.latents[rows].float().to(device), *text_rows(data, captions, device))
+    frames = frames_of(data.latents.shape[2], kept_frames, random)
+    context, lengths = text_rows(data, captions, device)
+    told = {"context": context, "lengths": lengths, "frames": frames.to(device)}
+    if data.images is not None:
+        told["y"] = data.images[rows][:, :, frames].float().to(device)
+    return data.latents[rows][:, :, frames].float().to(device), told
+
+
+def frames_of(total: int, kept: int | None, random: torch.Generator):
+    """Which latent frames a batch shows: all, or `kept` of them in order: the first, which is one picture and unlike
+    the others, and a random choice of the rest."""
+    if kept is None or kept >= total:
+        return torch.arange(total)
+    others = 1 + torch.randperm(total - 1, generator=random)[: kept - 1].sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.long), others])
 
 
 def text_rows(data: Data, rows: torch.Tensor, device="cpu"):

@@ -12,19 +12,20 @@ from ..schedule import MAX_STEPS, rcm_sigmas
 from . import data as data_module
 from . import engine, optim
 from .dit import train_dense
-from .teacher import GUIDANCE, SHIFT, frames_of, guided, mix, times
+from .teacher import GUIDANCE, SHIFT, guided, mix, shifted, times
 
 GRID = 24  # finite steps from noise to clip
 
 
-def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, guidance=GUIDANCE, sigma_max=80.0,
-          alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, seed=0, seconds=None, device="cpu",
-          shard=False, log=print):  # fmt: skip
+def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None, guidance=GUIDANCE, sigma_max=80.0,
+          shift=SHIFT, alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, seed=0, seconds=None,
+          device="cpu", shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
-    student, teacher, fake: TrainWan models with the same weights to begin with; the teacher is not changed. alone:
-    share of the steps with consistency only. weight: of distribution matching. ahead: how many times faster the fake
-    score learns; where it lags behind the student, clips oversaturate and grow a grid. kept_frames: see teacher.train.
+    student, teacher, fake: TrainWan models, or Experts, with the same weights to begin with; the teacher is not
+    changed. alone: share of the steps with consistency only. weight: of distribution matching. ahead: how many times
+    faster the fake score learns; where it lags behind the student, clips oversaturate and grow a grid. kept_frames,
+    shift: see teacher.train.
     """
     engine.frozen(teacher.requires_grad_(False).eval(), shard)
     for model in (student, fake):
@@ -37,31 +38,28 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
 
     def step_of(step):
         random = engine.generator(seed, step)
-        clean, context, lengths = data_module.batch(data, batch, random, 0.0, device)
-        frames = frames_of(clean.shape[2], kept_frames, random).to(device)
-        clean = clean[:, :, frames]
-        text = {"context": context, "lengths": lengths, "frames": frames}
+        clean, told = data_module.batch(data, batch, random, 0.0, kept_frames, device)
 
         def noise():
             return torch.randn(clean.shape, generator=random).to(device)
 
         values = {}
         with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
-            loss = _consistency(wrapped, teacher, clean, noise(), text, empty, guidance, random)
+            loss = _consistency(wrapped, teacher, clean, noise(), told, empty, guidance, shift, random)
             values["consistency"] = loss.item()
             if step >= alone * steps:
                 count = engine.shared(seed, step, MAX_STEPS)
-                made = generate(wrapped, clean.shape, sigma_max, text, count, noise)
-                push, values["apart"] = _matching(made, teacher, fake, noise(), text, empty, guidance, random)
+                made = generate(wrapped, clean.shape, sigma_max, told, count, noise)
+                push, values["apart"] = _matching(made, teacher, fake, noise(), told, empty, guidance, shift, random)
                 loss = loss + weight * push
             loss.backward()
         rate = optim.schedule(step, steps, decay_from=0.7)
         values["gradient"] = optimizer.step(rate)
         average.follow(student, min(decay, (1 + step) / (10 + step)))
         if step >= alone * steps:
-            clip, other, t = made.detach(), noise(), times(batch, random).to(device)
+            clip, other, t = made.detach(), noise(), times(batch, random, shift).to(device)
             with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
-                velocity = wrapped_fake(mix(clip, other, t), 1000 * t, **text)
+                velocity = wrapped_fake(mix(clip, other, t), 1000 * t, **told)
             loss = (velocity.float() - (other - clip)).square().mean()
             loss.backward()
             fake_optimizer.step(rate)
@@ -79,49 +77,43 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=99, 
     return average.copy_into(student), history
 
 
-def clean_of(model, x, t, text, **options):
+def clean_of(model, x, t, told, **options):
     """The clip that a student sees in x at times t [B]: x - t * velocity."""
-    return x - t.view(-1, 1, 1, 1, 1) * model(x, 1000 * t, **text, **options).float()
+    return x - t.view(-1, 1, 1, 1, 1) * model(x, 1000 * t, **told, **options).float()
 
 
-def _shifted(u):
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
-
-
-def _consistency(student, teacher, clean, noise, text, empty, guidance, random):
+def _consistency(student, teacher, clean, noise, told, empty, guidance, shift, random):
     """Mean square, in units of velocity, between the student at t and the student one teacher's step further."""
     u = torch.rand(len(clean), generator=random).to(clean) * 0.99 + 0.01
-    now, after = _shifted(u), _shifted((u - 1 / GRID).clamp_min(0))
+    now, after = shifted(u, shift), shifted((u - 1 / GRID).clamp_min(0), shift)
     x = mix(clean, noise, now)
     with torch.no_grad():
-        options = {"frames": text["frames"]}
-        velocity = guided(teacher, x, now, text["context"], text["lengths"], empty, guidance, **options).float()
+        velocity = guided(teacher, x, now, told, empty, guidance)
         further = x - (now - after).view(-1, 1, 1, 1, 1) * velocity
-        target = clean_of(student, further, after, text)
+        target = clean_of(student, further, after, told)
         wanted = (x - target) / now.view(-1, 1, 1, 1, 1)
-    return (student(x, 1000 * now, **text).float() - wanted).square().mean()
+    return (student(x, 1000 * now, **told).float() - wanted).square().mean()
 
 
-def generate(student, shape, sigma_max, text, count: int, noise):
+def generate(student, shape, sigma_max, told, count: int, noise):
     """The student's clips after `count` of its steps, with a gradient through the last of them."""
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
     x = noise() * sigmas[0]
     for i, sigma in enumerate(sigmas[:count]):
         at = torch.full((shape[0],), sigma, device=x.device)
         with torch.set_grad_enabled(i == count - 1):
-            made = clean_of(student, x, at, text)
+            made = clean_of(student, x, at, told)
         x = mix(made, noise(), torch.full_like(at, sigmas[i + 1]))
     return made
 
 
-def _matching(made, teacher, fake, noise, text, empty, guidance, random):
+def _matching(made, teacher, fake, noise, told, empty, guidance, shift, random):
     """(loss whose gradient is the difference of the two scores, normalized; mean distance of the two)."""
     with torch.no_grad():
-        t = times(len(made), random).to(made).clamp(0.02, 0.98)
+        t = times(len(made), random, shift).to(made).clamp(0.02, 0.98)
         x = mix(made.detach(), noise, t)
-        options = {"frames": text["frames"]}
-        real = guided(teacher, x, t, text["context"], text["lengths"], empty, guidance, **options).float()
-        unreal = fake(x, 1000 * t, **text).float()
+        real = guided(teacher, x, t, told, empty, guidance)
+        unreal = fake(x, 1000 * t, **told).float()
         at = t.view(-1, 1, 1, 1, 1)
         real, unreal = x - at * real, x - at * unreal
         scale = (made - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-3)

@@ -128,7 +128,7 @@ def _agreed(decision: bool) -> bool:
 
 def save(parts: dict, history: list, path: Path) -> None:
     """Write a checkpoint aside and rename it, from the first process."""
-    states = {name: optim.whole(part.state_dict()) for name, part in parts.items()}
+    states = {name: optim.whole(part.state_dict(), keep=rank() == 0) for name, part in parts.items()}
     if rank() == 0:
         try:
             with complete_or_nothing(path) as part, open(part, "wb") as file:

@@ -1,7 +1,6 @@
 """Transformers in and out of training: float32 copies to train, bfloat16 files that every loader takes."""
 
 import json
-from pathlib import Path
 
 import torch
 
@@ -9,7 +8,9 @@ from .. import checkpoint
 from ..errors import TurboError
 from ..formats import PROJ_L, is_delicate
 from ..stream_safetensors import stream_safetensors
+from . import engine
 from .dit import TrainWan, trainable
+from .experts import Experts
 from .optim import whole
 
 TINY = {"dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 6, "text_dim": 64}
@@ -37,19 +38,36 @@ def load_model(path, device="cpu", sla: bool = False) -> TrainWan:
     return trainable(state, description.num_heads, device, sla)
 
 
-def save_model(model, path, world: str = "") -> Path:
+def load_models(paths, boundary: float, device="cpu", sla=False, checkpointing=False) -> TrainWan | Experts:
+    """One checkpoint, or the high- and the low-noise expert's, to train on; see load_model."""
+    loaded = [load_model(path, device, sla) for path in paths]
+    for model in loaded:
+        model.checkpointing = checkpointing
+    return Experts(*loaded, boundary) if loaded[1:] else loaded[0]
+
+
+def save_models(model: TrainWan | Experts, paths, world: str = "") -> None:
+    """Write a model to its path, or experts to theirs, high noise first; see save_model."""
+    for part, path in zip([model.high, model.low] if isinstance(model, Experts) else [model], paths):
+        save_model(part, path, world)
+
+
+def save_model(model: TrainWan, path, world: str = "") -> None:
     """Write bfloat16 safetensors under the official names; norms, modulation and proj_l stay float32.
 
-    world: kept in the metadata as turbowan.world, the vocabulary that a model is confined to.
+    Where processes share the weights all of them must call it; the first one writes. world: kept in the metadata as
+    turbowan.world, the vocabulary that a model is confined to.
     """
-    state = {}
-    for name, tensor in whole(model.state_dict()).items():
+    state, layout = model.state_dict(), {}
+    for name, tensor in state.items():
         exact = is_delicate(name) or PROJ_L in name
-        state[name] = tensor.to(torch.float32 if exact else torch.bfloat16).contiguous()
+        layout[name] = (torch.float32 if exact else torch.bfloat16), tuple(tensor.shape)
     text_dim = model.text_embedding[0].in_features
     config = json.dumps({"transformer": {"num_heads": model.num_heads, "text_dim": text_dim}})
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    stream_safetensors(
-        path, layout, state.items(), {"format": "pt", "config": config} | ({checkpoint.WORLD: world} if world else {})
-    )
-    return Path(path)
+    metadata = {"format": "pt", "config": config} | ({checkpoint.WORLD: world} if world else {})
+    tensors = ((name, whole(tensor).to(layout[name][0]).contiguous()) for name, tensor in state.items())
+    if engine.rank() == 0:
+        stream_safetensors(path, layout, tensors, metadata)
+    else:
+        for _ in tensors:  # shards are gathered by all processes together
+            pass

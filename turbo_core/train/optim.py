@@ -96,12 +96,17 @@ def like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
 
 
-def whole(state):
-    """A state dict, however nested, with whole tensors on the CPU: every process must call it."""
+def whole(state, keep: bool = True):
+    """A state dict, however nested, with whole tensors on the CPU: every process must call it.
+
+    keep False: None in place of each tensor, in processes that only help another one to gather them.
+    """
     if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
+        return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
+        return type(state)(whole(value, keep) for value in state)
     if isinstance(state, DTensor):
         state = state.full_tensor()
-    return state.detach().cpu() if isinstance(state, torch.Tensor) else state
+    if not isinstance(state, torch.Tensor):
+        return state
+    return state.detach().cpu() if keep else None

@@ -1,4 +1,5 @@
-"""Stage 5: sparse-linear attention, learned from the dense student alone: no clips are needed, only captions."""
+"""Stage 5: sparse-linear attention, learned from the dense student alone: no clips are needed, only their captions
+and, for image-to-video, their first pictures."""
 
 import torch
 
@@ -24,8 +25,7 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
 
     def step_of(step):
         random = engine.generator(seed, step)
-        _, context, lengths = data_module.batch(data, batch, random, 0.0, device)
-        text = {"context": context, "lengths": lengths}
+        _, told = data_module.batch(data, batch, random, device=device)
         kept = start + (topk - start) * min(1.0, step / max(1, ramp * steps))
         count = engine.shared(seed, step, MAX_STEPS)
         with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
@@ -35,11 +35,11 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
                 if i == count - 1:
                     break
                 with torch.no_grad():
-                    made = clean_of(model, x, at, text, topk=kept)
+                    made = clean_of(model, x, at, told, topk=kept)
                 x = mix(made, torch.randn(shape, generator=random).to(device), torch.full_like(at, sigmas[i + 1]))
             with torch.no_grad():
-                wanted = dense(x, 1000 * at, **text).float()
-            loss = (wrapped(x, 1000 * at, **text, topk=kept).float() - wanted).square().mean()
+                wanted = dense(x, 1000 * at, **told).float()
+            loss = (wrapped(x, 1000 * at, **told, topk=kept).float() - wanted).square().mean()
         loss.backward()
         norm = optimizer.step(optim.schedule(step, steps))
         average.follow(model, min(decay, (1 + step) / (10 + step)))

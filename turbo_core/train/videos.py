@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TurboError, missing_library
+from ..pipeline import encode_image
 from ..sizes import latent_shape
 from ..text import load_text_encoder
 from ..vae import encode_video, load_vae
@@ -12,11 +13,12 @@ from ..video import VIDEO_SUFFIXES, prepare_image
 from .data import Data, encode_captions
 
 
-def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, log=print) -> Data:
+def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, image=False, log=print) -> Data:
     """Encode every video of a folder that has a .txt of the same name beside it, its caption.
 
-    size: (width, height), to which frames are stretched; frames: 4n + 1, the first ones of each video. Raises
-    TurboError when there is no such pair, or a video is too short or cannot be read.
+    size: (width, height), to which frames are stretched; frames: 4n + 1, the first ones of each video; image:
+    each video's first frame too, as an image-to-video model is given it. Raises TurboError when there is no such
+    pair, or a video is too short or cannot be read.
     """
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
@@ -31,13 +33,16 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, log=
     encoder, tokenize = load_text_encoder(text_encoder, tokenizer, device)
     text, lengths = encode_captions(encoder, tokenize, captions)
     del encoder
-    codec, latents = load_vae(vae, device), []
+    codec, latents, images = load_vae(vae, device), [], []
     for path, _ in pairs:
         video = read_video(path, frames)
         clip = torch.stack([prepare_image(frame, *size) for frame in video], 1)[None]
         latents.append(encode_video(codec, clip).to("cpu", torch.bfloat16))
+        if image:
+            images.append(encode_image(codec, clip[0, :, 0], frames).to("cpu", torch.bfloat16))
         log(f"{path.name}: {len(latents)}/{len(pairs)}")
-    return Data(torch.cat(latents), text.cpu(), lengths, 1 + torch.arange(len(pairs))[:, None])
+    captions_of = 1 + torch.arange(len(pairs))[:, None]
+    return Data(torch.cat(latents), text.cpu(), lengths, captions_of, torch.cat(images) if image else None)
 
 
 def read_video(path, frames: int) -> torch.Tensor:

@@ -1,0 +1,98 @@
+"""Two experts train as one network: each sees the times that are its own, with the image it is given."""
+
+import pytest
+import torch
+
+from turbo_core.train import data, sparsify, teacher
+from turbo_core.train.dit import TrainWan
+from turbo_core.train.experts import Experts
+
+SIZES = {"dim": 64, "ffn_dim": 96, "num_heads": 1, "num_layers": 1, "text_dim": 8, "in_dim": 36}
+
+
+def pair(boundary=0.9):
+    torch.manual_seed(0)
+    experts = Experts(TrainWan(**SIZES, sla=True), TrainWan(**SIZES, sla=True), boundary)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return experts
+
+
+def inputs(*times):
+    torch.manual_seed(1)
+    count = len(times)
+    told = {"context": torch.randn(count, 5, 8), "lengths": torch.arange(count) % 5 + 1}
+    told |= {"y": torch.randn(count, 20, 3, 4, 4), "frames": torch.tensor([0, 2, 5])}
+    return torch.randn(count, 16, 3, 4, 4), torch.tensor(times), told
+
+
+def clips(images=True):
+    random = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(6, 16, 3, 4, 4, generator=random), torch.randn(7, 5, 8, generator=random)
+    conditions = torch.randn(6, 20, 3, 4, 4, generator=random) if images else None
+    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None], conditions)
+
+
+def test_each_clip_goes_to_its_expert():
+    experts, (x, times, told) = pair(), inputs(950.0, 300.0, 900.0, 899.0)
+    velocity = experts(x, times, **told)
+    high, low = (model(x, times, **told) for model in (experts.high, experts.low))
+    assert (high - low).abs().min(1).values.max() > 0  # they differ
+    for row, expected in enumerate((high, low, high, low)):
+        torch.testing.assert_close(velocity[row], expected[row], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("time", [950.0, 300.0])
+def test_an_expert_without_clips_learns_nothing_and_changes_nothing(time):
+    experts, (x, times, told) = pair(), inputs(time, time)
+    busy, idle = (experts.high, experts.low) if time > 900 else (experts.low, experts.high)
+    velocity = experts(x, times, **told, topk=1.0)
+    torch.testing.assert_close(velocity, busy(x, times, **told, topk=1.0), atol=1e-5, rtol=1e-4)
+    velocity.square().mean().backward()
+    # every gradient is there, for processes wait for all of them
+    assert all(p.grad.abs().sum() > 0 for name, p in busy.named_parameters())
+    assert all((p.grad == 0).all() for p in idle.parameters())
+
+
+def test_the_image_of_a_clip_stays_with_it():
+    random, told_of = torch.Generator(), clips()
+    told_of = told_of._replace(images=told_of.latents.new_zeros(6, 20, 3, 4, 4) + told_of.latents[:, :1, :, :, :])
+    for seed in range(20):
+        clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept_frames=2)
+        assert torch.equal(told["y"][:, 3], clean[:, 0]) and told["frames"].tolist() in ([0, 1], [0, 2])
+    _, told = data.batch(clips(images=False), 4, random)
+    assert "y" not in told
+
+
+@pytest.mark.parametrize("stage", ["teacher", "sparsify"])
+def test_both_experts_move(stage, tmp_path):
+    quiet = {"batch": 4, "log": lambda line: None}
+    if stage == "teacher":
+        moved, history = teacher.train(pair(0.5), clips(), tmp_path, 3, shift=5.0, **quiet)
+        before = pair(0.5)
+    else:
+        moved, history = sparsify.train(pair(), pair(), clips(), tmp_path, 4, topk=0.5, sigma_max=200.0, **quiet)
+        before = pair()
+    assert len(history) == (3 if stage == "teacher" else 4)
+    for name in ("high", "low"):
+        new, old = (torch.cat([p.flatten() for p in getattr(e, name).parameters()]) for e in (moved, before))
+        assert (new - old).abs().max() > 1e-5, name
+
+
+def test_guidance_doubles_the_image_too():
+    experts, (x, times, told) = pair(), inputs(950.0, 300.0)
+    empty = (torch.randn(1, 5, 8), torch.tensor([2]))
+    ours = teacher.guided(experts, x, times / 1000, told, empty, 3.0)
+    blank = told | {"context": empty[0].expand(2, 5, 8), "lengths": empty[1].expand(2)}
+    wanted, unwanted = (experts(x, times, **given) for given in (told, blank))
+    torch.testing.assert_close(ours, unwanted + 3 * (wanted - unwanted), atol=1e-4, rtol=1e-4)
+
+
+def test_data_with_images_come_back_and_join(tmp_path):
+    data.save(clips(), tmp_path / "data.safetensors")
+    back = data.load(tmp_path / "data.safetensors")
+    assert torch.equal(back.images, clips().images.bfloat16())
+    assert data.joined([back, back]).images.shape[0] == 12
+    data.save(clips(images=False), tmp_path / "none.safetensors")
+    assert data.load(tmp_path / "none.safetensors").images is None
