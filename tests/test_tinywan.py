@@ -78,8 +78,8 @@ def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precisio
 def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
     scenes, _, context, empty = evaluate.prompts(FOLDER, evaluate.BATCH, 1000)
-    model, _ = evaluate.load_row(FOLDER, row)
-    latents = evaluate.sample_row(model, row, context, empty, 1000)
+    model_at, _ = evaluate.load_row(FOLDER, row)
+    latents = evaluate.sample_row(model_at, row, context, empty, 1000)
     videos = data.decode_latents(vae.load(FOLDER / FILES["vae"]), latents)
     marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
     right = {name: sum(mark[name] for mark in marks) for name in clips.ATTRIBUTES}

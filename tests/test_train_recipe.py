@@ -10,18 +10,20 @@ pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import encode_image
 from turbo_core.text import encode_text, load_text_encoder
-from turbo_core.train import data, evaluate, recipe, report
+from turbo_core.train import clips, data, evaluate, models, recipe, report, vae
 from turbo_core.vae import load_vae
 
 COUNT = 2
-ROWS = tuple(evaluate.ROWS[i] for i in (2, 8, 10))  # student, sparse, int8
+ROWS = tuple(evaluate.ROWS[i] for i in (2, 8, 10, 13))  # student, sparse, int8, image-to-video
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     recipe.train(folder, "try", log=lambda line: None)
+    recipe.train(folder, "try", pair=True, log=lambda line: None)  # added to a family that is there
     return folder
 
 
@@ -34,10 +36,36 @@ def test_every_file_is_what_the_loaders_take(family):
     assert encode_text(model, tokenize, ["a red circle"]).shape == (1, 512, 64)
 
 
+def test_the_pair_is_what_the_loaders_take(family):
+    for name in recipe.PAIR.values():
+        described = checkpoint.inspect(family / name)
+        assert (described.task, described.in_dim, described.has_sla) == ("i2v", 36, True)
+
+
+def test_an_image_to_video_model_begins_blind_to_the_image(family):
+    plain = models.load_model(family / evaluate.FILES["teacher"])
+    seeing = models.with_image(plain)
+    x, told = torch.randn(1, 16, 3, 8, 8), {"context": torch.randn(1, 4, 64), "lengths": torch.tensor([4])}
+    time = torch.tensor([700.0])
+    assert torch.equal(seeing(x, time, **told, y=torch.randn(1, 20, 3, 8, 8)), plain(x, time, **told))
+    assert seeing.patch_embedding.weight.requires_grad
+
+
+def test_what_an_image_to_video_model_is_given_is_the_pipelines(family):
+    video = clips.render(clips.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
+    with torch.autocast("cpu", enabled=False):
+        ours = data.images_of(vae.load(family / evaluate.FILES["vae"]), video)
+    codec = load_vae(family / evaluate.FILES["vae"])
+    for row, clip in zip(ours, video):
+        theirs = encode_image(codec, clip[:, 0], 9)[0]
+        assert torch.equal(row[:4], theirs[:4])
+        assert (row[4:] - theirs[4:]).norm() < 0.02 * theirs[4:].norm()  # ours in bfloat16
+
+
 def test_a_second_call_trains_nothing(family, monkeypatch):
     monkeypatch.setattr(recipe.vae, "train", None)  # calling it would raise
     before = {file: file.stat().st_mtime_ns for file in family.iterdir()}
-    recipe.train(family, "try", log=lambda line: None)
+    recipe.train(family, "try", pair=True, log=lambda line: None)
     assert before == {file: file.stat().st_mtime_ns for file in family.iterdir()}
 
 
@@ -58,6 +86,7 @@ def test_the_report(family, tmp_path, monkeypatch):
     assert [row["name"] for row in found] == ["VAE", *(row.name for row in ROWS)]
     assert all(0 <= row["low"] <= row["all"] <= row["high"] <= 1 for row in found)
     assert found == json.loads((tmp_path / "quality.json").read_text())
+    assert found[-1]["pair"] and found[-1]["first_frame"] > 0
     assert report.markdown(found).count("\n") == len(found) + 2
     report.picture(found, family, tmp_path / "quality.png", prompts=1)
     assert (tmp_path / "quality.png").stat().st_size > 2000
@@ -67,10 +96,10 @@ def test_the_same_noise_for_every_row(family, monkeypatch):
     monkeypatch.setattr(evaluate, "FRAMES", 9)
     monkeypatch.setattr(evaluate, "SIDE", 64)
     row = evaluate.ROWS[2]
-    model, _ = evaluate.load_row(family, row)
+    model_at, _ = evaluate.load_row(family, row)
     context = torch.randn(1, 512, 64)
-    one, other = (evaluate.sample_row(model, row, context, None, seed=3) for _ in range(2))
-    assert torch.equal(one, other) and not torch.equal(one, evaluate.sample_row(model, row, context, None, seed=4))
+    one, other = (evaluate.sample_row(model_at, row, context, None, seed=3) for _ in range(2))
+    assert torch.equal(one, other) and not torch.equal(one, evaluate.sample_row(model_at, row, context, None, seed=4))
 
 
 def test_joined_data_keep_every_clips_captions():

@@ -14,6 +14,7 @@ FILES = {
     "vae": "TinyWan2.1_VAE.safetensors",
     "text": "TinyWan_umt5.safetensors",
 }
+PAIR = {"high": "TinyWan2.2-I2V-high.safetensors", "low": "TinyWan2.2-I2V-low.safetensors"}
 _PLACES = {"vae": "vae", "text": "text_encoders"}  # the others: diffusion_models
 
 

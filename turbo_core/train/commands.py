@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ..errors import TurboError
-
-PRESETS = ("cpu", "gpu", "try")
+from .presets import PRESETS
 
 
 def add_verbs(verbs, common) -> None:
@@ -17,6 +16,7 @@ def add_verbs(verbs, common) -> None:
     tiny.add_argument(
         "--preset", choices=PRESETS, default="cpu", help="default %(default)s; try: minutes, learns nothing"
     )
+    tiny.add_argument("--pair", action="store_true", help="the image-to-video experts too")
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--device", default="cpu", help="of the transformer; default %(default)s")
     tiny.set_defaults(run=run_tiny)
@@ -79,7 +79,10 @@ def run_tiny(arguments) -> None:
     from . import engine, recipe
 
     engine.start_processes(arguments.device)
-    for path in recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, _say()):
+    made = recipe.train(
+        arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, _say()
+    )  # fmt: skip
+    for path in made:
         if engine.rank() == 0:
             print(path)
 

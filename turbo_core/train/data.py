@@ -150,16 +150,31 @@ def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
     return torch.cat(videos)
 
 
-def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, seed=0) -> Data:
-    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each."""
+def images_of(vae, video: torch.Tensor) -> torch.Tensor:
+    """What an image-to-video model is given of clips [B, 3, T, H, W]: [B, 20, T', H/8, W/8] as pipeline.encode_image
+    makes it, by a train.wan_vae.WanVAE."""
+    first = torch.zeros_like(video)
+    first[:, :, 0] = video[:, :, 0]
+    latents = encode_latents(vae, first)
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)
+
+
+def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, images=False, seed=0) -> Data:
+    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each; images:
+    with what an image-to-video model is given of them."""
     random = torch.Generator().manual_seed(seed)
     scenes = clips.random_scenes(count, random)
-    latents = []
+    latents, given = [], []
     for some in scenes.split(4):
-        latents.append(encode_latents(vae, clips.render(some, frames, side, side, random)).to(torch.bfloat16))
+        video = clips.render(some, frames, side, side, random)
+        latents.append(encode_latents(vae, video).to(torch.bfloat16))
+        if images:
+            given.append(images_of(vae, video).to(torch.bfloat16))
     words = [
         clips.caption(scene, seed * count + i * wordings + w) for i, scene in enumerate(scenes) for w in range(wordings)
     ]
     text, lengths = encode_captions(encoder, tokenize, ["", *words])
     captions_of = 1 + torch.arange(count * wordings).view(count, wordings)
-    return Data(torch.cat(latents), text, lengths, captions_of)
+    return Data(torch.cat(latents), text, lengths, captions_of, torch.cat(given) if images else None)

@@ -14,18 +14,20 @@ from .. import checkpoint, pipeline
 from ..errors import TurboError
 from ..schedule import rcm_sigmas
 from ..text import encode_text, load_text_encoder
-from ..tinywan import FILES
+from ..tinywan import FILES, PAIR
 from ..video import complete_or_nothing
 from ..wan import WanModel
 from . import clips, data, judge, vae
+from .experts import BOUNDARY
 from .teacher import GUIDANCE, SHIFT
 
 FRAMES, SIDE, BATCH = 33, 128, 8
-SIGMA_MAX = 80.0
+SIGMA_MAX = {"t2v": 80.0, "i2v": 200.0}
 
 
 class Row(NamedTuple):
-    """One line of the report. guidance None: the few-step sampler without guidance; topk None: dense."""
+    """One line of the report. file: a key of FILES, or "pair". guidance None: the few-step sampler without guidance;
+    topk None: dense."""
 
     name: str
     file: str
@@ -50,6 +52,8 @@ ROWS = (
     Row("rCM 4 + W8A8 block", "student", 4, format="int8_block"),
     Row("rCM 4 + W8A8 row", "student", 4, format="int8_row"),
     Row("rCM 4 + SageSLA 0.15 + W8A8 block", "turbo", 4, topk=0.15, precision="int8", format="int8_block"),
+    Row("I2V, 4 steps, SLA top-k 0.15", "pair", 4, topk=0.15),
+    Row("I2V, same + SageSLA + W8A8 block", "pair", 4, topk=0.15, precision="int8", format="int8_block"),
 )
 
 
@@ -58,7 +62,8 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
     row, and a second call measures only what is missing there.
 
     count: prompts, the same ones, with the same noise, for every row; a sixteenth are combinations that training
-    never saw. Raises TurboError when a file is missing, and when out holds a report of other files or prompts.
+    never saw. The rows of the image-to-video pair are left out where the folder has none. Raises TurboError when a
+    file is missing, and when out holds a report of other files or prompts.
     """
     folder, out = Path(folder), Path(out)
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
@@ -66,8 +71,10 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
         raise TurboError(f"{folder} lacks {missing[0]}: train it with turbo-core train tiny, or name another folder.")
     out.mkdir(parents=True, exist_ok=True)
     report = read(out / "quality.json")
-    of = _digest(folder, count, seed)
-    if any(row.get("of") != of for row in report):
+    of = _digest(folder, FILES.values(), count, seed)
+    pair = all((folder / name).is_file() for name in PAIR.values())
+    of_pair = _digest(folder, [*FILES.values(), *PAIR.values()], count, seed) if pair else None
+    if any(row.get("of") != (of_pair if row.get("pair") else of) for row in report):
         raise TurboError(
             f"{out / 'quality.json'} is a report of other files or prompts. Choose another folder, or remove it."
         )
@@ -77,21 +84,33 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[di
         report.append(_vae_row(decoder, scenes[:32], folder / FILES["vae"]) | {"of": of})
         _keep(report, out)
     for row in rows:
-        if any(done["name"] == row.name for done in report):
+        if any(done["name"] == row.name for done in report) or (row.file == "pair" and not pair):
             continue
-        model, size = load_row(folder, row)
-        seconds, marks = 0.0, []
+        model_at, size = load_row(folder, row)
+        seconds, marks, apart = 0.0, [], []
         for start in range(0, count, BATCH):
             part = slice(start, start + BATCH)
+            first, y = pictures(decoder, scenes[part], seed + start) if row.file == "pair" else (None, None)
             began = time.perf_counter()
-            latents = sample_row(model, row, context[part].clone(), empty, seed + start)
+            latents = sample_row(model_at, row, context[part].clone(), empty, seed + start, y)
             seconds += time.perf_counter() - began
             videos = data.decode_latents(decoder, latents)
+            if first is not None:
+                apart += (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3)).tolist()
             marks += [judge.score(video, scene) for video, scene in zip(videos, scenes[part])]
             log(f"{row.name}: {len(marks)}/{count}, {sum(mark['all'] for mark in marks)} all right")
-        report.append(_summary(row, marks, scenes, seconds / count, size) | {"of": of})
+        line = _summary(row, marks, scenes, seconds / count, size)
+        if apart:
+            line |= {"pair": True, "first_frame": round(_psnr(apart), 2)}
+        report.append(line | {"of": of_pair if apart else of})
         _keep(report, out)
     return report
+
+
+def pictures(codec, scenes, seed: int):
+    """(first frames [B, 3, H, W] of clips of the scenes, what an image-to-video model is given of them)."""
+    video = clips.render(scenes, FRAMES, SIDE, SIDE, torch.Generator().manual_seed(seed))
+    return video[:, :, 0], data.images_of(codec, video).float()
 
 
 def prompts(folder, count: int, seed: int = 1000):
@@ -104,12 +123,13 @@ def prompts(folder, count: int, seed: int = 1000):
     return scenes, captions, context.clone(), encode_text(encoder, tokenize, [""]).clone()
 
 
-def sample_row(model: WanModel, row: Row, context, empty, seed: int) -> torch.Tensor:
-    """Latents of a batch of prompts, context [B, 512, text_dim]."""
+def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.Tensor:
+    """Latents of a batch of prompts, context [B, 512, text_dim]; model_at: see load_row; y: see pictures."""
     shape = (len(context), 16, (FRAMES - 1) // 4 + 1, SIDE // 8, SIDE // 8)
     if row.guidance is None:
-        sigmas, attention = rcm_sigmas(row.steps, SIGMA_MAX), {"topk": row.topk, "precision": row.precision}
-        return pipeline.sample(lambda sigma: model, context, shape, sigmas, seed=seed, **attention)
+        sigmas = rcm_sigmas(row.steps, SIGMA_MAX["i2v" if row.file == "pair" else "t2v"])
+        attention = {"topk": row.topk, "precision": row.precision}
+        return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([context, empty.expand_as(context)])
     times = torch.linspace(1, 0, row.steps + 1)
@@ -117,17 +137,25 @@ def sample_row(model: WanModel, row: Row, context, empty, seed: int) -> torch.Te
     with torch.inference_mode():
         for now, after in itertools.pairwise(times):
             at = torch.full((2 * len(x),), 1000 * now)
-            wanted, unwanted = model(torch.cat([x, x]), at, both).chunk(2)
+            wanted, unwanted = model_at(now)(torch.cat([x, x]), at, both).chunk(2)
             x = x + (after - now) * (unwanted + row.guidance * (wanted - unwanted))
     return x
 
 
-def load_row(folder: Path, row: Row) -> tuple[WanModel, int]:
-    """(the model of a row, the size of its file in bytes), quantized where the row says so."""
-    path = folder / FILES[row.file]
+def load_row(folder: Path, row: Row):
+    """(callable (sigma) -> the model of a row at it, the size of its files in bytes), quantized where the row says
+    so."""
+    if row.file != "pair":
+        model, size = _load(folder / FILES[row.file], row.format)
+        return lambda sigma: model, size
+    (high, size), (low, more) = (_load(folder / name, row.format) for name in PAIR.values())
+    return lambda sigma: high if sigma >= BOUNDARY else low, size + more
+
+
+def _load(path: Path, format: str | None) -> tuple[WanModel, int]:
     with tempfile.TemporaryDirectory() as aside:
-        if row.format is not None:
-            path = Path(checkpoint.quantize(path, Path(aside) / "quantized.safetensors", row.format).path)
+        if format is not None:
+            path = Path(checkpoint.quantize(path, Path(aside) / "quantized.safetensors", format).path)
         state, described = checkpoint.load(path)
         state = {name: tensor.clone() for name, tensor in state.items()}  # the file goes
         return WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads), path.stat().st_size
@@ -152,8 +180,12 @@ def _vae_row(decoder, scenes, path: Path) -> dict:
         shown = data.decode_latents(decoder, data.encode_latents(decoder, video)).clamp(-1, 1)
         error += (shown - video).square().mean((1, 2, 3, 4)).tolist()
         marks += [judge.score(clip, scene) for clip, scene in zip(shown, some)]
-    psnr = 10 * torch.log10(4 / torch.tensor(error)).mean().item()
-    return _scores("VAE", marks) | {"psnr": round(psnr, 2), "bytes": path.stat().st_size}
+    return _scores("VAE", marks) | {"psnr": round(_psnr(error), 2), "bytes": path.stat().st_size}
+
+
+def _psnr(errors: list[float]) -> float:
+    """Mean dB of mean square errors of pictures in [-1, 1]."""
+    return 10 * torch.log10(4 / torch.tensor(errors)).mean().item()
 
 
 def _scores(name: str, marks: list[dict]) -> dict:
@@ -174,10 +206,10 @@ def _summary(row: Row, marks, scenes, seconds: float, size: int) -> dict:
     return _scores(row.name, marks) | {"steps": row.steps} | extra
 
 
-def _digest(folder: Path, count: int, seed: int) -> str:
+def _digest(folder: Path, files, count: int, seed: int) -> str:
     """Tells apart what reports are about: the files of the family and the prompts."""
     digest = hashlib.sha256(f"{count} {seed}".encode())
-    for name in FILES.values():
+    for name in files:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 

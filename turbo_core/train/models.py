@@ -3,6 +3,7 @@
 import json
 
 import torch
+import torch.nn.functional as F
 
 from .. import checkpoint
 from ..errors import TurboError
@@ -23,6 +24,14 @@ def new_model(seed: int = 0, **sizes) -> TrainWan:
     torch.nn.init.zeros_(model.head.head.weight)
     torch.nn.init.zeros_(model.head.head.bias)
     return model
+
+
+def with_image(model: TrainWan) -> TrainWan:
+    """A text-to-video model that also takes the 20 channels of an image, see pipeline.encode_image, and is blind to
+    them so far."""
+    state = model.state_dict()
+    blind = F.pad(state["patch_embedding.weight"], (0, 0, 0, 0, 0, 0, 0, 20))
+    return trainable(state | {"patch_embedding.weight": blind}, model.num_heads, blind.device)
 
 
 def load_model(path, device="cpu", sla: bool = False) -> TrainWan:

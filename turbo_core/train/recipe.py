@@ -1,128 +1,134 @@
-"""The whole of TinyWan from nothing: VAE, text encoder, data, teacher, student, sparse attention, in this order.
+"""The whole of TinyWan from nothing: VAE, text encoder, data, teacher, student, sparse attention, in this order; and on
+request an image-to-video pair, two experts like those of Wan 2.2 A14B.
 
-Every stage keeps a checkpoint in its own folder and writes one file of the family when it is done: started again after
-a kill, the recipe goes on where it was.
+Every stage keeps a checkpoint in its own folder and writes one file when it is done: started again after a kill, the
+recipe goes on where it was.
 """
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import TurboError
 from ..text import load_text_encoder
-from ..tinywan import FILES
+from ..tinywan import FILES, PAIR
 from ..video import complete_or_nothing
 from . import clips, curves, data, distill, engine, models, sparsify, teacher, text, vae
+from .experts import BOUNDARY, Experts
+from .presets import PRESETS
 
-# steps and sizes of each stage; batches are of one process. "cpu" is meant for two processes on two cores and three
-# hours, "gpu" for one card; "try" shows in a minute that all of it works, and learns nothing
 _PART = 100  # clips encoded into one file
-PRESETS = {
-    "cpu": {
-        "vae": {"dim": 8, "steps": 1500, "image_steps": 600},
-        "decoder": {"steps": 1400, "image_steps": 0, "muon_lr": 0.012, "lr": 1.2e-3},
-        "text": {"steps": 300},
-        "data": {"count": 2800},
-        "teacher": [
-            {"steps": 900, "batch": 12, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3, "decay": 0.996},
-            {"steps": 1600, "batch": 12, "kept_frames": 5, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.995},
-            {"steps": 1000, "batch": 8, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.995},
-        ],
-        "distill": [{"steps": 420, "batch": 8, "kept_frames": 5}],
-        "sparsify": {"steps": 600, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
-    },
-    "gpu": {
-        "vae": {"dim": 8, "steps": 8000, "image_steps": 1000, "batch": 32},
-        "decoder": {"steps": 8000, "image_steps": 0, "batch": 32},
-        "text": {"steps": 1000},
-        "data": {"count": 8000},
-        "teacher": [
-            {"steps": 6000, "batch": 64, "kept_frames": 2, "muon_lr": 5e-3, "lr": 2e-3},
-            {"steps": 12000, "batch": 64, "muon_lr": 3e-3, "lr": 1.5e-3},
-        ],
-        "distill": [{"steps": 4000, "batch": 32}],
-        "sparsify": {"steps": 2000, "batch": 32},
-    },
-    "try": {
-        "vae": {"dim": 8, "steps": 4, "image_steps": 2, "pool": 4},
-        "decoder": {"steps": 1, "image_steps": 0, "pool": 2},
-        "text": {"steps": 4, "batch": 4},
-        "data": {"count": 4, "frames": 9, "side": 64},
-        "teacher": [{"steps": 2, "batch": 2, "kept_frames": 2}, {"steps": 2, "batch": 2}],
-        "distill": [{"steps": 4, "batch": 2}],
-        "sparsify": {"steps": 2, "batch": 2},
-    },
-}
 
 
-def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", log=print) -> list[Path]:
+class _Run(NamedTuple):
+    """What every stage is told."""
+
+    work: Path
+    seed: int
+    device: Any
+    log: Any
+
+    def stage(self, folder: str, name: str, seed: int = 0) -> dict:
+        """Arguments of a stage's train: its folder, its seed, and its name in the log."""
+        log = self.log
+        options = {"seed": self.seed + seed, "log": lambda line: log(f"{name}: {line}")}
+        return {"folder": self.work / folder, **options}
+
+
+def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool = False, log=print) -> list[Path]:
     """Make the family in a folder and return its files; folder/work keeps checkpoints, data and loss curves.
 
-    device: of the transformer's stages. Raises TurboError for an unknown preset, or a folder made with another one.
+    device: of the transformer's stages. pair: the image-to-video experts too, from the teacher; a family that is
+    there gets them added. Raises TurboError for an unknown preset, or a folder made with another one.
     """
     if preset not in PRESETS:
         raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
-    folder = Path(folder)
-    work, settings = folder / "work", PRESETS[preset]
-    _claim(work, {"preset": preset, "seed": seed, **settings})
+    folder, settings = Path(folder), PRESETS[preset]
+    run = _Run(folder / "work", seed, device, log)
+    _claim(run.work / "settings.json", {"preset": preset, "seed": seed, **settings} | {"pair": None})
     files = {name: folder / file for name, file in FILES.items()}
 
     if not files["vae"].exists():
-        model, history = vae.train(work / "vae", **settings["vae"], seed=seed, log=_named(log, "VAE"))
+        model, history = vae.train(**settings["vae"], **run.stage("vae", "VAE"))
         vae.finish(model, seed)
-        options = {"model": model, "fixed_latents": True, "seed": seed + 1, "log": _named(log, "VAE decoder")}
-        model, more = vae.train(work / "decoder", **settings["decoder"], **options)
+        options = {"model": model, "fixed_latents": True, **run.stage("decoder", "VAE decoder", 1)}
+        model, more = vae.train(**settings["decoder"], **options)
         _write(lambda path: vae.save(model, path), files["vae"], history + more)
     if not files["text"].exists():
-        state, history = text.train(work / "text", **settings["text"], seed=seed, log=_named(log, "text encoder"))
+        state, history = text.train(**settings["text"], **run.stage("text", "text encoder"))
         _write(lambda path: text.save(state, path), files["text"], history)
-    encoded = work / "data.safetensors"
-    if not encoded.exists():
-        _encode(files, encoded, settings["data"], seed, log)
-    known = data.load(encoded)
-
+    transformers = [files[name] for name in ("teacher", "student", "turbo")]
+    known = None if all(file.exists() for file in transformers) else _data(run, files, "data", settings["data"], seed)
     if not files["teacher"].exists():
-        model = models.new_model(seed).to(device)
-        for i, stage in enumerate(settings["teacher"]):
-            model, history = teacher.train(
-                model.train().requires_grad_(True), known, work / f"teacher{i}", **stage, seed=seed + i, device=device,
-                log=_named(log, f"teacher {i + 1}"),
-            )  # fmt: skip
-        _write(lambda path: models.save_model(model, path, clips.WORLD), files["teacher"], history)
+        _teacher(run, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]])
     if not files["student"].exists():
-        student, fake, guide = (models.load_model(files["teacher"], device) for _ in range(3))
-        for i, stage in enumerate(settings["distill"]):
-            student, history = distill.train(
-                student.train().requires_grad_(True), guide, fake, known, work / f"distill{i}", **stage, seed=seed + i,
-                device=device, log=_named(log, f"rCM {i + 1}"),
-            )  # fmt: skip
-        _write(lambda path: models.save_model(student, path, clips.WORLD), files["student"], history)
+        _student(run, "distill", [files["teacher"]], known, settings["distill"], [files["student"]])
     if not files["turbo"].exists():
-        sparse, dense = (
-            models.load_model(files["student"], device, sla=True),
-            models.load_model(files["student"], device),
+        _sparse(run, "sparsify", [files["student"]], known, settings["sparsify"], [files["turbo"]])
+    return [*files.values(), *(_pair(run, folder, files, settings["pair"]) if pair else [])]
+
+
+def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
+    """The image-to-video experts: both begin as the text-to-video teacher, blind to the image."""
+    made = [folder / name for name in PAIR.values()]
+    taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
+    _claim(run.work / "pair.json", {"seed": run.seed, **settings})
+    known = _data(run, files, "images", settings["data"] | {"images": True}, run.seed + 1)
+    if not taught[-1].exists():
+        both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
+        _teacher(run, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
+    if not distilled[-1].exists():
+        _student(run, "pair-distill", taught, known, settings["distill"], distilled)
+    if not made[-1].exists():
+        _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
+    return made
+
+
+def _teacher(run: _Run, name: str, model, known, stages: list[dict], outputs) -> None:
+    for i, options in enumerate(stages):
+        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
+        model, history = teacher.train(model.train().requires_grad_(True), known, **options, **stage, device=run.device)
+    _write_models(run, model, outputs, history)
+
+
+def _student(run: _Run, name: str, teachers, known, stages: list[dict], outputs) -> None:
+    student, guide, fake = (models.load_models(teachers, BOUNDARY, run.device) for _ in range(3))
+    for i, options in enumerate(stages):
+        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
+        student, history = distill.train(
+            student.train().requires_grad_(True), guide, fake, known, **options, **stage, device=run.device
         )
-        sparse, history = sparsify.train(
-            sparse, dense, known, work / "sparsify", **settings["sparsify"], seed=seed, device=device,
-            log=_named(log, "SLA"),
-        )  # fmt: skip
-        _write(lambda path: models.save_model(sparse, path, clips.WORLD), files["turbo"], history)
-    return list(files.values())
+    _write_models(run, student, outputs, history)
+
+
+def _sparse(run: _Run, name: str, students, known, options: dict, outputs) -> None:
+    sparse, dense = (models.load_models(students, BOUNDARY, run.device, sla) for sla in (True, False))
+    sparse, history = sparsify.train(sparse, dense, known, **options, **run.stage(name, name), device=run.device)
+    _write_models(run, sparse, outputs, history)
+
+
+def _data(run: _Run, files: dict, name: str, sizes: dict, seed: int) -> data.Data:
+    """The clips of a stage, encoded where they are not yet."""
+    encoded = run.work / f"{name}.safetensors"
+    if not encoded.exists():
+        _encode(files, encoded, sizes, seed, run.log)
+    return data.load(encoded)
 
 
 def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
     """Encode clips for the transformer, some at a time: what is done survives a kill, and any number of processes
     makes the same data."""
     count = sizes["count"]
-    parts = [target.with_name(f"data{i:04d}.safetensors") for i in range(-(-count // _PART))]
+    parts = [target.with_name(f"{target.stem}{i:04d}.safetensors") for i in range(-(-count // _PART))]
     todo = [i for i, part in enumerate(parts) if i % engine.processes() == engine.rank() and not part.exists()]
     if todo:
         codec, (encoder, tokenize) = vae.load(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
         for i in todo:
             options = sizes | {"count": min(_PART, count - i * _PART), "seed": seed * 10_000 + i}
             data.save(data.make_clips(codec, encoder, tokenize, **options), parts[i])
-            log(f"data: part {i + 1} of {len(parts)}")
+            log(f"{target.stem}: part {i + 1} of {len(parts)}")
     engine.wait()
     if engine.rank() == 0:
         data.save(data.joined([data.load(part) for part in parts]), target)
@@ -131,9 +137,9 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
     engine.wait()
 
 
-def _claim(work: Path, settings: dict) -> None:
-    """Make the folder for one preset and seed, or find it made for the same."""
-    record = work / "settings.json"
+def _claim(record: Path, settings: dict) -> None:
+    """Make the folder of a record for these settings, or find it made for the same."""
+    work = record.parent
     try:
         work.mkdir(parents=True, exist_ok=True)
         if record.exists():
@@ -150,13 +156,16 @@ def _claim(work: Path, settings: dict) -> None:
         raise TurboError(f"{work} cannot be used for training ({error}). Choose another folder.") from error
 
 
-def _named(log, stage: str):
-    return lambda line: log(f"{stage}: {line}")
-
-
 def _write(write, path: Path, history: list[dict]) -> None:
     """Write a file of the family and the curves of its training, from the first process."""
     if engine.rank() == 0:
         curves.draw(history, path.parent / "work" / f"{path.stem}.png")
         write(path)
+    engine.wait()
+
+
+def _write_models(run: _Run, model, paths, history: list[dict]) -> None:
+    if engine.rank() == 0:
+        curves.draw(history, run.work / f"{paths[0].stem}.png")
+    models.save_models(model, paths, clips.WORLD)
     engine.wait()

@@ -17,6 +17,7 @@ _SHOWN = (
     "rCM, 1 step",
     "rCM 4 + SLA top-k 0.15",
     "rCM 4 + W8A8 block",
+    "I2V, 4 steps, SLA top-k 0.15",
 )
 _FRAMES, _TILE = 5, 96
 
@@ -96,10 +97,11 @@ def _bar(pen, font, row: dict, top: int) -> None:
 
 def _clips(folder: Path, rows, prompts: int, seed: int):
     """({row's name: clips [prompts, 3, T, H, W]}, captions) of the first prompts of the report."""
-    _, captions, context, empty = evaluate.prompts(folder, prompts, seed)
+    scenes, captions, context, empty = evaluate.prompts(folder, prompts, seed)
     decoder = vae.load(folder / FILES["vae"])
     videos = {}
     for row in rows:
-        latents = sample_row(load_row(folder, row)[0], row, context, empty, seed)
+        y = evaluate.pictures(decoder, scenes, seed)[1] if row.file == "pair" else None
+        latents = sample_row(load_row(folder, row)[0], row, context, empty, seed, y)
         videos[row.name] = data.decode_latents(decoder, latents)
     return videos, captions
