@@ -87,11 +87,17 @@ def test_two_experts_become_two_files(stage, tiny, tmp_path, capsys):
         assert (new.family, new.task, new.in_dim, new.has_sla) == (old.family, "i2v", 36, old.has_sla)
 
 
+I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--model", "{tiny}/TinyWan2.1-T2V-quant.pth"], "take the unquantized file"),
-        (["--model", "{tiny}/TinyWan2.2-I2V-high.pth"], "takes 36 latent channels"),
+        (["--model", "{tiny}/TinyWan2.2-I2V-high.pth"], "--model-low"),
+        ([*I2V, "--model-low", "{tiny}/TinyWan2.2-I2V-low.pth"], "takes 36 latent channels"),
+        ([*I2V, "--model-low", "{tiny}/TinyWan2.2-I2V-high.pth"], "same file"),
+        ([*I2V, "--model-low", "{tiny}/TinyWan2.1-T2V.pth"], "experts differ"),
         (["--model", "{tiny}/none.pth"], "none.pth"),
         (["--data", "{tiny}/none.safetensors"], "turbo-core train data"),
         (["--data", "{tiny}/tiny_wan_vae.safetensors"], "no training data"),
@@ -99,9 +105,12 @@ def test_two_experts_become_two_files(stage, tiny, tmp_path, capsys):
         (["--lr", "0"], "above 0"),
         (["--topk", "1.5"], "topk"),
         (["--boundary", "900"], "between 0 and 1"),
+        (["--sigma-max", "1"], "above 14.1"),
+        (["-o", "{out}/none/new.safetensors"], "Create it first"),
+        (["-o", "{out}/new.pth"], "does not end in .safetensors"),
         (["--data", "{tiny}/images.safetensors"], "without for others"),
         (["--model-low", "{tiny}/TinyWan2.2-I2V-low.pth"], "--output-low belong together"),
-        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/new.safetensors"], "Give each expert its own"),
+        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "Give each expert"),
     ],
 )
 def test_bad_input(more, message, tiny, tmp_path, capsys):

@@ -133,30 +133,40 @@ def generate(
 
 def check_models(dit, dit_low=None, image=None) -> checkpoint.Description:
     """The description of dit, after checking that the experts belong together and an image is there when needed."""
-    model = checkpoint.inspect(dit)
-    if model.in_dim not in (16, 36) or model.out_dim != 16 or model.family.startswith("Wan2.1-I2V"):
-        raise TurboError(
-            f"{dit} is {model.family}, which the standalone pipeline does not run. It runs TurboWan2.1-T2V, "
-            "TurboWan2.2-I2V-A14B (two files) and plain Wan 2.1 T2V; load others in ComfyUI."
-        )
+    model = check_model(dit)
     if model.task == "i2v" and image is None:
         raise TurboError(f"{dit} is an image-to-video model ({model.family}): pass --image, or use a T2V model.")
     if model.task == "t2v" and image is not None:
         raise TurboError(f"{dit} is a text-to-video model ({model.family}): leave --image out, or use the I2V models.")
-    if dit_low is None:
-        return model
-    if Path(dit).resolve() == Path(dit_low).resolve():
-        raise TurboError(f"--dit and --dit-low are the same file {dit}: give the high- and the low-noise expert.")
-    low = checkpoint.inspect(dit_low)
-    fields = "task", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "has_sla"
-    if any(getattr(model, name) != getattr(low, name) for name in fields):
+    if dit_low is not None:
+        check_experts(dit, dit_low)
+    return model
+
+
+def check_model(path) -> checkpoint.Description:
+    """The description of a checkpoint, after checking that wan.WanModel is the network for it."""
+    model = checkpoint.inspect(path)
+    if model.in_dim not in (16, 36) or model.out_dim != 16 or model.family.startswith("Wan2.1-I2V"):
         raise TurboError(
-            f"The two experts differ: {dit} is {model.family}, {dit_low} is {low.family}. Use the high- and "
+            f"{path} is {model.family}, which turbo_core does not run by itself. It runs TurboWan2.1-T2V, "
+            "TurboWan2.2-I2V-A14B (two files) and plain Wan 2.1 T2V; load others in ComfyUI."
+        )
+    return model
+
+
+def check_experts(high, low) -> None:
+    """Raise TurboError unless two files are a high- and a low-noise expert of one release."""
+    if Path(high).resolve() == Path(low).resolve():
+        raise TurboError(f"Both experts are the same file {high}: give the high- and the low-noise expert.")
+    first, second = checkpoint.inspect(high), checkpoint.inspect(low)
+    fields = "task", "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "text_dim", "has_sla"
+    if any(getattr(first, name) != getattr(second, name) for name in fields):
+        raise TurboError(
+            f"The two experts differ: {high} is {first.family}, {low} is {second.family}. Use the high- and "
             "low-noise file of one release."
         )
-    if "low" in Path(dit).name.lower() and "high" in Path(dit_low).name.lower():
-        raise TurboError(f"The experts look swapped: --dit is {Path(dit).name}. --dit takes the high-noise file.")
-    return model
+    if "low" in Path(high).name.lower() and "high" in Path(low).name.lower():
+        raise TurboError(f"The experts look swapped: {Path(high).name} is given as the high-noise file.")
 
 
 def check_sampling(model, dit_low, sigmas, boundary: float, topk, precision: str) -> float | None:

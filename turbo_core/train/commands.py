@@ -38,13 +38,14 @@ def add_verbs(verbs, common) -> None:
         stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
     )
     distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
-    distill.add_argument("--sigma-max", type=float, default=80.0, help="default %(default)s; 200 for image-to-video")
-    for command in (teacher, distill):
-        command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p takes 5")
     sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
     sparsify.add_argument(
         "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
     )
+    for command in (distill, sparsify):
+        command.add_argument("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
+    for command in (teacher, distill):
+        command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p takes 5")
 
     command = verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family")
     command.add_argument("folder", type=Path, metavar="DIR")
@@ -109,24 +110,27 @@ def run_stage(arguments) -> None:
     files, outputs = _files(arguments)
     device = engine.start_processes(arguments.device)
     known = data.load(arguments.data)
-    for path in files:
-        data.check_fits(known, path)
+    data.check_fits(known, *files)
 
     def load(sla=False):
-        return models.load_models(files, arguments.boundary, device, sla, arguments.checkpointing)
+        # a card need not hold a model whole that is to be spread
+        where = "cpu" if arguments.shard and engine.processes() > 1 else device
+        model = models.load_models(files, arguments.boundary, where, sla, arguments.checkpointing)
+        return engine.spread(model, arguments.shard)
 
     sla = arguments.stage == "sparsify"
     model = load(sla)
     names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
     options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
-    if not sla:
-        options["shift"] = arguments.shift
+    # what only some of the stages take
+    options |= {
+        name: getattr(arguments, name) for name in ("shift", "sigma_max", "guidance", "topk") if name in arguments
+    }
     if arguments.stage == "teacher":
         average, history = teacher.train(model, known, arguments.work, **options)
     elif sla:
-        average, history = sparsify.train(model, load(), known, arguments.work, topk=arguments.topk, **options)
+        average, history = sparsify.train(model, load(), known, arguments.work, **options)
     else:
-        options |= {"guidance": arguments.guidance, "sigma_max": arguments.sigma_max}
         average, history = distill.train(model, load(), load(), known, arguments.work, **options)
     models.save_models(average, outputs)
     if engine.rank() == 0:
@@ -136,17 +140,23 @@ def run_stage(arguments) -> None:
 
 def _files(arguments) -> tuple[list[Path], list[Path]]:
     """(models to read, files to write): one of each, or both experts'."""
+    from ..stream_safetensors import check_target
+
     if (arguments.model_low is None) != (arguments.output_low is None):
         raise TurboError("--model-low and --output-low belong together: give both for two experts, or neither.")
-    if arguments.model_low is None:
-        return [arguments.model], [arguments.output]
-    if arguments.output == arguments.output_low:
+    files = [path for path in (arguments.model, arguments.model_low) if path is not None]
+    outputs = [path for path in (arguments.output, arguments.output_low) if path is not None]
+    for path in outputs:
+        check_target(path, 0)
+    if len({path.resolve() for path in outputs}) < len(outputs):
         raise TurboError(f"--output and --output-low are the same file, {arguments.output}. Give each expert its own.")
-    return [arguments.model, arguments.model_low], [arguments.output, arguments.output_low]
+    return files, outputs
 
 
 def _check_numbers(arguments) -> None:
     """Raise TurboError for numbers that no training can use."""
+    from ..schedule import MAX_STEPS, rcm_sigmas
+
     for name in ("steps", "batch"):
         if getattr(arguments, name) < 1:
             raise TurboError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
@@ -155,6 +165,8 @@ def _check_numbers(arguments) -> None:
             raise TurboError(f"--{name.replace('_', '-')} must be above 0 and below 1, got {getattr(arguments, name)}.")
     if getattr(arguments, "shift", 1.0) <= 0:
         raise TurboError(f"--shift must be above 0, got {arguments.shift}.")
+    if getattr(arguments, "sigma_max", None) is not None:
+        rcm_sigmas(MAX_STEPS, arguments.sigma_max)
     if not 0 < arguments.boundary < 1:
         raise TurboError(f"--boundary is a time between 0 and 1, got {arguments.boundary}.")
     if not 0 < getattr(arguments, "topk", 1.0) <= 1:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import checkpoint
 from ..errors import TurboError
+from ..pipeline import check_experts, check_model
 from ..text import clean_prompt, encode_text
 from ..vae import LATENT_MEAN, LATENT_STD
 from ..video import complete_or_nothing
@@ -70,9 +70,17 @@ def joined(parts: list[Data]) -> Data:
     )
 
 
-def check_fits(data: Data, model) -> None:
-    """Raise TurboError unless the transformer in the file `model` takes what the data holds."""
-    described = checkpoint.inspect(model)
+def check_fits(data: Data, model, low=None) -> None:
+    """Raise TurboError unless the transformer in the file `model`, with low the pair of experts, can be trained on what
+    the data holds."""
+    described = check_model(model)
+    if low is not None:
+        check_experts(model, low)
+    elif described.in_dim == 36:
+        raise TurboError(
+            f"{model} is one of two experts ({described.family}), trained for a part of the times: give the low-noise "
+            "one too, --model-low and --output-low."
+        )
     channels, text_dim = data.latents.shape[1], data.text.shape[2]
     if data.images is not None:
         channels += data.images.shape[1]

@@ -8,7 +8,7 @@ here, which needs no Jacobian-vector product and so no special attention kernel.
 
 import torch
 
-from ..schedule import MAX_STEPS, rcm_sigmas
+from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
 from . import engine, optim
 from .dit import train_dense
@@ -17,17 +17,18 @@ from .teacher import GUIDANCE, SHIFT, guided, mix, shifted, times
 GRID = 24  # finite steps from noise to clip
 
 
-def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None, guidance=GUIDANCE, sigma_max=80.0,
+def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None, guidance=GUIDANCE, sigma_max=None,
           shift=SHIFT, alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, seed=0, seconds=None,
           device="cpu", shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
     student, teacher, fake: TrainWan models, or Experts, with the same weights to begin with; the teacher is not
     changed. alone: share of the steps with consistency only. weight: of distribution matching. ahead: how many times
-    faster the fake score learns; where it lags behind the student, clips oversaturate and grow a grid. kept_frames,
-    shift: see teacher.train.
+    faster the fake score learns; where it lags behind the student, clips oversaturate and grow a grid. sigma_max: of
+    the student's first step, default the one it is sampled with. kept_frames, shift: see teacher.train.
     """
-    engine.frozen(teacher.requires_grad_(False).eval(), shard)
+    sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(student.in_dim)).float().tolist()
+    engine.spread(teacher.requires_grad_(False).eval(), shard)
     for model in (student, fake):
         train_dense(model)
     wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
@@ -49,7 +50,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
             values["consistency"] = loss.item()
             if step >= alone * steps:
                 count = engine.shared(seed, step, MAX_STEPS)
-                made = generate(wrapped, clean.shape, sigma_max, told, count, noise)
+                made = generate(wrapped, clean.shape, sigmas, told, count, noise)
                 push, values["apart"] = _matching(made, teacher, fake, noise(), told, empty, guidance, shift, random)
                 loss = loss + weight * push
             loss.backward()
@@ -95,9 +96,8 @@ def _consistency(student, teacher, clean, noise, told, empty, guidance, shift, r
     return (student(x, 1000 * now, **told).float() - wanted).square().mean()
 
 
-def generate(student, shape, sigma_max, told, count: int, noise):
+def generate(student, shape, sigmas, told, count: int, noise):
     """The student's clips after `count` of its steps, with a gradient through the last of them."""
-    sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
     x = noise() * sigmas[0]
     for i, sigma in enumerate(sigmas[:count]):
         at = torch.full((shape[0],), sigma, device=x.device)

@@ -87,7 +87,7 @@ def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> TrainWan:
     return model.train().requires_grad_(True)
 
 
-def train_dense(model: TrainWan) -> None:
+def train_dense(model: torch.nn.Module) -> None:
     """Leave proj_l alone: dense attention does not use it, and processes wait for every gradient that is due."""
     for name, parameter in model.named_parameters():
         if PROJ_L in name:

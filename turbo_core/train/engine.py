@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import TurboError
 from ..video import complete_or_nothing
@@ -68,13 +68,14 @@ def parallel(model, shard: bool = False, idle_parts: bool = False):
         return model
     if not shard:
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle_parts)
-    return frozen(model, shard)
+    return spread(model, shard)
 
 
-def frozen(model, shard: bool = False):
-    """A model that only looks on: whole in every process, or in FSDP2's shards."""
-    if dist.is_initialized() and shard:
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+def spread(model, shard: bool = False):
+    """A model whole in every process, or in FSDP2's shards on this process's device, wherever it was before; a second
+    call changes nothing."""
+    if dist.is_initialized() and shard and not isinstance(model, FSDPModule):
+        mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -85,7 +86,8 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
     """Call step_of(step) for every step up to `steps` and return the list of what it returned, {name: number}.
 
     parts: {name: anything with state_dict and load_state_dict}, saved to folder/checkpoint.pt every save_every
-    seconds and at the end, and read from there first, so that a second call goes on where the first was killed.
+    seconds, or less often where saving takes more than a tenth of the time, and at the end, and read from there
+    first, so that a second call goes on where the first was killed.
     seconds: stop after that many, a checkpoint is left to go on from. log: callable (line).
     Raises TurboError when the folder cannot be written, the disk is full, or the checkpoint is another model's.
     """
@@ -96,6 +98,7 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
         raise TurboError(f"{folder} cannot be a folder for checkpoints ({error}). Choose another one.") from error
     history = load(parts, folder / CHECKPOINT)
     start = saved = said = time.monotonic()
+    pause = save_every
     while len(history) < steps:
         values = step_of(len(history))
         history.append(values)
@@ -109,9 +112,10 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
             means = (f"{name} {sum(h.get(name, 0) for h in recent) / len(recent):.4g}" for name in values)
             log(f"step {len(history)}/{steps}  {now - start:.0f} s  " + "  ".join(means))
         last = len(history) == steps or (seconds is not None and now - start > seconds)
-        if _agreed(last or now - saved > save_every):
+        if _agreed(last or now - saved > pause):
             save(parts, history, folder / CHECKPOINT)
             saved = time.monotonic()
+            pause = max(save_every, 10 * (saved - now))
         if _agreed(last):
             break
     return history
@@ -142,7 +146,8 @@ def load(parts: dict, path: Path) -> list:
     if not path.is_file():
         return []
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped where a mapped file can be replaced: each process reads what it keeps
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         for name, part in parts.items():
             state = stored["parts"][name]
             if isinstance(part, torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 
 from .. import checkpoint, pipeline
 from ..errors import TurboError
-from ..schedule import rcm_sigmas
+from ..schedule import default_sigma_max, rcm_sigmas
 from ..text import encode_text, load_text_encoder
 from ..tinywan import FILES, PAIR
 from ..video import complete_or_nothing
@@ -22,7 +22,6 @@ from .experts import BOUNDARY
 from .teacher import GUIDANCE, SHIFT
 
 FRAMES, SIDE, BATCH = 33, 128, 8
-SIGMA_MAX = {"t2v": 80.0, "i2v": 200.0}
 
 
 class Row(NamedTuple):
@@ -127,7 +126,7 @@ def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.T
     """Latents of a batch of prompts, context [B, 512, text_dim]; model_at: see load_row; y: see pictures."""
     shape = (len(context), 16, (FRAMES - 1) // 4 + 1, SIDE // 8, SIDE // 8)
     if row.guidance is None:
-        sigmas = rcm_sigmas(row.steps, SIGMA_MAX["i2v" if row.file == "pair" else "t2v"])
+        sigmas = rcm_sigmas(row.steps, default_sigma_max(16 if y is None else 36))
         attention = {"topk": row.topk, "precision": row.precision}
         return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

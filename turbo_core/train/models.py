@@ -57,7 +57,7 @@ def load_models(paths, boundary: float, device="cpu", sla=False, checkpointing=F
 
 def save_models(model: TrainWan | Experts, paths, world: str = "") -> None:
     """Write a model to its path, or experts to theirs, high noise first; see save_model."""
-    for part, path in zip([model.high, model.low] if isinstance(model, Experts) else [model], paths):
+    for part, path in zip(model.parts if isinstance(model, Experts) else [model], paths):
         save_model(part, path, world)
 
 
@@ -74,9 +74,9 @@ def save_model(model: TrainWan, path, world: str = "") -> None:
     text_dim = model.text_embedding[0].in_features
     config = json.dumps({"transformer": {"num_heads": model.num_heads, "text_dim": text_dim}})
     metadata = {"format": "pt", "config": config} | ({checkpoint.WORLD: world} if world else {})
-    tensors = ((name, whole(tensor).to(layout[name][0]).contiguous()) for name, tensor in state.items())
     if engine.rank() == 0:
+        tensors = ((name, whole(tensor).to(layout[name][0]).contiguous()) for name, tensor in state.items())
         stream_safetensors(path, layout, tensors, metadata)
     else:
-        for _ in tensors:  # shards are gathered by all processes together
-            pass
+        for tensor in state.values():  # shards are gathered by all processes together
+            whole(tensor, keep=False)

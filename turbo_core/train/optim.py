@@ -11,6 +11,8 @@ class Both:
     """
 
     def __init__(self, model, muon_lr: float, adam_lr: float, is_matrix=lambda name, tensor: False):
+        # two experts are parts that a step may leave alone
+        self.parts = [[p for p in part.parameters() if p.requires_grad] for part in getattr(model, "parts", [])]
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if is_matrix(name, p)]
         others = [p for name, p in named if not is_matrix(name, p)]
@@ -27,7 +29,15 @@ class Both:
             self.rates.append(muon_lr)
 
     def step(self, factor: float, clip: float = 1.0) -> float:
-        """One update at factor times the learning rates; returns the norm of the gradient before clipping."""
+        """One update at factor times the learning rates; returns the norm of the gradient before clipping.
+
+        A part whose gradient is zero keeps its weights: Muon would go on at full length along its momentum.
+        """
+        for part in self.parts:
+            gradients = [p.grad for p in part if p.grad is not None]
+            if gradients and not whole(torch.nn.utils.get_total_norm(gradients)):
+                for parameter in part:
+                    parameter.grad = None
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
         for parameter, view in self.views:
             if view is not parameter:
@@ -45,11 +55,13 @@ class Both:
 
     def load_state_dict(self, state):
         for i, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(state[str(i)])
-            for parameter, moments in optimizer.state.items():
-                for name, value in moments.items():
-                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                        moments[name] = like(value, parameter)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            # moments are spread before the optimizer moves them to a device
+            moments = {
+                at: {name: _moment(value, parameters[at]) for name, value in stored.items()}
+                for at, stored in state[str(i)]["state"].items()
+            }
+            optimizer.load_state_dict(state[str(i)] | {"state": moments})
 
 
 def in_blocks(name: str, tensor) -> bool:
@@ -88,6 +100,11 @@ class Average:
 
     def load_state_dict(self, state):
         self.tensors = {name: like(state[name], tensor).clone() for name, tensor in self.tensors.items()}
+
+
+def _moment(value, parameter):
+    fits = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    return like(value, parameter) if fits else value
 
 
 def like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

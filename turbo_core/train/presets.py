@@ -20,8 +20,8 @@ PRESETS = {
         "pair": {
             "data": {"count": 1000},
             "teacher": [{"steps": 500, "batch": 12, "kept_frames": 5, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.99}],
-            "distill": [{"steps": 180, "batch": 8, "kept_frames": 5, "sigma_max": 200.0}],
-            "sparsify": {"steps": 250, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3, "sigma_max": 200.0},
+            "distill": [{"steps": 180, "batch": 8, "kept_frames": 5}],
+            "sparsify": {"steps": 250, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
         },
     },
     "gpu": {
@@ -38,8 +38,8 @@ PRESETS = {
         "pair": {
             "data": {"count": 4000},
             "teacher": [{"steps": 4000, "batch": 64, "muon_lr": 2.7e-3, "lr": 1.3e-3}],
-            "distill": [{"steps": 2000, "batch": 32, "sigma_max": 200.0}],
-            "sparsify": {"steps": 1000, "batch": 32, "sigma_max": 200.0},
+            "distill": [{"steps": 2000, "batch": 32}],
+            "sparsify": {"steps": 1000, "batch": 32},
         },
     },
     "try": {
@@ -53,8 +53,8 @@ PRESETS = {
         "pair": {
             "data": {"count": 4, "frames": 9, "side": 64},
             "teacher": [{"steps": 2, "batch": 2, "kept_frames": 2}],
-            "distill": [{"steps": 4, "batch": 2, "sigma_max": 200.0}],
-            "sparsify": {"steps": 2, "batch": 2, "sigma_max": 200.0},
+            "distill": [{"steps": 4, "batch": 2}],
+            "sparsify": {"steps": 2, "batch": 2},
         },
     },
 }

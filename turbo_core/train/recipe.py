@@ -47,7 +47,10 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
         raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
     folder, settings = Path(folder), PRESETS[preset]
     run = _Run(folder / "work", seed, device, log)
-    _claim(run.work / "settings.json", {"preset": preset, "seed": seed, **settings} | {"pair": None})
+    _claim(
+        run.work / "settings.json",
+        {"preset": preset, "seed": seed, **{k: v for k, v in settings.items() if k != "pair"}},
+    )
     files = {name: folder / file for name, file in FILES.items()}
 
     if not files["vae"].exists():
@@ -60,7 +63,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
         state, history = text.train(**settings["text"], **run.stage("text", "text encoder"))
         _write(lambda path: text.save(state, path), files["text"], history)
     transformers = [files[name] for name in ("teacher", "student", "turbo")]
-    known = None if all(file.exists() for file in transformers) else _data(run, files, "data", settings["data"], seed)
+    known = None if _all_there(transformers) else _data(run, files, "data", settings["data"], seed)
     if not files["teacher"].exists():
         _teacher(run, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]])
     if not files["student"].exists():
@@ -73,17 +76,22 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
 def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
     """The image-to-video experts: both begin as the text-to-video teacher, blind to the image."""
     made = [folder / name for name in PAIR.values()]
+    if _all_there(made):
+        return made
     taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
     _claim(run.work / "pair.json", {"seed": run.seed, **settings})
     known = _data(run, files, "images", settings["data"] | {"images": True}, run.seed + 1)
-    if not taught[-1].exists():
+    if not _all_there(taught):
         both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
         _teacher(run, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
-    if not distilled[-1].exists():
+    if not _all_there(distilled):
         _student(run, "pair-distill", taught, known, settings["distill"], distilled)
-    if not made[-1].exists():
-        _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
+    _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
     return made
+
+
+def _all_there(files) -> bool:
+    return all(file.exists() for file in files)
 
 
 def _teacher(run: _Run, name: str, model, known, stages: list[dict], outputs) -> None:

@@ -3,24 +3,25 @@ and, for image-to-video, their first pictures."""
 
 import torch
 
-from ..schedule import MAX_STEPS, rcm_sigmas
+from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
 from . import engine, optim
 from .distill import clean_of
 from .teacher import mix
 
 
-def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, batch=8, sigma_max=80.0, muon_lr=5e-4,
+def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, batch=8, sigma_max=None, muon_lr=5e-4,
           lr=1e-3, decay=0.99, seed=0, seconds=None, device="cpu", shard=False, log=print):  # fmt: skip
     """Fine-tune model, which has proj_l, to give the dense student's velocities on its own trajectories.
 
-    topk goes from start to topk over the first `ramp` of the steps. Returns (moving average, history).
+    topk goes from start to topk over the first `ramp` of the steps. sigma_max: of the first step, default the one the
+    student is sampled with. Returns (moving average, history).
     """
-    engine.frozen(dense.requires_grad_(False).eval(), shard)
+    sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(model.in_dim)).float().tolist()
+    engine.spread(dense.requires_grad_(False).eval(), shard)
     wrapped = engine.parallel(model, shard)
     average = optim.Average(model)
     optimizer = optim.Both(model, muon_lr, lr, lambda name, p: optim.in_blocks(name, p) and ".proj_l." not in name)
-    sigmas = rcm_sigmas(MAX_STEPS, sigma_max).float().tolist()
     shape = (batch, *data.latents.shape[1:])
 
     def step_of(step):
