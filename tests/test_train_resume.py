@@ -1,5 +1,7 @@
 """A training that was killed goes on to the weights of one that was not, and bad folders are told before anything."""
 
+import os
+
 import pytest
 import torch
 
@@ -125,3 +127,6 @@ def test_data_comes_back(tmp_path):
     data.save(clips(), path)
     back = data.load(path)
     assert torch.equal(back.lengths, clips().lengths) and torch.equal(back.latents, clips().latents.bfloat16())
+    if os.name != "nt":
+        path.with_name("plain").touch()
+        assert path.stat().st_mode == path.with_name("plain").stat().st_mode  # others may read it, as any new file

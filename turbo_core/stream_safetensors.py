@@ -58,6 +58,13 @@ def stream_safetensors(target, layout: Layout, tensors: Iterable, metadata: dict
     return size
 
 
+def write_safetensors(target, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
+    """Write a state dict that is there as a whole; see stream_safetensors."""
+    return stream_safetensors(
+        target, {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}, state.items(), metadata
+    )
+
+
 def _header(layout: Layout, metadata: dict[str, str]):
     """(header bytes, {name: offset in the data}, size of the file)"""
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}

@@ -11,7 +11,7 @@ import torch
 from .errors import TurboError
 from .formats import PROJ_L, is_delicate, is_quantizable
 from .int8 import quantize_block
-from .stream_safetensors import stream_safetensors
+from .stream_safetensors import write_safetensors
 from .validate import Sizes, expected_shapes
 
 # heads of 128, so that ComfyUI counts them right by itself; text_dim fits the tiny umT5
@@ -51,8 +51,7 @@ def make_tiny_dits(folder, seed: int = 0, progress=None) -> list[Path]:
     stock = {name: tensor for name, tensor in t2v.items() if PROJ_L not in name}
     stock["patch_embedding.weight"] = stock["patch_embedding.weight"].reshape(TINY.dim, TINY.in_dim, 1, 2, 2)
     config = json.dumps({"transformer": {"num_heads": TINY.dim // TINY.head_dim, "text_dim": TINY.text_dim}})
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stock.items()}
-    stream_safetensors(folder / STOCK, layout, stock.items(), {"format": "pt", "config": config})
+    write_safetensors(folder / STOCK, stock, {"format": "pt", "config": config})
     wrote(folder / STOCK)
     return paths
 

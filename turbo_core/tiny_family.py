@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import TurboError, missing_library
-from .stream_safetensors import stream_safetensors
+from .stream_safetensors import write_safetensors
 from .video import complete_or_nothing
 
 VAE_DIM = 8
@@ -167,7 +167,7 @@ def official_text_names(state: dict) -> dict[str, torch.Tensor]:
 
 def _save_safetensors(state: dict, path: Path, config: dict | None = None) -> Path:
     metadata = {"format": "pt"} | ({"config": json.dumps(config)} if config else {})
-    stream_safetensors(path, {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}, state.items(), metadata)
+    write_safetensors(path, state, metadata)
     return path
 
 

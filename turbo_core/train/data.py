@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..errors import TurboError
 from ..pipeline import check_experts, check_model
+from ..stream_safetensors import write_safetensors
 from ..text import clean_prompt, encode_text
 from ..vae import LATENT_MEAN, LATENT_STD
-from ..video import complete_or_nothing
 from . import clips
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
@@ -36,11 +35,7 @@ def save(data: Data, path) -> None:
     """Write a data set as safetensors, latents, text and images in bfloat16."""
     state = {name: tensor.contiguous() for name, tensor in data._asdict().items() if tensor is not None}
     state |= {name: state[name].to(torch.bfloat16) for name in _SMALL if name in state}
-    try:
-        with complete_or_nothing(path) as part:
-            save_file(state, part, {"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+    write_safetensors(path, state, {"format": "pt"})
 
 
 def load(path) -> Data:

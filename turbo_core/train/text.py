@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..stream_safetensors import stream_safetensors
+from ..stream_safetensors import write_safetensors
 from ..tiny_family import MARKER, TEXT_CONFIG, tiny_text_encoder, tiny_tokenizer
 from . import clips, engine, optim
 
@@ -73,5 +73,5 @@ def save(state: dict, path) -> Path:
     """The encoder as ComfyUI and the pipeline read it: bfloat16, with its tokenizer and its sizes inside."""
     state = {n: t.to(torch.bfloat16) if t.is_floating_point() and n != MARKER else t for n, t in state.items()}
     metadata = {"format": "pt", "config": json.dumps({"umt5xxl_model_config": TEXT_CONFIG})}
-    stream_safetensors(path, {n: (t.dtype, tuple(t.shape)) for n, t in state.items()}, state.items(), metadata)
+    write_safetensors(path, state, metadata)
     return Path(path)

@@ -4,12 +4,11 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ..errors import TurboError
+from ..stream_safetensors import write_safetensors
 from ..tensor_file import open_tensors
 from ..vae import LATENT_MEAN, LATENT_STD
-from ..video import complete_or_nothing
 from . import clips, engine, optim
 from .wan_vae import WanVAE
 
@@ -123,8 +122,7 @@ def finish(model: WanVAE, seed: int = 0) -> None:
 def save(model: WanVAE, path) -> Path:
     """The VAE as ComfyUI and the pipeline read it, bfloat16."""
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    with complete_or_nothing(path) as part:
-        save_file(state, part, {"format": "pt"})
+    write_safetensors(path, state, {"format": "pt"})
     return Path(path)
 
 
