@@ -16,7 +16,7 @@ PRESETS = {
             {"steps": 1000, "batch": 8, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.995},
         ],
         "distill": [{"steps": 420, "batch": 8, "kept_frames": 5}],
-        "sparsify": {"steps": 600, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
+        "sparsify": {"steps": 900, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
         "pair": {
             "data": {"count": 1000},
             "teacher": [{"steps": 500, "batch": 12, "kept_frames": 5, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.99}],
