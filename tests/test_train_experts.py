@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.train_small import clips
 from turbo_core.train import data, models, optim, sparsify, teacher
 from turbo_core.train.dit import TrainWan
 from turbo_core.train.experts import Experts
@@ -25,13 +26,6 @@ def inputs(*times):
     told = {"context": torch.randn(count, 5, 8), "lengths": torch.arange(count) % 5 + 1}
     told |= {"y": torch.randn(count, 20, 3, 4, 4), "frames": torch.tensor([0, 2, 5])}
     return torch.randn(count, 16, 3, 4, 4), torch.tensor(times), told
-
-
-def clips(images=True):
-    random = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(6, 16, 3, 4, 4, generator=random), torch.randn(7, 5, 8, generator=random)
-    conditions = torch.randn(6, 20, 3, 4, 4, generator=random) if images else None
-    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None], conditions)
 
 
 def test_each_clip_goes_to_its_expert():
@@ -71,12 +65,12 @@ def test_an_expert_without_clips_keeps_its_weights_for_all_its_momentum(gradient
 
 
 def test_the_image_of_a_clip_stays_with_it():
-    random, told_of = torch.Generator(), clips()
+    random, told_of = torch.Generator(), clips(images=True)
     told_of = told_of._replace(images=told_of.latents.new_zeros(6, 20, 3, 4, 4) + told_of.latents[:, :1, :, :, :])
     for seed in range(20):
         clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept_frames=2)
         assert torch.equal(told["y"][:, 3], clean[:, 0]) and told["frames"].tolist() in ([0, 1], [0, 2])
-    _, told = data.batch(clips(images=False), 4, random)
+    _, told = data.batch(clips(), 4, random)
     assert "y" not in told
 
 
@@ -84,10 +78,10 @@ def test_the_image_of_a_clip_stays_with_it():
 def test_both_experts_move(stage, tmp_path):
     quiet = {"batch": 4, "log": lambda line: None}
     if stage == "teacher":
-        moved, history = teacher.train(pair(0.5), clips(), tmp_path, 3, shift=5.0, **quiet)
+        moved, history = teacher.train(pair(0.5), clips(images=True), tmp_path, 3, shift=5.0, **quiet)
         before = pair(0.5)
     else:
-        moved, history = sparsify.train(pair(), pair(), clips(), tmp_path, 4, topk=0.5, **quiet)
+        moved, history = sparsify.train(pair(), pair(), clips(images=True), tmp_path, 4, topk=0.5, **quiet)
         before = pair()
     assert len(history) == (3 if stage == "teacher" else 4)
     for name in ("high", "low"):
@@ -116,9 +110,9 @@ def test_two_files_come_back_in_their_order(tmp_path):
 
 
 def test_data_with_images_come_back_and_join(tmp_path):
-    data.save(clips(), tmp_path / "data.safetensors")
+    data.save(clips(images=True), tmp_path / "data.safetensors")
     back = data.load(tmp_path / "data.safetensors")
-    assert torch.equal(back.images, clips().images.bfloat16())
+    assert torch.equal(back.images, clips(images=True).images.bfloat16())
     assert data.joined([back, back]).images.shape[0] == 12
-    data.save(clips(images=False), tmp_path / "none.safetensors")
+    data.save(clips(), tmp_path / "none.safetensors")
     assert data.load(tmp_path / "none.safetensors").images is None

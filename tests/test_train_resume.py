@@ -5,29 +5,11 @@ import os
 import pytest
 import torch
 
+from tests.train_small import clips, model, pair
 from turbo_core.errors import TurboError
 from turbo_core.train import data, distill, engine, sparsify, teacher
-from turbo_core.train.dit import TrainWan
-from turbo_core.train.experts import Experts
 
 STEPS = 6
-
-
-def model(**more):
-    torch.manual_seed(0)
-    return TrainWan(64, 96, 1, 2, text_dim=8, sla=True, **more)
-
-
-def pair():
-    return Experts(model(in_dim=36), model(in_dim=36))
-
-
-def clips(images=False):
-    random = torch.Generator().manual_seed(0)
-    latents = torch.randn(6, 16, 3, 4, 4, generator=random)
-    text = torch.randn(7, 5, 8, generator=random)
-    conditions = torch.randn(6, 20, 3, 4, 4, generator=random) if images else None
-    return data.Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None], conditions)
 
 
 def stages(folder, steps=STEPS):

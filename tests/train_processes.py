@@ -6,28 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.train_small import clips, model, pair
 from turbo_core.train import distill, engine, models, optim, sparsify, teacher
-from turbo_core.train.data import Data
-from turbo_core.train.dit import TrainWan
-from turbo_core.train.experts import Experts
 
 
 def main(folder: Path, shard: bool) -> None:
     engine.start_processes("cpu")
-    random = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(6, 16, 3, 4, 4, generator=random), torch.randn(7, 5, 8, generator=random)
-    data = Data(latents, text, torch.tensor([1, 5, 3, 4, 5, 2, 5]), torch.arange(1, 7)[:, None])
-
-    images = data._replace(images=torch.randn(6, 20, 3, 4, 4, generator=random))
-
+    data, images = clips(), clips(images=True)
     options = {"batch": 2, "shard": shard, "log": lambda line: None}
-
-    def model(**more):
-        torch.manual_seed(0)
-        return TrainWan(64, 96, 1, 2, text_dim=8, sla=True, **more)
-
-    def pair():
-        return Experts(model(in_dim=36), model(in_dim=36))
 
     def train(name, steps, seconds=None):
         return teacher.train(model(), data, folder / name, steps, seconds=seconds, **options)[0]
