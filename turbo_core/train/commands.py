@@ -42,7 +42,9 @@ def add_verbs(verbs, common) -> None:
     sparsify.add_argument(
         "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
     )
-    for command in (distill, sparsify):
+    for command, what in ((distill, "an earlier student of --model"), (sparsify, "sparse attention for --model")):
+        command.add_argument("--start", type=Path, metavar="FILE", help=f"{what} to go on from")
+        command.add_argument("--start-low", type=Path, metavar="FILE", help="the low-noise expert's")
         command.add_argument("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
     for command in (teacher, distill):
         command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p takes 5")
@@ -104,6 +106,7 @@ def run_data(arguments) -> None:
 
 def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
+    from .. import checkpoint
     from . import curves, data, distill, engine, models, sparsify, teacher
 
     _check_numbers(arguments)
@@ -112,14 +115,14 @@ def run_stage(arguments) -> None:
     known = data.load(arguments.data)
     data.check_fits(known, *files)
 
-    def load(sla=False):
+    def load(sla=False, files=files):
         # a card need not hold a model whole that is to be spread
         where = "cpu" if arguments.shard and engine.processes() > 1 else device
         model = models.load_models(files, arguments.boundary, where, sla, arguments.checkpointing)
         return engine.spread(model, arguments.shard)
 
     sla = arguments.stage == "sparsify"
-    model = load(sla)
+    model = load(sla, _start(arguments, known) or files)
     names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
     options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
     # what only some of the stages take
@@ -132,7 +135,9 @@ def run_stage(arguments) -> None:
         average, history = sparsify.train(model, load(), known, arguments.work, **options)
     else:
         average, history = distill.train(model, load(), load(), known, arguments.work, **options)
-    models.save_models(average, outputs)
+    # a teacher may learn new things, what is made of it does not
+    world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
+    models.save_models(average, outputs, world)
     if engine.rank() == 0:
         curves.draw(history, arguments.work / "curves.png")
         print(*outputs, sep="\n")
@@ -151,6 +156,19 @@ def _files(arguments) -> tuple[list[Path], list[Path]]:
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise TurboError(f"--output and --output-low are the same file, {arguments.output}. Give each expert its own.")
     return files, outputs
+
+
+def _start(arguments, known) -> list[Path]:
+    """Models to go on from, one or both experts'; none where training begins with --model itself."""
+    from . import data
+
+    given = [getattr(arguments, name, None) for name in ("start", "start_low")]
+    start = [path for path in given if path is not None]
+    if start and [path is None for path in given] != [False, arguments.model_low is None]:
+        raise TurboError("--start goes with --model, and --start-low with --model-low: give one for each expert.")
+    if start:
+        data.check_fits(known, *start)
+    return start
 
 
 def _check_numbers(arguments) -> None:

@@ -12,7 +12,7 @@ from ..pipeline import check_experts, check_model
 from ..stream_safetensors import write_safetensors
 from ..text import clean_prompt, encode_text
 from ..vae import LATENT_MEAN, LATENT_STD
-from . import clips
+from . import clips, precision
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
 _SMALL = ("latents", "text", "images")  # in bfloat16
@@ -132,9 +132,9 @@ def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
     """Normalized latents of clips [B, 3, T, H, W] by a train.wan_vae.WanVAE."""
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(row, device=video.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
-    with torch.autocast(video.device.type, dtype=torch.bfloat16):
+    with precision.autocast(video.device):
         latents = [
-            vae.encode(clip.contiguous(memory_format=torch.channels_last_3d))[0].float()
+            vae.encode(precision.conv_layout(clip))[0].float()
             for clip in video.split(1)  # a batch takes a third longer on a CPU
         ]
     return (torch.cat(latents) - mean) / std
@@ -145,9 +145,9 @@ def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
     """Clips float32 of normalized latents [B, 16, T, H, W]."""
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(row, device=latent.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
-    with torch.autocast(latent.device.type, dtype=torch.bfloat16):
+    with precision.autocast(latent.device):
         videos = [
-            vae.decode(one.contiguous(memory_format=torch.channels_last_3d)).float()
+            vae.decode(precision.conv_layout(one)).float()
             for one in (latent.float() * std + mean).split(1)
         ]
     return torch.cat(videos)

@@ -10,7 +10,7 @@ import torch
 
 from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
-from . import engine, optim
+from . import engine, optim, precision
 from .dit import train_dense
 from .teacher import GUIDANCE, SHIFT, guided, mix, shifted, times
 
@@ -22,10 +22,12 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
           device="cpu", shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
-    student, teacher, fake: TrainWan models, or Experts, with the same weights to begin with; the teacher is not
-    changed. alone: share of the steps with consistency only. weight: of distribution matching. ahead: how many times
-    faster the fake score learns; where it lags behind the student, clips oversaturate and grow a grid. sigma_max: of
-    the student's first step, default the one it is sampled with. kept_frames, shift: see teacher.train.
+    student, teacher, fake: TrainWan models, or Experts; the teacher is not changed, and what the fake score begins as.
+    The student begins as the teacher too, or goes on from an earlier distillation of it. alone: share of the steps
+    with consistency only, in which the fake score already learns what the student makes. weight: of distribution
+    matching. ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate
+    and grow a grid. sigma_max: of the student's first step, default the one it is sampled with. kept_frames, shift:
+    see teacher.train.
     """
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(student.in_dim)).float().tolist()
     engine.spread(teacher.requires_grad_(False).eval(), shard)
@@ -45,26 +47,27 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
             return torch.randn(clean.shape, generator=random).to(device)
 
         values = {}
-        with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+        with precision.autocast(device):
             loss = _consistency(wrapped, teacher, clean, noise(), told, empty, guidance, shift, random)
             values["consistency"] = loss.item()
-            if step >= alone * steps:
-                count = engine.shared(seed, step, MAX_STEPS)
+            matching = step >= alone * steps
+            count = engine.shared(seed, step, MAX_STEPS)
+            with torch.set_grad_enabled(matching):
                 made = generate(wrapped, clean.shape, sigmas, told, count, noise)
+            if matching:
                 push, values["apart"] = _matching(made, teacher, fake, noise(), told, empty, guidance, shift, random)
                 loss = loss + weight * push
             loss.backward()
         rate = optim.schedule(step, steps, decay_from=0.7)
         values["gradient"] = optimizer.step(rate)
         average.follow(student, min(decay, (1 + step) / (10 + step)))
-        if step >= alone * steps:
-            clip, other, t = made.detach(), noise(), times(batch, random, shift).to(device)
-            with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
-                velocity = wrapped_fake(mix(clip, other, t), 1000 * t, **told)
-            loss = (velocity.float() - (other - clip)).square().mean()
-            loss.backward()
-            fake_optimizer.step(rate)
-            values["fake"] = loss.item()
+        clip, other, t = made.detach(), noise(), times(batch, random, shift).to(device)
+        with precision.autocast(device):
+            velocity = wrapped_fake(mix(clip, other, t), 1000 * t, **told)
+        loss = (velocity.float() - (other - clip)).square().mean()
+        loss.backward()
+        fake_optimizer.step(rate)
+        values["fake"] = loss.item()
         return values
 
     parts = {
@@ -101,7 +104,7 @@ def generate(student, shape, sigmas, told, count: int, noise):
     x = noise() * sigmas[0]
     for i, sigma in enumerate(sigmas[:count]):
         at = torch.full((shape[0],), sigma, device=x.device)
-        with torch.set_grad_enabled(i == count - 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == count - 1):
             made = clean_of(student, x, at, told)
         x = mix(made, noise(), torch.full_like(at, sigmas[i + 1]))
     return made

@@ -5,7 +5,7 @@ import torch
 
 from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
-from . import engine, optim
+from . import engine, optim, precision
 from .distill import clean_of
 from .teacher import mix
 
@@ -29,7 +29,7 @@ def train(model, dense, data, folder, steps, topk=0.15, start=0.5, ramp=0.4, bat
         _, told = data_module.batch(data, batch, random, device=device)
         kept = start + (topk - start) * min(1.0, step / max(1, ramp * steps))
         count = engine.shared(seed, step, MAX_STEPS)
-        with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+        with precision.autocast(device):
             x = torch.randn(shape, generator=random).to(device) * sigmas[0]
             for i in range(count):
                 at = torch.full((batch,), sigmas[i], device=device)

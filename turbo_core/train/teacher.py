@@ -3,7 +3,7 @@
 import torch
 
 from . import data as data_module
-from . import engine, optim
+from . import engine, optim, precision
 from .dit import TrainWan, train_dense
 from .experts import Experts
 
@@ -47,7 +47,7 @@ def train(model: TrainWan | Experts, data, folder, steps, batch=16, kept_frames=
         clean, told = data_module.batch(data, batch, random, dropout, kept_frames, device)
         noise = torch.randn(clean.shape, generator=random).to(device)
         t = times(batch, random, shift).to(device)
-        with torch.autocast(str(device).split(":")[0], dtype=torch.bfloat16):
+        with precision.autocast(device):
             velocity = wrapped(mix(clean, noise, t), 1000 * t, **told)
         loss = (velocity.float() - (noise - clean)).square().mean()
         loss.backward()

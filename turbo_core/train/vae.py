@@ -9,7 +9,7 @@ from ..errors import TurboError
 from ..stream_safetensors import write_safetensors
 from ..tensor_file import open_tensors
 from ..vae import LATENT_MEAN, LATENT_STD
-from . import clips, engine, optim
+from . import clips, engine, optim, precision
 from .wan_vae import WanVAE
 
 SIDE, FRAMES = 128, 33
@@ -54,8 +54,8 @@ def train(
         frames, side = (1, 64) if still else WINDOWS[step % len(WINDOWS)]
         video = _crops(clips_of, batch if still else max(1, batch // 4), frames, side, random)
         noise = torch.randn(len(video), 16, (frames - 1) // 4 + 1, side // 8, side // 8, generator=random)
-        video = video.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(video.device.type, dtype=torch.bfloat16):
+        video = precision.conv_layout(video)
+        with precision.autocast(video.device):
             shown, mean, log_variance = wrapped(video, noise)
         mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
         error = (shown.float() - video).square().mean()
