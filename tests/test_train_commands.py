@@ -8,9 +8,12 @@ pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
 from turbo_core.cli import main
+from turbo_core.stream_safetensors import write_safetensors
 from turbo_core.tiny_family import make_tiny
-from turbo_core.train import curves, data
+from turbo_core.train import curves, data, distill, sparsify
 from turbo_core.video import write_video
+
+CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,28 @@ def test_two_experts_become_two_files(stage, tiny, tmp_path, capsys):
         assert (new.family, new.task, new.in_dim, new.has_sla) == (old.family, "i2v", 36, old.has_sla)
 
 
+@pytest.mark.parametrize("stage", ["distill", "sparsify"])
+def test_going_on_from_an_earlier_student(stage, tiny, tmp_path, monkeypatch):
+    earlier, began = tmp_path / "earlier.safetensors", []
+    state, _ = checkpoint.load(tiny / "TinyWan2.1-T2V.pth")
+    state = {name: tensor.float() * (1.5 if "head.head" in name else 1.0) for name, tensor in state.items()}
+    write_safetensors(earlier, state, {"format": "pt", "config": CONFIG, checkpoint.WORLD: "tinywan"})
+    module = {"distill": distill, "sparsify": sparsify}[stage]
+
+    def watched(*models, **options):
+        (tmp_path / "work").mkdir()
+        began.extend(m.head.head.weight.detach().clone() for m in models if hasattr(m, "head"))
+        return models[0], []
+
+    monkeypatch.setattr(module, "train", watched)
+    model = ["--model", earlier, "--start"]
+    assert train(stage, tiny, tmp_path, *model, tiny / "TinyWan2.1-T2V.pth") == 0
+    first, *others = began
+    assert others and all(torch.equal(other, 1.5 * first) for other in others)
+    # what is made of a model with a small world has the same one
+    assert checkpoint.inspect(tmp_path / "new.safetensors").metadata[checkpoint.WORLD] == "tinywan"
+
+
 I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.safetensors"]
 
 
@@ -110,6 +135,10 @@ I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.s
         (["-o", "{out}/new.pth"], "does not end in .safetensors"),
         (["--data", "{tiny}/images.safetensors"], "without for others"),
         (["--model-low", "{tiny}/TinyWan2.2-I2V-low.pth"], "--output-low belong together"),
+        (["--start", "{tiny}/TinyWan2.1-T2V-quant.pth"], "take the unquantized file"),
+        (["--start", "{tiny}/TinyWan2.2-I2V-high.pth"], "--model-low"),
+        (["--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
+        (["--start", "{tiny}/TinyWan2.1-T2V.pth", "--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
         (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "Give each expert"),
     ],
 )

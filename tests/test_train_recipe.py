@@ -1,6 +1,7 @@
 """The whole recipe at its smallest: every file is made, is what loaders take, and is measured."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,10 +97,54 @@ def test_the_report(family, tmp_path, monkeypatch):
     assert [row["name"] for row in found] == ["VAE", *(row.name for row in ROWS)]
     assert all(0 <= row["low"] <= row["all"] <= row["high"] <= 1 for row in found)
     assert found == json.loads((tmp_path / "quality.json").read_text())
-    assert found[-1]["pair"] and found[-1]["first_frame"] > 0
+    assert found[-1]["first_frame"] > 0
     assert report.markdown(found).count("\n") == len(found) + 2
     report.picture(found, family, tmp_path / "quality.png", prompts=1)
     assert (tmp_path / "quality.png").stat().st_size > 2000
+
+
+def test_only_rows_of_changed_files_are_measured_again(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "FRAMES", 9)
+    monkeypatch.setattr(evaluate, "SIDE", 64)
+    folder, out = tmp_path / "family", tmp_path / "out"
+    folder.mkdir()
+    for name in evaluate.FILES.values():
+        shutil.copy(family / name, folder)
+    options = {"count": COUNT, "rows": ROWS[:3], "log": lambda line: None}
+    before = evaluate.evaluate(folder, out, **options)
+    models.save_model(models.new_model(5), folder / evaluate.FILES["turbo"], clips.WORLD)  # without proj_l: another one
+    with pytest.raises(TurboError, match="--again"):
+        evaluate.evaluate(folder, out, **options)
+    measured, real = [], evaluate.load_row
+    monkeypatch.setattr(evaluate, "load_row", lambda at, row: (measured.append(row.name), real(at, row))[1])
+    after = evaluate.evaluate(folder, out, again=True, **options)
+    assert measured == [row.name for row in ROWS[:3] if row.file == "turbo"]
+    assert [row["name"] for row in after] == [row["name"] for row in before]  # in the order of the report
+    assert [row == old for row, old in zip(after, before)] == [
+        name not in measured for name in (r["name"] for r in after)
+    ]
+
+
+def test_processes_share_the_prompts(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "FRAMES", 9)
+    monkeypatch.setattr(evaluate, "SIDE", 64)
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    options = {"count": 5, "rows": ROWS[:1], "log": lambda line: None}
+    alone = evaluate.evaluate(family, tmp_path / "alone", **options)
+    clips_of = {}
+
+    def gathered(items):
+        clips_of[evaluate.engine.rank()] = items
+        return [clip for found in clips_of.values() for clip in found]
+
+    monkeypatch.setattr(evaluate.engine, "processes", lambda: 2)
+    monkeypatch.setattr(evaluate.engine, "gathered", gathered)
+    for rank in (1, 0):
+        monkeypatch.setattr(evaluate.engine, "rank", lambda rank=rank: rank)
+        shared = evaluate.evaluate(family, tmp_path / "shared", **options)
+        assert (tmp_path / "shared" / "quality.json").exists() == (rank == 0)  # the first one writes
+    assert [len(clips_of[rank]) for rank in (0, 1)] == [3, 2]
+    assert [row | {"seconds": 0} for row in shared] == [row | {"seconds": 0} for row in alone]
 
 
 def test_the_same_noise_for_every_row(family, monkeypatch):

@@ -112,3 +112,10 @@ def test_data_comes_back(tmp_path):
     if os.name != "nt":
         path.with_name("plain").touch()
         assert path.stat().st_mode == path.with_name("plain").stat().st_mode  # others may read it, as any new file
+
+
+def test_the_fake_score_learns_before_it_is_asked(tmp_path):
+    fake, student = model(), model()
+    _, history = distill.train(student, model(), fake, clips(), tmp_path, 4, alone=0.5, batch=2, log=lambda line: None)
+    assert all("fake" in values for values in history)
+    assert ["apart" in values for values in history] == [False, False, True, True]

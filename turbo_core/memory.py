@@ -1,8 +1,11 @@
-"""How much memory this process and its device have taken at most, and how much there is."""
+"""How much memory this process and its device have taken at most, how much there is, and keeping it."""
 
+import ctypes
 import sys
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -24,6 +27,19 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones. Otherwise each large one goes back to the system,
+    which clears its pages again: a fifth to a half of the time of training on a CPU. Does nothing elsewhere."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # a C library without it
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_MMAP_MAX, 0)
 
 
 def available_memory() -> tuple[int, int] | None:

@@ -37,6 +37,9 @@ def add_verbs(verbs, common) -> None:
     distill = _add_stage(
         stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
     )
+    distill.add_argument(
+        "--alone", type=float, default=0.25, help="share of the steps with consistency only; default %(default)s"
+    )
     distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
     sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
     sparsify.add_argument(
@@ -53,6 +56,7 @@ def add_verbs(verbs, common) -> None:
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
     command.add_argument("--prompts", type=int, default=160, help="default %(default)s")
+    command.add_argument("--again", action="store_true", help="measure the rows of files that have changed again")
     command.set_defaults(run=run_evaluate)
 
 
@@ -127,11 +131,14 @@ def run_stage(arguments) -> None:
     options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
     # what only some of the stages take
     options |= {
-        name: getattr(arguments, name) for name in ("shift", "sigma_max", "guidance", "topk") if name in arguments
+        name: getattr(arguments, name)
+        for name in ("shift", "sigma_max", "guidance", "alone", "topk")
+        if name in arguments
     }
     if arguments.stage == "teacher":
         average, history = teacher.train(model, known, arguments.work, **options)
     elif sla:
+        options |= {"start": arguments.topk} if arguments.start else {}  # what is sparse already needs no ramp
         average, history = sparsify.train(model, load(), known, arguments.work, **options)
     else:
         average, history = distill.train(model, load(), load(), known, arguments.work, **options)
@@ -187,18 +194,22 @@ def _check_numbers(arguments) -> None:
         rcm_sigmas(MAX_STEPS, arguments.sigma_max)
     if not 0 < arguments.boundary < 1:
         raise TurboError(f"--boundary is a time between 0 and 1, got {arguments.boundary}.")
+    if not 0 <= getattr(arguments, "alone", 0.0) <= 1:
+        raise TurboError(f"--alone is a share of the steps, 0 to 1, got {arguments.alone}.")
     if not 0 < getattr(arguments, "topk", 1.0) <= 1:
         raise TurboError(f"--topk is the share of key blocks to keep, above 0 and up to 1, got {arguments.topk}.")
 
 
 def run_evaluate(arguments) -> None:
     from ..console import table
-    from . import evaluate, report
+    from . import engine, evaluate, report
 
-    found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, log=_say())
-    (arguments.output / "quality.md").write_text(report.markdown(found), encoding="utf-8")
-    table("Quality", report.table(found))
-    report.picture(found, arguments.folder, arguments.output / "quality.png")
+    engine.start_processes("cpu")
+    found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, again=arguments.again, log=_say())
+    if engine.rank() == 0:
+        (arguments.output / "quality.md").write_text(report.markdown(found), encoding="utf-8")
+        table("Quality", report.table(found))
+        report.picture(found, arguments.folder, arguments.output / "quality.png")
 
 
 def _say():

@@ -146,10 +146,7 @@ def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(row, device=latent.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
     with precision.autocast(latent.device):
-        videos = [
-            vae.decode(precision.conv_layout(one)).float()
-            for one in (latent.float() * std + mean).split(1)
-        ]
+        videos = [vae.decode(precision.conv_layout(one)).float() for one in (latent.float() * std + mean).split(1)]
     return torch.cat(videos)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import TurboError
+from ..memory import keep_freed_memory
 from ..video import complete_or_nothing
 from . import optim
 
@@ -48,6 +49,15 @@ def wait() -> None:
         dist.barrier()
 
 
+def gathered(items: list) -> list:
+    """The items of all processes in one list, in every process."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * processes()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def start_processes(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -56,6 +66,8 @@ def start_processes(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+    if device == "cpu":
+        keep_freed_memory()
     return torch.device(device)
 
 

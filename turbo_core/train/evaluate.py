@@ -17,7 +17,7 @@ from ..text import encode_text, load_text_encoder
 from ..tinywan import FILES, PAIR
 from ..video import complete_or_nothing
 from ..wan import WanModel
-from . import clips, data, judge, vae
+from . import clips, data, engine, judge, vae
 from .experts import BOUNDARY
 from .teacher import GUIDANCE, SHIFT
 
@@ -56,54 +56,71 @@ ROWS = (
 )
 
 
-def evaluate(folder, out, count=160, seed=1000, rows=ROWS, log=print) -> list[dict]:
+def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=print) -> list[dict]:
     """Measure the family in a folder and return the report, a dictionary a row; out/quality.json keeps each finished
     row, and a second call measures only what is missing there.
 
     count: prompts, the same ones, with the same noise, for every row; a sixteenth are combinations that training
-    never saw. The rows of the image-to-video pair are left out where the folder has none. Raises TurboError when a
-    file is missing, and when out holds a report of other files or prompts.
+    never saw. The processes of torchrun share them. The rows of the image-to-video pair are left out where the folder
+    has none. again: rows of other files than those in the folder are measured again. Raises TurboError when a file is
+    missing, and, without again, when out holds a report of other files or prompts.
     """
     folder, out = Path(folder), Path(out)
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
     if missing:
         raise TurboError(f"{folder} lacks {missing[0]}: train it with turbo-core train tiny, or name another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    report = read(out / "quality.json")
-    of = _digest(folder, FILES.values(), count, seed)
-    pair = all((folder / name).is_file() for name in PAIR.values())
-    of_pair = _digest(folder, [*FILES.values(), *PAIR.values()], count, seed) if pair else None
-    if any(row.get("of") != (of_pair if row.get("pair") else of) for row in report):
+    if not all((folder / name).is_file() for name in PAIR.values()):
+        rows = [row for row in rows if row.file != "pair"]
+    of = {"VAE": _digest(folder, [FILES["vae"]], count, seed)}
+    of |= {row.name: _digest(folder, [FILES["vae"], FILES["text"], *_files(row)], count, seed) for row in rows}
+    report = {row["name"]: row for row in read(out / "quality.json")}
+    stale = [name for name, row in report.items() if row.get("of") != of.get(name)]
+    if stale and not again:
         raise TurboError(
-            f"{out / 'quality.json'} is a report of other files or prompts. Choose another folder, or remove it."
+            f"{out / 'quality.json'} is a report of other files or prompts ({stale[0]}). Choose another folder, remove "
+            "it, or measure what has changed with --again."
         )
-    scenes, _, context, empty = prompts(folder, count, seed)
-    decoder = vae.load(folder / FILES["vae"])
-    if not any(row["name"] == "VAE" for row in report):
-        report.append(_vae_row(decoder, scenes[:32], folder / FILES["vae"]) | {"of": of})
-        _keep(report, out)
-    for row in rows:
-        if any(done["name"] == row.name for done in report) or (row.file == "pair" and not pair):
-            continue
-        model_at, size = load_row(folder, row)
-        seconds, marks, apart = 0.0, [], []
-        for start in range(0, count, BATCH):
-            part = slice(start, start + BATCH)
-            first, y = pictures(decoder, scenes[part], seed + start) if row.file == "pair" else (None, None)
-            began = time.perf_counter()
-            latents = sample_row(model_at, row, context[part].clone(), empty, seed + start, y)
-            seconds += time.perf_counter() - began
-            videos = data.decode_latents(decoder, latents)
-            if first is not None:
-                apart += (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3)).tolist()
-            marks += [judge.score(video, scene) for video, scene in zip(videos, scenes[part])]
-            log(f"{row.name}: {len(marks)}/{count}, {sum(mark['all'] for mark in marks)} all right")
-        line = _summary(row, marks, scenes, seconds / count, size)
-        if apart:
-            line |= {"pair": True, "first_frame": round(_psnr(apart), 2)}
-        report.append(line | {"of": of_pair if apart else of})
-        _keep(report, out)
-    return report
+    report = {name: row for name, row in report.items() if name not in stale}
+    known = _Prompts(*prompts(folder, count, seed), vae.load(folder / FILES["vae"]), seed)
+    for row in (None, *rows):
+        name = row.name if row else "VAE"
+        if name not in report:
+            line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
+            report[name] = line | {"of": of[name]}
+            _keep([report[name] for name in of if name in report], out)
+    return [report[name] for name in of if name in report]
+
+
+class _Prompts(NamedTuple):
+    """What every row is measured with; see prompts."""
+
+    scenes: torch.Tensor
+    captions: list[str]
+    context: torch.Tensor
+    empty: torch.Tensor
+    codec: torch.nn.Module
+    seed: int
+
+
+def _measure(folder: Path, row: Row, known: _Prompts, log) -> dict:
+    """One row of the report; each process takes some of the batches."""
+    model_at, size = load_row(folder, row)
+    found = []  # (place, seconds, mark, square error of the first frame) of each clip
+    for start in range(engine.rank() * BATCH, len(known.scenes), engine.processes() * BATCH):
+        scenes, context = known.scenes[start : start + BATCH], known.context[start : start + BATCH].clone()
+        seed = known.seed + start
+        first, y = pictures(known.codec, scenes, seed) if row.file == "pair" else (None, None)
+        began = time.perf_counter()
+        latents = sample_row(model_at, row, context, known.empty, seed, y)
+        seconds = (time.perf_counter() - began) / len(scenes)
+        for i, (video, scene) in enumerate(zip(data.decode_latents(known.codec, latents), scenes)):
+            apart = None if first is None else (video[:, 0].clamp(-1, 1) - first[i]).square().mean().item()
+            found.append((start + i, seconds, judge.score(video, scene), apart))
+        log(f"{row.name}: {len(found)}, {sum(mark['all'] for _, _, mark, _ in found)} all right")
+    _, seconds, marks, apart = zip(*sorted(engine.gathered(found), key=lambda clip: clip[0]))
+    line = _summary(row, marks, known.scenes, sum(seconds) / len(seconds), size)
+    return line | ({"first_frame": round(_psnr(apart), 2)} if row.file == "pair" else {})
 
 
 def pictures(codec, scenes, seed: int):
@@ -147,7 +164,7 @@ def load_row(folder: Path, row: Row):
     if row.file != "pair":
         model, size = _load(folder / FILES[row.file], row.format)
         return lambda sigma: model, size
-    (high, size), (low, more) = (_load(folder / name, row.format) for name in PAIR.values())
+    (high, size), (low, more) = (_load(folder / name, row.format) for name in _files(row))
     return lambda sigma: high if sigma >= BOUNDARY else low, size + more
 
 
@@ -160,6 +177,10 @@ def _load(path: Path, format: str | None) -> tuple[WanModel, int]:
         return WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads), path.stat().st_size
 
 
+def _files(row: Row) -> list[str]:
+    return list(PAIR.values()) if row.file == "pair" else [FILES[row.file]]
+
+
 def read(path: Path) -> list[dict]:
     """A report as evaluate left it; an empty one when there is none."""
     if not path.is_file():
@@ -170,13 +191,13 @@ def read(path: Path) -> list[dict]:
         raise TurboError(f"{path} is not a report ({error}). Remove it and evaluate again.") from error
 
 
-def _vae_row(decoder, scenes, path: Path) -> dict:
+def _vae_row(known: _Prompts, path: Path) -> dict:
     """PSNR of clips that went through the VAE, and what the judge reads in them: the most that any model can reach."""
     random = torch.Generator().manual_seed(7)
     error, marks = [], []
-    for some in scenes.split(4):
+    for some in known.scenes[:32].split(4):
         video = clips.render(some, FRAMES, SIDE, SIDE, random)
-        shown = data.decode_latents(decoder, data.encode_latents(decoder, video)).clamp(-1, 1)
+        shown = data.decode_latents(known.codec, data.encode_latents(known.codec, video)).clamp(-1, 1)
         error += (shown - video).square().mean((1, 2, 3, 4)).tolist()
         marks += [judge.score(clip, scene) for clip, scene in zip(shown, some)]
     return _scores("VAE", marks) | {"psnr": round(_psnr(error), 2), "bytes": path.stat().st_size}
@@ -214,6 +235,8 @@ def _digest(folder: Path, files, count: int, seed: int) -> str:
 
 
 def _keep(report: list[dict], out: Path) -> None:
+    if engine.rank():
+        return
     try:
         with complete_or_nothing(out / "quality.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
