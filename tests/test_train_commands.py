@@ -10,7 +10,8 @@ from turbo_core import checkpoint
 from turbo_core.cli import main
 from turbo_core.stream_safetensors import write_safetensors
 from turbo_core.tiny_family import make_tiny
-from turbo_core.train import curves, data, distill, sparsify
+from turbo_core.tinywan import FOLDER
+from turbo_core.train import curves, data, distill, models, sparsify
 from turbo_core.video import write_video
 
 CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
@@ -28,6 +29,7 @@ def tiny(tmp_path_factory):
         write_video(videos / f"{seed}.mp4", frames)
         (videos / f"{seed}.txt").write_text(f"a red circle number {seed}\n")
     write_video(videos / "no caption.mp4", frames)
+    models.save_model(models.new_model(dim=256, ffn_dim=256), folder / "wide.safetensors")
     assert encode(folder) == 0
     assert encode(folder, "--image", out="images.safetensors") == 0
     return folder
@@ -98,10 +100,11 @@ def test_going_on_from_an_earlier_student(stage, tiny, tmp_path, monkeypatch):
     write_safetensors(earlier, state, {"format": "pt", "config": CONFIG, checkpoint.WORLD: "tinywan"})
     module = {"distill": distill, "sparsify": sparsify}[stage]
 
-    def watched(*models, **options):
+    def watched(*given, **options):
         (tmp_path / "work").mkdir()
-        began.extend(m.head.head.weight.detach().clone() for m in models if hasattr(m, "head"))
-        return models[0], []
+        assert options.get("start", 0.5) == (0.15 if stage == "sparsify" else 0.5)  # top-k needs no ramp
+        began.extend(m.head.head.weight.detach().clone() for m in given if hasattr(m, "head"))
+        return given[0], []
 
     monkeypatch.setattr(module, "train", watched)
     model = ["--model", earlier, "--start"]
@@ -138,6 +141,7 @@ I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.s
         (["--start", "{tiny}/TinyWan2.1-T2V-quant.pth"], "take the unquantized file"),
         (["--start", "{tiny}/TinyWan2.2-I2V-high.pth"], "--model-low"),
         (["--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
+        (["--start", "{tiny}/wide.safetensors"], "differ in ffn_dim"),
         (["--start", "{tiny}/TinyWan2.1-T2V.pth", "--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
         (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "Give each expert"),
     ],
@@ -155,6 +159,11 @@ def test_videos_that_will_not_do(tiny, tmp_path, capsys):
         main(["train"])
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
     assert "lacks" in capsys.readouterr().err
+    if FOLDER.is_dir():
+        (tmp_path / "file").touch()
+        for more, message in ((["--prompts", "0"], "at least one"), (["-o", str(tmp_path / "file")], "Choose another")):
+            assert main(["evaluate", str(FOLDER), "-o", str(tmp_path / "out"), *more]) == 2
+            assert message in capsys.readouterr().err
 
 
 def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):

@@ -92,8 +92,10 @@ def test_the_report(family, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "SIDE", 64)
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS[:1], log=lambda line: None)
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS, log=lambda line: None)  # only what is missing
-    with pytest.raises(TurboError, match="other files or prompts"):
-        evaluate.evaluate(family, tmp_path, COUNT + 1, rows=ROWS, log=lambda line: None)
+    for again in (False, True):  # which is for changed files only
+        with pytest.raises(TurboError, match="other prompts"):
+            evaluate.evaluate(family, tmp_path, COUNT + 1, rows=ROWS, again=again, log=lambda line: None)
+    assert evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS[:1]) == found  # what is not asked for stays
     assert [row["name"] for row in found] == ["VAE", *(row.name for row in ROWS)]
     assert all(0 <= row["low"] <= row["all"] <= row["high"] <= 1 for row in found)
     assert found == json.loads((tmp_path / "quality.json").read_text())
@@ -116,6 +118,14 @@ def test_only_rows_of_changed_files_are_measured_again(family, tmp_path, monkeyp
     with pytest.raises(TurboError, match="--again"):
         evaluate.evaluate(folder, out, **options)
     measured, real = [], evaluate.load_row
+
+    def killed(at, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_row", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(folder, out, again=True, **options)
+    assert evaluate.read(out / "quality.json") == before  # an old row stays until the new one is there
     monkeypatch.setattr(evaluate, "load_row", lambda at, row: (measured.append(row.name), real(at, row))[1])
     after = evaluate.evaluate(folder, out, again=True, **options)
     assert measured == [row.name for row in ROWS[:3] if row.file == "turbo"]

@@ -115,7 +115,7 @@ def test_data_comes_back(tmp_path):
 
 
 def test_the_fake_score_learns_before_it_is_asked(tmp_path):
-    fake, student = model(), model()
-    _, history = distill.train(student, model(), fake, clips(), tmp_path, 4, alone=0.5, batch=2, log=lambda line: None)
-    assert all("fake" in values for values in history)
-    assert ["apart" in values for values in history] == [False, False, True, True]
+    fake = model()
+    _, history = distill.train(model(), model(), fake, clips(), tmp_path, 2, alone=1.0, batch=2, log=lambda line: None)
+    assert not any("apart" in values for values in history)
+    assert not torch.equal(fake.blocks[0].self_attn.q.weight, model().blocks[0].self_attn.q.weight)

@@ -29,6 +29,7 @@ def main(folder: Path, shard: bool) -> None:
         files = [folder / f"{name}.safetensors", folder / f"{name}-low.safetensors"]
         models.save_models(trained, files)
         save_file(optim.whole(trained.state_dict()), folder / f"{name}{engine.rank()}.safetensors")
+    assert engine.gathered([engine.rank()]) == [0, 1]
     resumed = optim.whole(resumed.state_dict())
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 

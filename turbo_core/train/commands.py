@@ -50,7 +50,9 @@ def add_verbs(verbs, common) -> None:
         command.add_argument("--start-low", type=Path, metavar="FILE", help="the low-noise expert's")
         command.add_argument("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
     for command in (teacher, distill):
-        command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p takes 5")
+        command.add_argument(
+            "--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p, experts: 5"
+        )
 
     command = verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family")
     command.add_argument("folder", type=Path, metavar="DIR")
@@ -83,9 +85,9 @@ def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
 
 
 def run_tiny(arguments) -> None:
-    from . import engine, recipe
+    from . import engine, precision, recipe
 
-    engine.start_processes(arguments.device)
+    _say()(precision.described(engine.start_processes(arguments.device)))
     made = recipe.train(
         arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, _say()
     )  # fmt: skip
@@ -111,7 +113,7 @@ def run_data(arguments) -> None:
 def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
     from .. import checkpoint
-    from . import curves, data, distill, engine, models, sparsify, teacher
+    from . import curves, data, distill, engine, models, precision, sparsify, teacher
 
     _check_numbers(arguments)
     files, outputs = _files(arguments)
@@ -126,7 +128,11 @@ def run_stage(arguments) -> None:
         return engine.spread(model, arguments.shard)
 
     sla = arguments.stage == "sparsify"
-    model = load(sla, _start(arguments, known) or files)
+    start = _start(arguments, known, files)
+    model = load(sla, start or files)
+    # a teacher may learn new things, what is made of it does not
+    world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
+    _say()(precision.described(device))
     names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
     options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
     # what only some of the stages take
@@ -138,12 +144,11 @@ def run_stage(arguments) -> None:
     if arguments.stage == "teacher":
         average, history = teacher.train(model, known, arguments.work, **options)
     elif sla:
-        options |= {"start": arguments.topk} if arguments.start else {}  # what is sparse already needs no ramp
+        if start and all(checkpoint.inspect(path).has_sla for path in start):
+            options["start"] = arguments.topk  # what is sparse already needs no ramp
         average, history = sparsify.train(model, load(), known, arguments.work, **options)
     else:
         average, history = distill.train(model, load(), load(), known, arguments.work, **options)
-    # a teacher may learn new things, what is made of it does not
-    world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
     models.save_models(average, outputs, world)
     if engine.rank() == 0:
         curves.draw(history, arguments.work / "curves.png")
@@ -165,8 +170,9 @@ def _files(arguments) -> tuple[list[Path], list[Path]]:
     return files, outputs
 
 
-def _start(arguments, known) -> list[Path]:
+def _start(arguments, known, files: list[Path]) -> list[Path]:
     """Models to go on from, one or both experts'; none where training begins with --model itself."""
+    from .. import checkpoint
     from . import data
 
     given = [getattr(arguments, name, None) for name in ("start", "start_low")]
@@ -175,6 +181,15 @@ def _start(arguments, known) -> list[Path]:
         raise TurboError("--start goes with --model, and --start-low with --model-low: give one for each expert.")
     if start:
         data.check_fits(known, *start)
+    for path, model in zip(start, files):
+        one, other = checkpoint.inspect(path), checkpoint.inspect(model)
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
+            here, there = getattr(one, name), getattr(other, name)
+            if here != there:
+                raise TurboError(
+                    f"{path} and {model} differ in {name}, {here} and {there}: --start goes on from what was made of "
+                    "--model."
+                )
     return start
 
 
@@ -207,7 +222,7 @@ def run_evaluate(arguments) -> None:
     engine.start_processes("cpu")
     found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, again=arguments.again, log=_say())
     if engine.rank() == 0:
-        (arguments.output / "quality.md").write_text(report.markdown(found), encoding="utf-8")
+        evaluate.write_text(arguments.output / "quality.md", report.markdown(found))
         table("Quality", report.table(found))
         report.picture(found, arguments.folder, arguments.output / "quality.png")
 

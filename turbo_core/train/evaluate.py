@@ -69,34 +69,47 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
     if missing:
         raise TurboError(f"{folder} lacks {missing[0]}: train it with turbo-core train tiny, or name another folder.")
-    out.mkdir(parents=True, exist_ok=True)
+    if count < 1:
+        raise TurboError(f"A report needs at least one prompt, got {count}.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TurboError(f"{out} cannot be a folder for a report ({error}). Choose another one.") from error
     if not all((folder / name).is_file() for name in PAIR.values()):
         rows = [row for row in rows if row.file != "pair"]
-    of = {"VAE": _digest(folder, [FILES["vae"]], count, seed)}
-    of |= {row.name: _digest(folder, [FILES["vae"], FILES["text"], *_files(row)], count, seed) for row in rows}
-    report = {row["name"]: row for row in read(out / "quality.json")}
-    stale = [name for name, row in report.items() if row.get("of") != of.get(name)]
-    if stale and not again:
+    needs = {"VAE": [FILES["vae"]]} | {row.name: [FILES["vae"], FILES["text"], *_files(row)] for row in rows}
+    asked = {"count": count, "seed": seed}
+    of = {name: asked | {"files": _digest(folder, files)} for name, files in needs.items()}
+    # the first process's, in all of them
+    report = {row["name"]: row for row in engine.gathered(read(out / "quality.json") if engine.rank() == 0 else [])}
+    if any(not isinstance(row.get("of"), dict) or row["of"] | asked != row["of"] for row in report.values()):
+        raise TurboError(f"{out / 'quality.json'} is a report of other prompts. Choose another folder, or remove it.")
+    changed = [name for name in of if name in report and report[name]["of"] != of[name]]
+    if changed and not again:
         raise TurboError(
-            f"{out / 'quality.json'} is a report of other files or prompts ({stale[0]}). Choose another folder, remove "
-            "it, or measure what has changed with --again."
+            f"{out / 'quality.json'} is a report of other files ({changed[0]}). Choose another folder, remove it, or "
+            "measure the rows of changed files again: --again."
         )
-    report = {name: row for name, row in report.items() if name not in stale}
-    known = _Prompts(*prompts(folder, count, seed), vae.load(folder / FILES["vae"]), seed)
+    scenes, _, context, empty = prompts(folder, count, seed)
+    known = _Prompts(scenes, context, empty, vae.load(folder / FILES["vae"]), seed)
     for row in (None, *rows):
         name = row.name if row else "VAE"
-        if name not in report:
+        if name not in report or name in changed:
             line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
             report[name] = line | {"of": of[name]}
-            _keep([report[name] for name in of if name in report], out)
-    return [report[name] for name in of if name in report]
+            _keep(_in_order(report), out)
+    return _in_order(report)
+
+
+def _in_order(report: dict[str, dict]) -> list[dict]:
+    names = ["VAE", *(row.name for row in ROWS)]
+    return sorted(report.values(), key=lambda row: names.index(row["name"]) if row["name"] in names else len(names))
 
 
 class _Prompts(NamedTuple):
     """What every row is measured with; see prompts."""
 
     scenes: torch.Tensor
-    captions: list[str]
     context: torch.Tensor
     empty: torch.Tensor
     codec: torch.nn.Module
@@ -117,7 +130,8 @@ def _measure(folder: Path, row: Row, known: _Prompts, log) -> dict:
         for i, (video, scene) in enumerate(zip(data.decode_latents(known.codec, latents), scenes)):
             apart = None if first is None else (video[:, 0].clamp(-1, 1) - first[i]).square().mean().item()
             found.append((start + i, seconds, judge.score(video, scene), apart))
-        log(f"{row.name}: {len(found)}, {sum(mark['all'] for _, _, mark, _ in found)} all right")
+        done = f"{min(len(found) * engine.processes(), len(known.scenes))}/{len(known.scenes)}"
+        log(f"{row.name}: {done}, {sum(mark['all'] for _, _, mark, _ in found) / len(found):.0%} all right")
     _, seconds, marks, apart = zip(*sorted(engine.gathered(found), key=lambda clip: clip[0]))
     line = _summary(row, marks, known.scenes, sum(seconds) / len(seconds), size)
     return line | ({"first_frame": round(_psnr(apart), 2)} if row.file == "pair" else {})
@@ -222,23 +236,28 @@ def _summary(row: Row, marks, scenes, seconds: float, size: int) -> dict:
         right[0] += mark["motion"]
         right[1] += 1
     extra = {"held_out": sum(held), "held_out_count": len(held), "seconds": round(seconds, 3), "bytes": size}
+    extra |= {"processes": engine.processes(), "threads": torch.get_num_threads()}  # that the seconds were taken with
     extra["motions"] = motions  # {motion: [read back, asked for]}
     return _scores(row.name, marks) | {"steps": row.steps} | extra
 
 
-def _digest(folder: Path, files, count: int, seed: int) -> str:
-    """Tells apart what reports are about: the files of the family and the prompts."""
-    digest = hashlib.sha256(f"{count} {seed}".encode())
+def _digest(folder: Path, files) -> str:
+    """Tells apart the files that a row is about."""
+    digest = hashlib.sha256()
     for name in files:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _keep(report: list[dict], out: Path) -> None:
-    if engine.rank():
-        return
+    if engine.rank() == 0:
+        write_text(out / "quality.json", json.dumps(report, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     try:
-        with complete_or_nothing(out / "quality.json") as part:
-            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with complete_or_nothing(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TurboError(f"Could not write {out / 'quality.json'} ({error}). Free space and start again.") from error
+        raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error

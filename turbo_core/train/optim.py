@@ -3,6 +3,8 @@
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .muon import Muon
+
 
 class Both:
     """Muon for the matrices of hidden layers, AdamW for everything else, as one optimizer.
@@ -17,7 +19,7 @@ class Both:
         matrices = [p for name, p in named if is_matrix(name, p)]
         others = [p for name, p in named if not is_matrix(name, p)]
         self.parameters = others + matrices
-        # torch's Muon takes matrices only: kernels come to it as a view
+        # Muon takes matrices only: kernels come to it as a view
         self.views = [(p, p if p.ndim == 2 else torch.nn.Parameter(p.detach().flatten(1))) for p in matrices]
         self.optimizers, self.rates = [], []
         if others:
@@ -25,7 +27,7 @@ class Both:
             self.rates.append(adam_lr)
         if matrices:
             flat = [view for _, view in self.views]
-            self.optimizers.append(torch.optim.Muon(flat, muon_lr, weight_decay=0.0))
+            self.optimizers.append(Muon(flat, muon_lr))
             self.rates.append(muon_lr)
 
     def step(self, factor: float, clip: float = 1.0) -> float:

@@ -17,7 +17,10 @@ PRESETS = {
             {"steps": 1600, "batch": 12, "kept_frames": 5, "muon_lr": 3e-3, "lr": 1.5e-3, "decay": 0.995},
             {"steps": 1000, "batch": 8, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.995},
         ],
-        "distill": [{"steps": 420, "batch": 8, "kept_frames": 5}],
+        "distill": [
+            {"steps": 420, "batch": 8, "kept_frames": 5},
+            {"steps": 220, "batch": 4, "muon_lr": 4e-4, "lr": 2e-4, "alone": 0.12},
+        ],
         "sparsify": {"steps": 900, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
         "pair": {
             "data": {"count": 500},
