@@ -15,7 +15,11 @@ from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
 # least number of attributes that are right, of 32; 25 and 28 were measured, chance is 6
-ROWS = {"rCM, 4 steps": 21, "rCM 4 + SageSLA 0.15 + W8A8 block": 23}
+ROWS = {
+    "rCM, 4 steps": 21,
+    "rCM 4 + SageSLA 0.15 + W8A8 block": 23,
+    "I2V, 4 steps, SLA top-k 0.15": 21,
+}
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
 
 
@@ -79,8 +83,12 @@ def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
     scenes, _, context, empty = evaluate.prompts(FOLDER, evaluate.BATCH, 1000)
     model_at, _ = evaluate.load_row(FOLDER, row)
-    latents = evaluate.sample_row(model_at, row, context, empty, 1000)
-    videos = data.decode_latents(vae.load(FOLDER / FILES["vae"]), latents)
+    codec = vae.load(FOLDER / FILES["vae"])
+    first, y = evaluate.pictures(codec, scenes, 1000) if row.file == "pair" else (None, None)
+    videos = data.decode_latents(codec, evaluate.sample_row(model_at, row, context, empty, 1000, y))
+    if first is not None:
+        error = (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3))
+        assert (10 * torch.log10(4 / error)).mean() > 18  # the clip begins with the picture that was given
     marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
     right = {name: sum(mark[name] for mark in marks) for name in clips.ATTRIBUTES}
     assert sum(right.values()) >= ROWS[row.name], right

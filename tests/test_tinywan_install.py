@@ -16,6 +16,8 @@ def test_every_file_lies_where_its_loader_looks(tmp_path):
         "diffusion_models/TinyWan2.1-T2V-rCM.safetensors",
         "diffusion_models/TinyWan2.1-T2V-teacher.safetensors",
         "diffusion_models/TinyWan2.1-T2V.safetensors",
+        "diffusion_models/TinyWan2.2-I2V-high.safetensors",
+        "diffusion_models/TinyWan2.2-I2V-low.safetensors",
         "text_encoders/TinyWan_umt5.safetensors",
         "vae/TinyWan2.1_VAE.safetensors",
     ]

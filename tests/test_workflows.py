@@ -23,6 +23,7 @@ SHIPPED = {  # and the frames that each makes
     "turbowan_t2v_ksampler": 81,
     "turbowan_t2v_turbo_sampler": 81,
     "turbowan_try_it": 33,
+    "turbowan_try_it_image": 33,
     "wan_stock_faster": 81,
 }
 WEIGHT_FOLDERS = {"diffusion_models", "loras", "text_encoders", "vae"}
@@ -132,7 +133,7 @@ def test_links_lead_to_the_same_or_a_later_step(workflow):
         assert start <= end, (nodes[source]["type"], nodes[target]["type"])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != workflow_api.COMES_ALONG])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in workflow_api.COMES_ALONG])
 def test_the_note_names_every_file_with_its_folder_and_where_it_comes_from(name):
     workflow = workflow_api.load(name)
     notes, files = _notes(workflow), workflow_api.files(workflow)
@@ -145,15 +146,17 @@ def test_the_note_names_every_file_with_its_folder_and_where_it_comes_from(name)
         assert said in notes
 
 
-def test_the_workflow_without_downloads_asks_for_files_that_its_note_says_how_to_place(tmp_path):
-    workflow = workflow_api.load(workflow_api.COMES_ALONG)
+@pytest.mark.parametrize("name", workflow_api.COMES_ALONG)
+def test_a_workflow_without_downloads_asks_for_files_that_its_note_says_how_to_place(name, tmp_path):
+    workflow = workflow_api.load(name)
     notes = _notes(workflow)
     (command,) = re.findall(r"^python -m turbo_core (.+)$", notes, re.MULTILINE)
     assert main([str(tmp_path) if part == "../../models" else part for part in command.split()]) == 0
     made = {path.name: path.parent.name for path in tmp_path.glob("*/*")}
-    assert len(made) == 5 and "five files" in notes
+    size = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+    assert len(made) == 7 and f"seven files, {size / 1e6:.0f} MB" in notes
     for file in workflow_api.asked_for(workflow):
-        assert f"  {made[file]}/\n    {file}\n" in notes
+        assert f"  {made[file]}/\n" in notes and f"    {file}\n" in notes
     assert not workflow_api.files(workflow) and "http" not in json.dumps(workflow), "the page would offer a download"
 
 

@@ -27,12 +27,13 @@ def install(models, progress=None) -> list[Path]:
     models, copies = Path(models), []
     if not models.is_dir():
         raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
-    missing = [name for name in FILES.values() if not (FOLDER / name).is_file()]
+    files = FILES | PAIR
+    missing = [name for name in files.values() if not (FOLDER / name).is_file()]
     if missing:
         raise TurboError(
             f"This copy of TurboWan comes without {FOLDER / missing[0]}. Clone the repository, or reinstall the pack."
         )
-    for kind, name in FILES.items():
+    for kind, name in files.items():
         target = models / _PLACES.get(kind, "diffusion_models") / name
         try:
             target.parent.mkdir(exist_ok=True)

@@ -40,18 +40,18 @@ def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family)
     assert torch.equal(torch.cdist(one, other).argmin(1), torch.arange(6))
 
 
-@pytest.mark.parametrize("name", ["teacher", "student", "turbo"])
+@pytest.mark.parametrize("name", ["teacher", "student", "turbo", "high", "low"])
 def test_the_transformer(lab, pack, family, name):
-    path = family / evaluate.FILES[name]
+    path = family / (evaluate.FILES | evaluate.PAIR)[name]
     state, described = checkpoint.load(path)
     model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
     host = lab.dense(pack.loader.load_turbo_model(str(path), torch.float32))
-    given = lab.inputs((1, 16, 3, 16, 16), sigma=0.7)
+    given = lab.inputs((1, 16, 3, 16, 16), sigma=0.7, concat=described.in_dim - 16)
     context = torch.nn.functional.pad(given["c_crossattn"], (0, 0, 0, 512 - given["c_crossattn"].shape[1]))
     given["c_crossattn"] = context
     options = {**host.model_options["transformer_options"], "sigmas": given["t"]}
     theirs = lab.loaded(host).apply_model(**given, transformer_options=options)
-    ours = given["x"] - 0.7 * model(given["x"], torch.tensor([700.0]), context)
+    ours = given["x"] - 0.7 * model(given["x"], torch.tensor([700.0]), context, given.get("c_concat"))
     assert lab.distance(theirs.float(), ours) < 1e-3
 
 

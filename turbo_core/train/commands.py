@@ -222,7 +222,7 @@ def run_evaluate(arguments) -> None:
     engine.start_processes("cpu")
     found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, again=arguments.again, log=_say())
     if engine.rank() == 0:
-        evaluate.write_text(arguments.output / "quality.md", report.markdown(found))
+        evaluate.write_whole(arguments.output / "quality.md", report.markdown(found))
         table("Quality", report.table(found))
         report.picture(found, arguments.folder, arguments.output / "quality.png")
 

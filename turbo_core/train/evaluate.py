@@ -251,10 +251,10 @@ def _digest(folder: Path, files) -> str:
 
 def _keep(report: list[dict], out: Path) -> None:
     if engine.rank() == 0:
-        write_text(out / "quality.json", json.dumps(report, indent=1) + "\n")
+        write_whole(out / "quality.json", json.dumps(report, indent=1) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     try:
         with complete_or_nothing(path) as part:
