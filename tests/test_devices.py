@@ -19,3 +19,18 @@ def test_int8_products_only_where_the_card_has_them(hip, capability, expected, m
     assert devices.has_int_mm(torch.device("cuda")) is expected
     assert devices.has_int_mm(torch.device("cpu")) and not devices.has_int_mm(torch.device("mps"))
     devices.has_int_mm.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "known, expected",
+    [
+        ({"avx512_vnni": True}, True),
+        ({"avx512_vnni": False, "avx_vnni": True}, True),
+        ({"avx512_vnni": False, "avx_vnni": False, "amx_int8": False}, False),
+        ({"neon": True}, True),  # another architecture
+    ],
+)
+def test_int8_products_are_left_to_float32_where_a_cpu_has_none(known, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert devices.int_mm_pays.__wrapped__(torch.device("cpu")) is expected
+    assert devices.int_mm_pays.__wrapped__(torch.device("cuda"))

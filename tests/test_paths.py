@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.triton_cpu.process import run_pytest
-from turbo_core import doctor, norm_twins, paths, probe
+from turbo_core import doctor, int8_paths, norm_twins, paths, probe
 from turbo_core.bench import EventClock
 from turbo_core.errors import TurboError
 
@@ -273,6 +273,9 @@ def test_probes(kind):
 
 def test_the_doctor_says_which_path_and_why(monkeypatch):
     monkeypatch.setattr(doctor, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(int8_paths, "int_mm_pays", lambda device: False)
+    assert dict(doctor.examine()["paths"])["int8 linear"].startswith("float32 products")
+    monkeypatch.setattr(int8_paths, "int_mm_pays", lambda device: True)
     found = dict(doctor.examine()["paths"])
     assert found["norms"] == "PyTorch, in float32; no Triton kernels on cpu"
     assert found["sparse attention"].endswith("; no Triton kernels on cpu")

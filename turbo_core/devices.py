@@ -32,3 +32,13 @@ def has_int_mm(device: torch.device) -> bool:
     if device.type != "cuda":
         return device.type == "cpu"
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+@functools.cache
+def int_mm_pays(device: torch.device) -> bool:
+    """False for x86 CPUs without products of int8 (VNNI, AMX), where torch._int_mm takes 14 times as long."""
+    if device.type != "cpu":
+        return True
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    # other architectures have other names, and older torch does not tell
+    return "avx512_vnni" not in known or any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))

@@ -7,7 +7,7 @@ block, scale [ceil(M/128), ceil(K/128)] (the published *-quant.pth); row, scale 
 import torch
 
 from . import paths
-from .devices import has_int_mm
+from .devices import has_int_mm, int_mm_pays
 from .errors import TurboError
 from .int8_paths import int8_path as int8_path
 from .int8_paths import kitchen
@@ -147,7 +147,7 @@ def dequantize(q, scale, dtype=torch.float32):
 
 def _int_mm(a, b):
     """Exact int8 [M, K] x int8 [N, K]^T -> int32 or integer-valued float32 [M, N], whichever the device has."""
-    if has_int_mm(a.device):
+    if has_int_mm(a.device) and int_mm_pays(a.device):
         m, k = a.shape
         # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have
         if k > 1 if a.device.type == "cpu" else m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0:

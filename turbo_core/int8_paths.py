@@ -6,7 +6,7 @@ import importlib.util
 import torch
 
 from . import paths
-from .devices import has_int_mm
+from .devices import has_int_mm, int_mm_pays
 
 
 @functools.cache
@@ -28,7 +28,9 @@ def int8_path(device, format: str) -> str:
     if reason is None:
         return "Triton kernels"
     if device.type == "cpu":
-        return "torch._int_mm (exact int32)"
+        if int_mm_pays(device):
+            return "torch._int_mm (exact int32)"
+        return "float32 products: this CPU multiplies those faster than int8"
     if format == "row" and kitchen(device):
         return f"comfy_kitchen's int8 linear; {reason}"
     if format == "row" and has_int_mm(device):
