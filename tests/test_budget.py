@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbo_core import budget, checkpoint, fused, wan
+from turbo_core import budget, checkpoint, fused, int8, wan
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape
@@ -112,6 +112,12 @@ def test_counter_counts_what_lives_and_forgets_what_died():
         assert count.live == 8000  # the view keeps its storage
         del view, b
         assert (count.live, count.peak) == (0, 8000)
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """The plan is for cards, all of which multiply int8: not for a CPU that takes float32 copies instead."""
+    monkeypatch.setattr(int8, "int_mm_pays", lambda device: True)
 
 
 @pytest.mark.parametrize(("linears", "topk", "precision"), CASES)

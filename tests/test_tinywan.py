@@ -14,7 +14,7 @@ from turbo_core.train import clips, data, evaluate, judge, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
-# least number of attributes that are right, of 32; 25 and 28 were measured, chance is 6
+# least number of attributes that are right, of 32, with some room for luck; chance is 6
 ROWS = {
     "rCM, 4 steps": 21,
     "rCM 4 + SageSLA 0.15 + W8A8 block": 23,
