@@ -12,7 +12,7 @@ from tests.kernels.int8_mm_cases import (
     gaussian,
     quantized,
 )
-from turbo_core import int8, int8_mm
+from turbo_core import int8, int8_mm, int8_paths
 from turbo_core.errors import TurboError
 
 HALF = torch.finfo(torch.bfloat16).eps / 2
@@ -191,7 +191,9 @@ def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(m
 
 
 def test_the_path_of_a_linear_is_told_in_words(monkeypatch):
-    assert "_int_mm" in int8.int8_path("cpu", "block")
+    for pays, words in ((True, "_int_mm"), (False, "float32 products")):
+        monkeypatch.setattr(int8_paths, "int_mm_pays", lambda device, pays=pays: pays)
+        assert words in int8.int8_path("cpu", "block")
     monkeypatch.setattr(int8.paths, "why_not", lambda device, family: "Triton is not installed")
     for fmt in FORMATS:
         assert "Triton is not installed" in int8.int8_path("meta", fmt)
