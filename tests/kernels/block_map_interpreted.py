@@ -73,11 +73,11 @@ def test_the_twin_and_the_score_at_the_threshold():
 def test_the_mean_keeps_the_digits_of_the_scores():
     generator = torch.Generator().manual_seed(2)
     q, k = (torch.randn(1, 2, n, 64, generator=generator) for n in (20, 40))
-    moved = k + 3e5 * torch.randn(1, 2, 1, 64, generator=generator)
+    moved = k + 3e6 * torch.randn(1, 2, 1, 64, generator=generator)
     mean = moved.double().mean(2)
     exact = by_sorting(q, moved.double() - mean[:, :, None], 10)
     assert (block_map(q, moved, 10, mean.float()) == exact).double().mean() > 0.9
-    assert (block_map(q, moved, 10) == exact).double().mean() < 0.9  # so without it digits are lost here
+    assert (block_map(q, moved, 10) == exact).double().mean() < 0.7  # so without it digits are lost, on any CPU's sums
 
 
 def test_ties_go_to_the_lower_block_and_zero_has_no_sign():
