@@ -14,6 +14,7 @@ Needs Python 3.10 or newer and its standard library; everything else goes into .
 requirements). No GPU needed.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -63,23 +64,27 @@ def demo(arguments):
 
 def test(arguments):
     failed = check([])
-    python = environment(".venv", [".[test]"])
-    pytest = [str(python), "-m", "pytest", "-q"]
-    with tempfile.TemporaryFile() as output:
-        # compiling and interpreting the kernels takes a core as long as all the rest does
-        kernels = None
-        if not arguments:
-            kernels = subprocess.Popen([*pytest, "tests/kernels"], cwd=ROOT, stdout=output, stderr=output)
-        skipped = ["--ignore=tests/host"] + (["--ignore=tests/kernels"] if kernels else [])
-        failed |= call(*pytest, *skipped, *arguments)
-        if find_comfyui() is None:
-            print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host were skipped.")
-        else:
-            failed |= host(arguments)
-        if kernels:
-            failed |= kernels.wait()
+    pytest = [str(environment(".venv", [".[test]"])), "-m", "pytest", "-q", "--ignore=tests/host"]
+    # what takes as long as all the rest does runs beside it, and is shown when that is done
+    beside = {"tests/host": [sys.executable, __file__, "host", *arguments]}
+    if find_comfyui() is None:
+        print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
+        del beside["tests/host"]
+    if not arguments:
+        beside["tests/kernels"] = [*pytest, "tests/kernels"]
+        pytest.append("--ignore=tests/kernels")
+    # the tensors are small: more threads only wait for each other
+    options = {"cwd": ROOT, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
+    with contextlib.ExitStack() as files:
+        running = []
+        for name, command in beside.items():
+            output = files.enter_context(tempfile.TemporaryFile())
+            running.append((name, output, subprocess.Popen(command, stdout=output, stderr=output, **options)))
+        failed |= subprocess.run([*pytest, *arguments], **options).returncode
+        for name, output, process in running:
+            failed |= process.wait()
             output.seek(0)
-            print("tests/kernels:", output.read().decode(errors="replace"), sep="\n")
+            print(f"{name}:", output.read().decode(errors="replace"), sep="\n")
     return int(failed != 0)
 
 

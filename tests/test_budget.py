@@ -116,7 +116,7 @@ def test_counter_counts_what_lives_and_forgets_what_died():
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
-    """The plan is for cards, all of which multiply int8: not for a CPU that takes float32 copies instead."""
+    """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
     monkeypatch.setattr(int8, "int_mm_pays", lambda device: True)
 
 

@@ -10,7 +10,7 @@ from turbo_core import checkpoint
 from turbo_core.cli import main
 from turbo_core.text import encode_text, load_text_encoder
 from turbo_core.tinywan import FILES, FOLDER
-from turbo_core.train import clips, data, evaluate, judge, vae
+from turbo_core.train import clips, data, judge, rows, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
@@ -78,14 +78,14 @@ def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precisio
     assert far["trained"] < 0.36 and far["trained"] < 0.8 * far["blank"], far  # 0.31 and 0.46
 
 
-@pytest.mark.parametrize("row", [row for row in evaluate.ROWS if row.name in ROWS], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in rows.ROWS if row.name in ROWS], ids=lambda row: row.name)
 def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
-    scenes, _, context, empty = evaluate.prompts(FOLDER, evaluate.BATCH, 1000)
-    model_at, _ = evaluate.load_row(FOLDER, row)
+    scenes, _, context, empty = rows.prompts(FOLDER, 8, 1000)
+    model_at, _ = rows.load_row(FOLDER, row)
     codec = vae.load(FOLDER / FILES["vae"])
-    first, y = evaluate.pictures(codec, scenes, 1000) if row.file == "pair" else (None, None)
-    videos = data.decode_latents(codec, evaluate.sample_row(model_at, row, context, empty, 1000, y))
+    first, y = rows.pictures(codec, scenes, 1000) if row.file == "pair" else (None, None)
+    videos = data.decode_latents(codec, rows.sample_row(model_at, row, context, empty, 1000, y))
     if first is not None:
         error = (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3))
         assert (10 * torch.log10(4 / error)).mean() > 18  # the clip begins with the picture that was given

@@ -8,10 +8,11 @@ pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
 from turbo_core.cli import main
+from turbo_core.errors import TurboError
 from turbo_core.stream_safetensors import write_safetensors
 from turbo_core.tiny_family import make_tiny
 from turbo_core.tinywan import FOLDER
-from turbo_core.train import curves, data, distill, models, sparsify
+from turbo_core.train import curves, data, distill, evaluate, models, sparsify
 from turbo_core.video import write_video
 
 CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
@@ -42,17 +43,9 @@ def encode(folder, *more, out="data.safetensors"):
 
 
 def train(stage, folder, out, *more):
-    arguments = [
-        "--model",
-        folder / "TinyWan2.1-T2V.pth",
-        "--data",
-        folder / "data.safetensors",
-        "--steps",
-        2,
-        "--batch",
-        2,
-    ]
-    return main(["train", stage, *map(str, [*arguments, "--work", out / "work", "-o", out / "new.safetensors", *more])])
+    arguments = ["--model", folder / "TinyWan2.1-T2V.pth", "--data", folder / "data.safetensors", "--steps", 2]
+    arguments += ["--batch", 2, "--work", out / "work", "-o", out / "new.safetensors"]
+    return main(["train", stage, *map(str, [*arguments, *more])])
 
 
 def test_videos_become_data(tiny):
@@ -101,7 +94,6 @@ def test_going_on_from_an_earlier_student(stage, tiny, tmp_path, monkeypatch):
     module = {"distill": distill, "sparsify": sparsify}[stage]
 
     def watched(*given, **options):
-        (tmp_path / "work").mkdir()
         assert options.get("start", 0.5) == (0.15 if stage == "sparsify" else 0.5)  # top-k needs no ramp
         began.extend(m.head.head.weight.detach().clone() for m in given if hasattr(m, "head"))
         return given[0], []
@@ -113,6 +105,46 @@ def test_going_on_from_an_earlier_student(stage, tiny, tmp_path, monkeypatch):
     assert others and all(torch.equal(other, 1.5 * first) for other in others)
     # what is made of a model with a small world has the same one
     assert checkpoint.inspect(tmp_path / "new.safetensors").metadata[checkpoint.WORLD] == "tinywan"
+
+
+@pytest.mark.parametrize("stage", ["distill", "sparsify"])
+def test_two_experts_go_on_from_their_own(stage, tiny, tmp_path, monkeypatch):
+    names = [tiny / f"TinyWan2.2-I2V-{noise}.pth" for noise in ("high", "low")]
+    earlier = [tmp_path / f"earlier-{i}.safetensors" for i in range(2)]
+    for i, (path, source) in enumerate(zip(earlier, names)):
+        state, _ = checkpoint.load(source)
+        state["head.head.weight"] = torch.full_like(state["head.head.weight"], i + 1.0)
+        write_safetensors(path, state, {"format": "pt", "config": CONFIG})
+    module, began = {"distill": distill, "sparsify": sparsify}[stage], []
+
+    def watched(student, *others, **options):
+        began.extend(part.head.head.weight.mean().item() for part in student.parts)
+        return student, []
+
+    monkeypatch.setattr(module, "train", watched)
+    more = ["--model", names[0], "--model-low", names[1], "--data", tiny / "images.safetensors"]
+    more += ["--start", earlier[0], "--start-low", earlier[1], "--output-low", tmp_path / "low.safetensors"]
+    assert train(stage, tiny, tmp_path, *more) == 0
+    assert began == [1.0, 2.0]
+
+
+def test_a_work_folder_of_other_weights_is_not_gone_on_from(tiny, tmp_path, capsys):
+    state, _ = checkpoint.load(tiny / "TinyWan2.1-T2V.pth")
+    state["head.head.bias"] = state["head.head.bias"] + 1
+    write_safetensors(tmp_path / "other.safetensors", state, {"format": "pt", "config": CONFIG})
+    assert train("sparsify", tiny, tmp_path) == 0
+    made = (tmp_path / "new.safetensors").read_bytes()
+    other = ["--model", tmp_path / "other.safetensors"]
+    for stage, more, what in (
+        ("sparsify", other, "model"),
+        ("sparsify", ["--start", tmp_path / "other.safetensors"], "start"),
+        ("teacher", [], "stage"),
+    ):
+        assert train(stage, tiny, tmp_path, *more) == 2
+        assert f"other settings ({what})" in capsys.readouterr().err
+    assert (tmp_path / "new.safetensors").read_bytes() == made
+    assert train("sparsify", tiny, tmp_path) == 0  # the same ones: it is finished
+    assert (tmp_path / "new.safetensors").read_bytes() == made
 
 
 I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.safetensors"]
@@ -152,6 +184,22 @@ def test_bad_input(more, message, tiny, tmp_path, capsys):
     assert not (tmp_path / "new.safetensors").exists()
 
 
+@pytest.mark.parametrize("alone", ["-0.1", "1.5"])
+def test_more_than_all_steps_alone(alone, tiny, tmp_path, capsys):
+    assert train("distill", tiny, tmp_path, f"--alone={alone}") == 2
+    assert "--alone is a share of the steps" in capsys.readouterr().err
+
+
+def test_a_sparse_start_is_not_for_a_dense_student(tiny, tmp_path, capsys):
+    state, _ = checkpoint.load(tiny / "TinyWan2.1-T2V.pth")
+    dense = {name: tensor for name, tensor in state.items() if "proj_l" not in name}
+    assert len(dense) < len(state)
+    write_safetensors(tmp_path / "dense.safetensors", dense, {"format": "pt", "config": CONFIG})
+    more = ["--model", tmp_path / "dense.safetensors", "--start", tiny / "TinyWan2.1-T2V.pth"]
+    assert train("distill", tiny, tmp_path, *more) == 2
+    assert "has sparse attention" in capsys.readouterr().err
+
+
 def test_videos_that_will_not_do(tiny, tmp_path, capsys):
     assert encode(tiny, "--frames", "9") == 2
     assert "expected at least 9" in capsys.readouterr().err
@@ -159,11 +207,28 @@ def test_videos_that_will_not_do(tiny, tmp_path, capsys):
         main(["train"])
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
     assert "lacks" in capsys.readouterr().err
-    if FOLDER.is_dir():
-        (tmp_path / "file").touch()
-        for more, message in ((["--prompts", "0"], "at least one"), (["-o", str(tmp_path / "file")], "Choose another")):
-            assert main(["evaluate", str(FOLDER), "-o", str(tmp_path / "out"), *more]) == 2
-            assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
+def test_reports_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for more, message in ((["--prompts", "0"], "at least one"), (["-o", str(tmp_path / "file")], "Choose another")):
+        assert main(["evaluate", str(FOLDER), "-o", str(tmp_path / "out"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_evaluate_hands_over_what_was_asked(again, tmp_path, monkeypatch):
+    asked = []
+
+    def watched(folder, out, count, again, log):
+        asked.append((folder, out, count, again))
+        raise TurboError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", watched)
+    command = ["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--prompts", "7", *["--again"][: int(again)]]
+    assert main(command) == 2
+    assert asked == [(tmp_path, tmp_path / "out", 7, again)]
 
 
 def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):

@@ -29,10 +29,10 @@ def test_it_goes_where_torchs_goes(bfloat16, monkeypatch):
 
 
 def test_singular_values_come_near_one():
-    for shape in SHAPES:
+    for shape in (*SHAPES, (128, 128)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         values = torch.linalg.svdvals(orthogonalized(matrix).float())
-        assert values.min() > 0.3 and values.max() < 1.3, values
+        assert values.max() < 1.3 and values.quantile(0.1) > 0.6, values  # a square matrix has some that stay small
     assert torch.equal(orthogonalized(torch.zeros(4, 4)).float(), torch.zeros(4, 4))
 
 

@@ -13,11 +13,13 @@ from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import encode_image
 from turbo_core.text import encode_text, load_text_encoder
+from turbo_core.tinywan import FILES, PAIR
 from turbo_core.train import clips, data, evaluate, models, recipe, report, vae
+from turbo_core.train import rows as rows_module
 from turbo_core.vae import load_vae
 
 COUNT = 2
-ROWS = tuple(evaluate.ROWS[i] for i in (2, 8, 10, 13))  # student, sparse, int8, image-to-video
+ROWS = tuple(rows_module.ROWS[i] for i in (2, 8, 10, 13))  # student, sparse, int8, image-to-video
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +32,21 @@ def family(tmp_path_factory):
 
 def test_every_file_is_what_the_loaders_take(family):
     for name, has_sla in (("teacher", False), ("student", False), ("turbo", True)):
-        described = checkpoint.inspect(family / evaluate.FILES[name])
+        described = checkpoint.inspect(family / FILES[name])
         assert (described.num_heads, described.text_dim, described.has_sla) == (2, 64, has_sla)
-    load_vae(family / evaluate.FILES["vae"])
-    model, tokenize = load_text_encoder(family / evaluate.FILES["text"])
+    load_vae(family / FILES["vae"])
+    model, tokenize = load_text_encoder(family / FILES["text"])
     assert encode_text(model, tokenize, ["a red circle"]).shape == (1, 512, 64)
 
 
 def test_the_pair_is_what_the_loaders_take(family):
-    for name in recipe.PAIR.values():
+    for name in PAIR.values():
         described = checkpoint.inspect(family / name)
         assert (described.task, described.in_dim, described.has_sla) == ("i2v", 36, True)
 
 
 def test_an_image_to_video_model_begins_blind_to_the_image(family):
-    plain = models.load_model(family / evaluate.FILES["teacher"])
+    plain = models.load_model(family / FILES["teacher"])
     seeing = models.with_image(plain)
     x, told = torch.randn(1, 16, 3, 8, 8), {"context": torch.randn(1, 4, 64), "lengths": torch.tensor([4])}
     time = torch.tensor([700.0])
@@ -54,12 +56,12 @@ def test_an_image_to_video_model_begins_blind_to_the_image(family):
 
 def test_what_an_image_to_video_model_is_given_is_the_pipelines(family):
     video = clips.render(clips.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
-    ours = data.images_of(vae.load(family / evaluate.FILES["vae"]), video)
-    codec = load_vae(family / evaluate.FILES["vae"])
+    ours = data.images_of(vae.load(family / FILES["vae"]), video)
+    codec = load_vae(family / FILES["vae"])
     for row, clip in zip(ours, video):
         theirs = encode_image(codec, clip[:, 0], 9)[0]
         assert torch.equal(row[:4], theirs[:4])
-        assert (row[4:] - theirs[4:]).norm() < 0.02 * theirs[4:].norm()  # ours in bfloat16
+        assert (row[4:] - theirs[4:]).norm() < 0.02 * theirs[4:].norm()  # ours may be in bfloat16
 
 
 def test_a_second_call_trains_nothing(family, monkeypatch):
@@ -73,11 +75,11 @@ def test_a_second_call_trains_nothing(family, monkeypatch):
 
 
 def test_a_pair_of_other_settings_is_not_taken_for_this_one(family, monkeypatch):
-    (family / recipe.PAIR["low"]).rename(family / "aside")
+    (family / PAIR["low"]).rename(family / "aside")
     monkeypatch.setitem(recipe.PRESETS["try"]["pair"], "data", {"count": 8})
     with pytest.raises(TurboError, match="other settings"):
         recipe.train(family, "try", pair=True)
-    (family / "aside").rename(family / recipe.PAIR["low"])
+    (family / "aside").rename(family / PAIR["low"])
 
 
 def test_another_seed_wants_another_folder(family):
@@ -87,9 +89,14 @@ def test_another_seed_wants_another_folder(family):
         recipe.train(family, "none")
 
 
-def test_the_report(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", 9)
-    monkeypatch.setattr(evaluate, "SIDE", 64)
+@pytest.fixture
+def small_clips(monkeypatch):
+    for module in (evaluate, rows_module):
+        monkeypatch.setattr(module, "FRAMES", 9)
+        monkeypatch.setattr(module, "SIDE", 64)
+
+
+def test_the_report(family, small_clips, tmp_path):
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS[:1], log=lambda line: None)
     found = evaluate.evaluate(family, tmp_path, COUNT, rows=ROWS, log=lambda line: None)  # only what is missing
     for again in (False, True):  # which is for changed files only
@@ -101,20 +108,18 @@ def test_the_report(family, tmp_path, monkeypatch):
     assert found == json.loads((tmp_path / "quality.json").read_text())
     assert found[-1]["first_frame"] > 0
     assert report.markdown(found).count("\n") == len(found) + 2
-    report.picture(found, family, tmp_path / "quality.png", prompts=1)
+    report.picture(found, family, tmp_path / "quality.png", count=1)
     assert (tmp_path / "quality.png").stat().st_size > 2000
 
 
-def test_only_rows_of_changed_files_are_measured_again(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", 9)
-    monkeypatch.setattr(evaluate, "SIDE", 64)
+def test_only_rows_of_changed_files_are_measured_again(family, small_clips, tmp_path, monkeypatch):
     folder, out = tmp_path / "family", tmp_path / "out"
     folder.mkdir()
-    for name in evaluate.FILES.values():
+    for name in FILES.values():
         shutil.copy(family / name, folder)
     options = {"count": COUNT, "rows": ROWS[:3], "log": lambda line: None}
     before = evaluate.evaluate(folder, out, **options)
-    models.save_model(models.new_model(5), folder / evaluate.FILES["turbo"], clips.WORLD)  # without proj_l: another one
+    models.save_model(models.new_model(5), folder / FILES["turbo"], clips.WORLD)  # without proj_l: another one
     with pytest.raises(TurboError, match="--again"):
         evaluate.evaluate(folder, out, **options)
     measured, real = [], evaluate.load_row
@@ -130,14 +135,38 @@ def test_only_rows_of_changed_files_are_measured_again(family, tmp_path, monkeyp
     after = evaluate.evaluate(folder, out, again=True, **options)
     assert measured == [row.name for row in ROWS[:3] if row.file == "turbo"]
     assert [row["name"] for row in after] == [row["name"] for row in before]  # in the order of the report
-    assert [row == old for row, old in zip(after, before)] == [
-        name not in measured for name in (r["name"] for r in after)
-    ]
+    assert [row == old for row, old in zip(after, before)] == [row["name"] not in measured for row in after]
 
 
-def test_processes_share_the_prompts(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", 9)
-    monkeypatch.setattr(evaluate, "SIDE", 64)
+def test_rows_of_files_that_are_gone_do_not_stay(family, small_clips, tmp_path):
+    folder, out, options = tmp_path / "family", tmp_path / "out", {"count": COUNT, "rows": ROWS[:1]}
+    shutil.copytree(family, folder, ignore=shutil.ignore_patterns("work"))
+    (whole, student) = evaluate.evaluate(folder, out, **options, log=lambda line: None)
+    pair = student | {"name": ROWS[3].name, "of": student["of"] | {"files": "of the pair"}}
+    for gone in (pair, student | {"name": "a row of an earlier version"}):
+        (out / "quality.json").write_text(json.dumps([whole, student, gone]))
+        with pytest.raises(TurboError, match=gone["name"]):
+            evaluate.evaluate(folder, out, **options)
+    for name in PAIR.values():
+        (folder / name).unlink()
+    (out / "quality.json").write_text(json.dumps([whole, student, pair]))
+    with pytest.raises(TurboError, match=pair["name"]):
+        evaluate.evaluate(folder, out, **options)
+    assert evaluate.evaluate(folder, out, again=True, **options) == [whole, student]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not a report"), ("[1]", "is not a report"), ('[{"name": "VAE", "of": "x"}]', "by an earlier version")],
+)
+def test_what_is_no_report_is_not_written_over(family, tmp_path, text, message):
+    (tmp_path / "quality.json").write_text(text)
+    with pytest.raises(TurboError, match=message):
+        evaluate.evaluate(family, tmp_path, COUNT, again=True)
+    assert (tmp_path / "quality.json").read_text() == text
+
+
+def test_processes_share_the_prompts(family, small_clips, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH", 2)
     options = {"count": 5, "rows": ROWS[:1], "log": lambda line: None}
     alone = evaluate.evaluate(family, tmp_path / "alone", **options)
@@ -160,14 +189,13 @@ def test_processes_share_the_prompts(family, tmp_path, monkeypatch):
     assert [row | taken for row in shared] == [row | taken for row in alone]
 
 
-def test_the_same_noise_for_every_row(family, monkeypatch):
-    monkeypatch.setattr(evaluate, "FRAMES", 9)
-    monkeypatch.setattr(evaluate, "SIDE", 64)
-    row = evaluate.ROWS[2]
-    model_at, _ = evaluate.load_row(family, row)
+def test_the_same_noise_for_every_row(family, small_clips):
+    row = rows_module.ROWS[2]
+    model_at, _ = rows_module.load_row(family, row)
     context = torch.randn(1, 512, 64)
-    one, other = (evaluate.sample_row(model_at, row, context, None, seed=3) for _ in range(2))
-    assert torch.equal(one, other) and not torch.equal(one, evaluate.sample_row(model_at, row, context, None, seed=4))
+    one, other = (rows_module.sample_row(model_at, row, context, None, seed=3) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, rows_module.sample_row(model_at, row, context, None, seed=4))
 
 
 def test_joined_data_keep_every_clips_captions():

@@ -146,7 +146,8 @@ def dequantize(q, scale, dtype=torch.float32):
 
 
 def _int_mm(a, b):
-    """Exact int8 [M, K] x int8 [N, K]^T -> int32 or integer-valued float32 [M, N], whichever the device has."""
+    """int8 [M, K] x int8 [N, K]^T -> int32 [M, N], exact; or float32 where the device is faster at it or has nothing
+    else, exact up to K = 1024, beyond that the exact sums of 1024 products added in float32."""
     if has_int_mm(a.device) and int_mm_pays(a.device):
         m, k = a.shape
         # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have

@@ -30,9 +30,11 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones. Otherwise each large one goes back to the system,
-    which clears its pages again: a fifth to a half of the time of training on a CPU. The price: the
-    process never shrinks. Does nothing elsewhere."""
+    """Have glibc keep the memory of freed tensors for the next ones; does nothing elsewhere.
+
+    Otherwise each large tensor goes back to the system, which clears its pages again: a fifth to a half of the time of
+    training on a CPU. The price: the process never shrinks.
+    """
     if sys.platform != "linux":
         return
     try:

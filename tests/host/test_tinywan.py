@@ -4,21 +4,22 @@ import pytest
 import torch
 
 from turbo_core import checkpoint
-from turbo_core.train import clips, data, evaluate, vae
+from turbo_core.tinywan import FILES, PAIR
+from turbo_core.train import clips, data, vae
 from turbo_core.wan import WanModel
 
 
 @pytest.fixture(scope="module")
 def family(pack):
     folder = pack.root / "models" / "tinywan"
-    if not (folder / evaluate.FILES["vae"]).is_file():
+    if not (folder / FILES["vae"]).is_file():
         pytest.skip("this copy comes without models/tinywan")
     return folder
 
 
 def test_the_vae_in_the_hosts_loader(comfy, family):
-    tensors = comfy.utils.load_torch_file(str(family / evaluate.FILES["vae"]))
-    host, ours = comfy.sd.VAE(sd=tensors), vae.load(family / evaluate.FILES["vae"])
+    tensors = comfy.utils.load_torch_file(str(family / FILES["vae"]))
+    host, ours = comfy.sd.VAE(sd=tensors), vae.load(family / FILES["vae"])
     video = torch.rand(9, 64, 48, 3, generator=torch.Generator().manual_seed(0))
     latent = host.encode(video)
     with torch.no_grad():
@@ -29,7 +30,7 @@ def test_the_vae_in_the_hosts_loader(comfy, family):
 
 
 def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family):
-    clip = pack.text_encoder.load_text_encoder(str(family / evaluate.FILES["text"]))
+    clip = pack.text_encoder.load_text_encoder(str(family / FILES["text"]))
     scenes = clips.random_scenes(6, torch.Generator().manual_seed(0))
     means = []
     for wording in (0, 100):
@@ -42,7 +43,7 @@ def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family)
 
 @pytest.mark.parametrize("name", ["teacher", "student", "turbo", "high", "low"])
 def test_the_transformer(lab, pack, family, name):
-    path = family / (evaluate.FILES | evaluate.PAIR)[name]
+    path = family / (FILES | PAIR)[name]
     state, described = checkpoint.load(path)
     model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
     host = lab.dense(pack.loader.load_turbo_model(str(path), torch.float32))
@@ -58,5 +59,5 @@ def test_the_transformer(lab, pack, family, name):
 def test_latents_have_the_statistics_that_the_host_expects(family):
     random = torch.Generator().manual_seed(3)
     video = clips.render(clips.random_scenes(8, random), 17, 128, 128, random)
-    latent = data.encode_latents(vae.load(family / evaluate.FILES["vae"]), video)
+    latent = data.encode_latents(vae.load(family / FILES["vae"]), video)
     assert abs(latent.mean().item()) < 0.15 and 0.8 < latent.std().item() < 1.2

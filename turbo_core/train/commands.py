@@ -85,12 +85,14 @@ def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
 
 
 def run_tiny(arguments) -> None:
+    from ..memory import keep_freed_memory
     from . import engine, precision, recipe
 
-    _say()(precision.described(engine.start_processes(arguments.device)))
-    made = recipe.train(
-        arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, _say()
-    )  # fmt: skip
+    device, say = engine.start_processes(arguments.device), _say()
+    keep_freed_memory()  # VAE and text encoder learn on the CPU wherever the transformer does
+    for name in dict.fromkeys(["cpu", device.type]):
+        say(precision.described(name))
+    made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)
     for path in made:
         if engine.rank() == 0:
             print(path)
@@ -113,7 +115,7 @@ def run_data(arguments) -> None:
 def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
     from .. import checkpoint
-    from . import curves, data, distill, engine, models, precision, sparsify, teacher
+    from . import curves, data, distill, engine, models, precision, record, sparsify, teacher
 
     _check_numbers(arguments)
     files, outputs = _files(arguments)
@@ -129,6 +131,9 @@ def run_stage(arguments) -> None:
 
     sla = arguments.stage == "sparsify"
     start = _start(arguments, known, files)
+    made_from = {"model": files, "start": start, "data": [arguments.data]}
+    digests = [{name: record.digest(paths) for name, paths in made_from.items()}] if engine.rank() == 0 else []
+    record.claim(arguments.work / "made_from.json", {"stage": arguments.stage, **engine.gathered(digests)[0]})
     model = load(sla, start or files)
     # a teacher may learn new things, what is made of it does not
     world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
@@ -183,6 +188,11 @@ def _start(arguments, known, files: list[Path]) -> list[Path]:
         data.check_fits(known, *start)
     for path, model in zip(start, files):
         one, other = checkpoint.inspect(path), checkpoint.inspect(model)
+        if arguments.stage == "distill" and one.has_sla != other.has_sla:
+            raise TurboError(
+                f"{path if one.has_sla else model} has sparse attention (proj_l) and the other file has not: distil "
+                "the dense model, then go on with sparsify --start."
+            )
         for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
             here, there = getattr(one, name), getattr(other, name)
             if here != there:

@@ -130,24 +130,19 @@ def encode_captions(encoder, tokenize, captions: list[str]):
 @torch.no_grad()
 def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
     """Normalized latents of clips [B, 3, T, H, W] by a train.wan_vae.WanVAE."""
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(row, device=video.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
-    with precision.autocast(video.device):
-        latents = [
-            vae.encode(precision.conv_layout(clip))[0].float()
-            for clip in video.split(1)  # a batch takes a third longer on a CPU
-        ]
-    return (torch.cat(latents) - mean) / std
+    mean, std = _statistics(video.device)
+    return (precision.some_at_a_time(lambda clips: vae.encode(clips)[0], video) - mean) / std
 
 
 @torch.no_grad()
 def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
     """Clips float32 of normalized latents [B, 16, T, H, W]."""
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(row, device=latent.device).view(shape) for row in (LATENT_MEAN, LATENT_STD))
-    with precision.autocast(latent.device):
-        videos = [vae.decode(precision.conv_layout(one)).float() for one in (latent.float() * std + mean).split(1)]
-    return torch.cat(videos)
+    mean, std = _statistics(latent.device)
+    return precision.some_at_a_time(vae.decode, latent.float() * std + mean)
+
+
+def _statistics(device):
+    return (torch.tensor(row, device=device).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
 
 
 def images_of(vae, video: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,11 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
     student, teacher, fake: TrainWan models, or Experts; the teacher is not changed. The fake score should begin with
-    the teacher's weights, and the student with those or an earlier student's. alone: share of the steps
-    with consistency only, in which the fake score already learns what the student makes. weight: of distribution
-    matching. ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate
-    and grow a grid. sigma_max: of the student's first step, default the one it is sampled with. kept_frames, shift:
-    see teacher.train.
+    the teacher's weights, and the student with those or an earlier student's. alone: share of the steps with
+    consistency only, in which the fake score already learns what the student makes. weight: of distribution matching.
+    ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate and grow a
+    grid. sigma_max: of the student's first step, default the one it is sampled with. kept_frames, shift: see
+    teacher.train.
     """
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(student.in_dim)).float().tolist()
     engine.spread(teacher.requires_grad_(False).eval(), shard)

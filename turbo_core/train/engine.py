@@ -110,7 +110,7 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
         raise TurboError(f"{folder} cannot be a folder for checkpoints ({error}). Choose another one.") from error
     history = load(parts, folder / CHECKPOINT)
     if history:
-        log(f"going on from step {len(history)} of {folder / CHECKPOINT}, whatever weights were given")
+        log(f"going on from step {len(history)} of {folder / CHECKPOINT}")
     start = saved = said = time.monotonic()
     pause = save_every
     while len(history) < steps:

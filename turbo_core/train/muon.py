@@ -38,7 +38,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """U S V^T of a matrix U D V^T [M, N], the singular values S between about 0.7 and 1.2."""
+    """U S V^T of a matrix U D V^T [M, N], the singular values S between about 0.7 and 1.2; where D is below some
+    hundredths of its largest, less."""
     x = matrix.bfloat16() if precision.has_bfloat16(matrix.device.type) else matrix
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x

@@ -55,7 +55,7 @@ PRESETS = {
         "text": {"steps": 4, "batch": 4},
         "data": {"count": 4, "frames": 9, "side": 64},
         "teacher": [{"steps": 2, "batch": 2, "kept_frames": 2}, {"steps": 2, "batch": 2}],
-        "distill": [{"steps": 4, "batch": 2}],
+        "distill": [{"steps": 4, "batch": 2, "kept_frames": 2}, {"steps": 2, "batch": 2, "alone": 0.5}],
         "sparsify": {"steps": 2, "batch": 2},
         "pair": {
             "data": {"count": 4, "frames": 9, "side": 64},

@@ -5,7 +5,6 @@ Every stage keeps a checkpoint in its own folder and writes one file when it is 
 recipe goes on where it was.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,7 @@ import torch
 from ..errors import TurboError
 from ..text import load_text_encoder
 from ..tinywan import FILES, PAIR
-from ..video import complete_or_nothing
-from . import clips, curves, data, distill, engine, models, sparsify, teacher, text, vae
+from . import clips, curves, data, distill, engine, models, record, sparsify, teacher, text, vae
 from .experts import BOUNDARY, Experts
 from .presets import PRESETS
 
@@ -47,10 +45,8 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
         raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
     folder, settings = Path(folder), PRESETS[preset]
     run = _Run(folder / "work", seed, device, log)
-    _claim(
-        run.work / "settings.json",
-        {"preset": preset, "seed": seed, **{k: v for k, v in settings.items() if k != "pair"}},
-    )
+    plain = {name: value for name, value in settings.items() if name != "pair"}
+    record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain})
     files = {name: folder / file for name, file in FILES.items()}
 
     if not files["vae"].exists():
@@ -79,7 +75,7 @@ def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
     if _all_there(made):
         return made
     taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
-    _claim(run.work / "pair.json", {"seed": run.seed, **settings})
+    record.claim(run.work / "pair.json", {"seed": run.seed, **settings})
     known = _data(run, files, "images", settings["data"] | {"images": True}, run.seed + 1)
     if not _all_there(taught):
         both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
@@ -143,25 +139,6 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
         for part in parts:
             part.unlink()
     engine.wait()
-
-
-def _claim(record: Path, settings: dict) -> None:
-    """Make the folder of a record for these settings, or find it made for the same."""
-    work = record.parent
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if record.exists():
-            if json.loads(record.read_text(encoding="utf-8")) != settings:
-                raise TurboError(
-                    f"{work} belongs to a training with other settings. Take another folder, or remove it."
-                )
-        elif engine.rank() == 0:
-            with complete_or_nothing(record) as part:
-                part.write_text(json.dumps(settings), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        if isinstance(error, TurboError):
-            raise
-        raise TurboError(f"{work} cannot be used for training ({error}). Choose another folder.") from error
 
 
 def _write(write, path: Path, history: list[dict]) -> None:

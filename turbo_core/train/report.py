@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from ..errors import TurboError, missing_library
+from ..tinywan import FILES
 from ..video import complete_or_nothing, to_frames
-from . import clips, data, evaluate, vae
-from .evaluate import FILES, ROWS, load_row, sample_row
+from . import clips, data, vae
+from .evaluate import BATCH
+from .rows import ROWS, load_row, pictures, prompts, sample_row
 
 _INK, _FAINT, _BAR, _HELD = (28, 28, 36), (140, 140, 150), (37, 87, 167), (190, 208, 235)
 _LEFT, _WIDTH, _LINE, _MARGIN = 300, 420, 24, 20
@@ -25,21 +27,8 @@ _FRAMES, _TILE = 5, 96
 def table(report: list[dict]) -> list[tuple[str, ...]]:
     """The rows of a report as text, a heading first; every acceleration against what it accelerates. dB: of clips that
     went through the VAE, and of the first frame against the picture that was given."""
-    lines = [
-        (
-            "",
-            "whole prompt",
-            "95 % interval",
-            "colour",
-            "shape",
-            "motion",
-            "background",
-            "of base",
-            "dB",
-            "s/clip",
-            "MB",
-        )
-    ]
+    told = ("whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base", "dB", "s/clip", "MB")
+    lines = [("", *told)]
     scores = {row["name"]: row for row in report}
     for row in report:
         base = scores.get(_base(row["name"]))
@@ -54,6 +43,8 @@ def table(report: list[dict]) -> list[tuple[str, ...]]:
 
 
 def _base(name: str) -> str:
+    if name.startswith("I2V, same"):
+        return "I2V, 4 steps, SLA top-k 0.15"
     if name.startswith("rCM 4 +"):
         return "rCM, 4 steps"
     return ROWS[0].name if name.startswith("rCM") else ""
@@ -65,7 +56,7 @@ def markdown(report: list[dict]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ("---",) * len(heading), *rows)) + "\n"
 
 
-def picture(report: list[dict], folder, path, prompts: int = 6, seed: int = 1000) -> None:
+def picture(report: list[dict], folder, path, count: int = 6, seed: int = 1000) -> None:
     """Write the report as PNG: bars, then a few prompts as some of the rows render them."""
     try:
         from PIL import Image, ImageDraw, ImageFont
@@ -73,11 +64,11 @@ def picture(report: list[dict], folder, path, prompts: int = 6, seed: int = 1000
         raise missing_library("pillow", "Drawing the report") from error
     names = [row["name"] for row in report]
     shown = [row for row in ROWS if row.name in _SHOWN and row.name in names]
-    videos, captions = _clips(Path(folder), shown, prompts, seed)
+    videos, captions = _clips(Path(folder), shown, count, seed)
     bars = _MARGIN * 2 + _LINE * (len(report) + 2)
     column = _FRAMES * _TILE + 12
     width = max(_LEFT + _WIDTH + 90, _MARGIN * 2 + column * len(shown))
-    image = Image.new("RGB", (width, bars + 30 + prompts * (_TILE + 24) + _MARGIN), "white")
+    image = Image.new("RGB", (width, bars + 30 + count * (_TILE + 24) + _MARGIN), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(12)
     pen.text((_MARGIN, 8), "Whole prompt true, share of prompts, with 95 % interval", fill=_INK, font=font)
     for i, row in enumerate(report):
@@ -109,13 +100,13 @@ def _bar(pen, font, row: dict, top: int) -> None:
     pen.text((_LEFT + _WIDTH + 8, middle), f"{row['all']:.0%}", fill=_INK, font=font, anchor="lm")
 
 
-def _clips(folder: Path, rows, prompts: int, seed: int):
-    """({row's name: clips [prompts, 3, T, H, W]}, captions) of the first prompts of the report."""
-    scenes, captions, context, empty = evaluate.prompts(folder, evaluate.BATCH, seed)  # whose clips share a noise
+def _clips(folder: Path, rows, count: int, seed: int):
+    """({row's name: clips [count, 3, T, H, W]}, captions) of the first prompts of the report."""
+    scenes, captions, context, empty = prompts(folder, BATCH, seed)  # whose clips share a noise
     decoder = vae.load(folder / FILES["vae"])
     videos = {}
     for row in rows:
-        y = evaluate.pictures(decoder, scenes, seed)[1] if row.file == "pair" else None
+        y = pictures(decoder, scenes, seed)[1] if row.file == "pair" else None
         latents = sample_row(load_row(folder, row)[0], row, context, empty, seed, y)
-        videos[row.name] = data.decode_latents(decoder, latents[:prompts])
-    return videos, captions[:prompts]
+        videos[row.name] = data.decode_latents(decoder, latents[:count])
+    return videos, captions[:count]
