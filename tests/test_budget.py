@@ -32,6 +32,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
+    monkeypatch.setattr(int8, "int_mm_pays", lambda device: True)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations made and that are still referred to, and their peak."""
 
@@ -112,12 +118,6 @@ def test_counter_counts_what_lives_and_forgets_what_died():
         assert count.live == 8000  # the view keeps its storage
         del view, b
         assert (count.live, count.peak) == (0, 8000)
-
-
-@pytest.fixture(autouse=True)
-def card(monkeypatch):
-    """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
-    monkeypatch.setattr(int8, "int_mm_pays", lambda device: True)
 
 
 @pytest.mark.parametrize(("linears", "topk", "precision"), CASES)

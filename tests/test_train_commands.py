@@ -8,11 +8,10 @@ pytest.importorskip("transformers")
 
 from turbo_core import checkpoint
 from turbo_core.cli import main
-from turbo_core.errors import TurboError
 from turbo_core.stream_safetensors import write_safetensors
 from turbo_core.tiny_family import make_tiny
 from turbo_core.tinywan import FOLDER
-from turbo_core.train import curves, data, distill, evaluate, models, sparsify
+from turbo_core.train import curves, data, distill, evaluate, models, report, sparsify
 from turbo_core.video import write_video
 
 CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
@@ -218,17 +217,23 @@ def test_reports_that_cannot_be(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_evaluate_hands_over_what_was_asked(again, tmp_path, monkeypatch):
-    asked = []
+def test_evaluate_does_what_was_asked_and_writes_table_and_picture(again, tmp_path, monkeypatch, capsys):
+    scores = {"colour": 1.0, "shape": 0.5, "motion": 0.5, "background": 1.0, "all": 0.25, "low": 0.1, "high": 0.4}
+    found, asked = [{"name": "rCM, 4 steps", "bytes": 2_000_000} | scores], []
 
     def watched(folder, out, count, again, log):
         asked.append((folder, out, count, again))
-        raise TurboError("seen")
+        out.mkdir()
+        return found
 
     monkeypatch.setattr(evaluate, "evaluate", watched)
-    command = ["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--prompts", "7", *["--again"][: int(again)]]
-    assert main(command) == 2
-    assert asked == [(tmp_path, tmp_path / "out", 7, again)]
+    monkeypatch.setattr(report, "picture", lambda rows, folder, path: asked.append((rows, folder, path)))
+    out = tmp_path / "out"
+    command = ["evaluate", str(tmp_path), "-o", str(out), "--prompts", "7", *(["--again"] if again else [])]
+    assert main(command) == 0
+    assert asked == [(tmp_path, out, 7, again), (found, tmp_path, out / "quality.png")]
+    assert (out / "quality.md").read_text() == report.markdown(found)
+    assert "25.0%" in capsys.readouterr().out
 
 
 def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):

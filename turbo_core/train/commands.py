@@ -227,12 +227,12 @@ def _check_numbers(arguments) -> None:
 
 def run_evaluate(arguments) -> None:
     from ..console import table
-    from . import engine, evaluate, report
+    from . import engine, evaluate, record, report
 
     engine.start_processes("cpu")
     found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, again=arguments.again, log=_say())
     if engine.rank() == 0:
-        evaluate.write_whole(arguments.output / "quality.md", report.markdown(found))
+        record.write_whole(arguments.output / "quality.md", report.markdown(found))
         table("Quality", report.table(found))
         report.picture(found, arguments.folder, arguments.output / "quality.png")
 
