@@ -233,7 +233,7 @@ def test_evaluate_does_what_was_asked_and_writes_table_and_picture(again, tmp_pa
     assert main(command) == 0
     assert asked == [(tmp_path, out, 7, again), (found, tmp_path, out / "quality.png")]
     assert (out / "quality.md").read_text() == report.markdown(found)
-    assert "25.0%" in capsys.readouterr().out
+    assert "25.0 %" in capsys.readouterr().out
 
 
 def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):

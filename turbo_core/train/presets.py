@@ -23,12 +23,16 @@ PRESETS = {
         ],
         "sparsify": {"steps": 900, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
         "pair": {
-            "data": {"count": 500},
+            "data": {"count": 900},
             "teacher": [
-                {"steps": 400, "batch": 12, "kept_frames": 5, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.99} | _SHIFT
+                {"steps": 400, "batch": 12, "kept_frames": 5, "muon_lr": 2.7e-3, "lr": 1.3e-3, "decay": 0.99} | _SHIFT,
+                {"steps": 700, "batch": 8, "muon_lr": 2e-3, "lr": 1e-3, "decay": 0.99} | _SHIFT,
             ],
-            "distill": [{"steps": 150, "batch": 8, "kept_frames": 5} | _SHIFT],
-            "sparsify": {"steps": 200, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
+            "distill": [
+                {"steps": 150, "batch": 8, "kept_frames": 5} | _SHIFT,
+                {"steps": 220, "batch": 4, "muon_lr": 6e-4, "lr": 3e-4, "decay": 0.98} | _SHIFT,
+            ],
+            "sparsify": {"steps": 400, "batch": 6, "muon_lr": 8e-4, "lr": 1.5e-3},
         },
     },
     "gpu": {

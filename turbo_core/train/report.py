@@ -32,14 +32,18 @@ def table(report: list[dict]) -> list[tuple[str, ...]]:
     scores = {row["name"]: row for row in report}
     for row in report:
         base = scores.get(_base(row["name"]))
-        share = f"{row['all'] / base['all']:.0%}" if base and base["all"] else "-"
-        parts = [f"{row[name]:.0%}" for name in clips.ATTRIBUTES]
+        share = _percent(row["all"] / base["all"]) if base and base["all"] else "-"
+        parts = [_percent(row[name]) for name in clips.ATTRIBUTES]
         likeness = next((f"{row[name]:.1f}" for name in ("psnr", "first_frame") if name in row), "-")
         seconds = f"{row['seconds']:.2f}" if "seconds" in row else "-"
-        between = f"{row['low']:.0%} to {row['high']:.0%}"
+        between = f"{100 * row['low']:.0f} to {_percent(row['high'])}"
         size = f"{row['bytes'] / 1e6:.1f}"
-        lines.append((row["name"], f"{row['all']:.1%}", between, *parts, share, likeness, seconds, size))
+        lines.append((row["name"], _percent(row["all"], 1), between, *parts, share, likeness, seconds, size))
     return lines
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _base(name: str) -> str:
@@ -97,7 +101,7 @@ def _bar(pen, font, row: dict, top: int) -> None:
     pen.rectangle([_LEFT, top + 4, _LEFT + _WIDTH * row["all"], top + _LINE - 4], fill=_HELD)
     low, high = (_LEFT + _WIDTH * row[end] for end in ("low", "high"))
     pen.line([(low, middle), (high, middle)], fill=_BAR, width=3)
-    pen.text((_LEFT + _WIDTH + 8, middle), f"{row['all']:.0%}", fill=_INK, font=font, anchor="lm")
+    pen.text((_LEFT + _WIDTH + 8, middle), _percent(row["all"]), fill=_INK, font=font, anchor="lm")
 
 
 def _clips(folder: Path, rows, count: int, seed: int):
