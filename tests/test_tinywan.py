@@ -14,11 +14,11 @@ from turbo_core.train import clips, data, judge, rows, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
-# least number of attributes that are right, of 32, with some room for luck; chance is 6
+# least number of attributes that are right, of 32, less than measured by what other sums may turn; chance is 6
 ROWS = {
-    "rCM, 4 steps": 21,
-    "rCM 4 + SageSLA 0.15 + W8A8 block": 23,
-    "I2V, 4 steps, SLA top-k 0.15": 21,
+    "rCM, 4 steps": 24,  # 27 were
+    "rCM 4 + SageSLA 0.15 + W8A8 block": 24,  # 27
+    "I2V, 4 steps, SLA top-k 0.15": 20,  # 23
 }
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes without models/tinywan")
 
@@ -40,9 +40,9 @@ def test_clips_come_back_from_the_vae(real):
     scenes, video, codec, latent, _ = real
     shown = data.decode_latents(codec, latent).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (shown - video).square().mean((1, 2, 3, 4)))
-    assert psnr.mean() > 23
+    assert psnr.mean() > 25  # 26.5
     marks = [judge.score(clip, scene) for clip, scene in zip(shown, scenes)]
-    assert sum(mark["motion"] + mark["background"] + mark["colour"] for mark in marks) >= 10  # of 12
+    assert sum(mark["motion"] + mark["background"] + mark["colour"] for mark in marks) >= 11  # 12 of 12
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "turbo"])
@@ -88,7 +88,7 @@ def test_four_steps_show_what_prompts_say(row):
     videos = data.decode_latents(codec, rows.sample_row(model_at, row, context, empty, 1000, y))
     if first is not None:
         error = (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3))
-        assert (10 * torch.log10(4 / error)).mean() > 18  # the clip begins with the picture that was given
+        assert (10 * torch.log10(4 / error)).mean() > 20  # 21.6: the clip begins with the picture that was given
     marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
     right = {name: sum(mark[name] for mark in marks) for name in clips.ATTRIBUTES}
     assert sum(right.values()) >= ROWS[row.name], right
