@@ -14,9 +14,9 @@ Needs Python 3.10 or newer and its standard library; everything else goes into .
 requirements). No GPU needed.
 """
 
-import contextlib
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,21 +71,41 @@ def test(arguments):
         print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
         del beside["tests/host"]
     if not arguments:
-        beside["tests/kernels"] = [*pytest, "tests/kernels"]
+        beside["tests/kernels"] = [*pytest, "-o", "cache_dir=.pytest_cache/kernels", "tests/kernels"]
         pytest.append("--ignore=tests/kernels")
     # the tensors are small: more threads only wait for each other
     options = {"cwd": ROOT, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
-    with contextlib.ExitStack() as files:
-        running = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends all of it
+    running = {}
+    try:
         for name, command in beside.items():
-            output = files.enter_context(tempfile.TemporaryFile())
-            running.append((name, output, subprocess.Popen(command, stdout=output, stderr=output, **options)))
+            output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been shown)
+            apart = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
+            running[name] = subprocess.Popen(command, **apart, **options), output
         failed |= subprocess.run([*pytest, *arguments], **options).returncode
-        for name, output, process in running:
+        for name, (process, _) in running.items():
+            print(f"waiting for {name} ...", flush=True)
             failed |= process.wait()
-            output.seek(0)
-            print(f"{name}:", output.read().decode(errors="replace"), sep="\n")
+    finally:
+        for name, (process, output) in running.items():
+            stop(process)
+            print(f"{name}:", flush=True)
+            with output:
+                output.seek(0)
+                sys.stdout.buffer.write(output.read())
+            sys.stdout.flush()
     return int(failed != 0)
+
+
+def stop(process):
+    """End a process that still runs, with all that it started."""
+    if process.poll() is not None:
+        return
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdout=subprocess.DEVNULL)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
 
 
 def check(arguments):
@@ -96,7 +116,8 @@ def host(arguments):
     if find_comfyui() is None:
         print("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).", file=sys.stderr)
         return 1
-    return call(host_environment(), "-m", "pytest", "-q", "tests/host", *arguments)
+    cache = "cache_dir=.pytest_cache/host"  # pytest would forget the failures of one that runs beside it
+    return call(host_environment(), "-m", "pytest", "-q", "-o", cache, "tests/host", *arguments)
 
 
 def soak(arguments):

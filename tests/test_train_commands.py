@@ -137,13 +137,27 @@ def test_a_work_folder_of_other_weights_is_not_gone_on_from(tiny, tmp_path, caps
     for stage, more, what in (
         ("sparsify", other, "model"),
         ("sparsify", ["--start", tmp_path / "other.safetensors"], "start"),
-        ("teacher", [], "stage"),
+        ("sparsify", ["--seed", "1"], "seed"),
+        ("sparsify", ["--topk", "0.5"], "topk"),
     ):
         assert train(stage, tiny, tmp_path, *more) == 2
         assert f"other settings ({what})" in capsys.readouterr().err
     assert (tmp_path / "new.safetensors").read_bytes() == made
-    assert train("sparsify", tiny, tmp_path) == 0  # the same ones: it is finished
+    assert train("sparsify", tiny, tmp_path, "--lr", "0.01") == 0  # the same ones: it is finished
     assert (tmp_path / "new.safetensors").read_bytes() == made
+    (tmp_path / "work" / "made_from.json").unlink()
+    assert train("sparsify", tiny, tmp_path) == 2
+    assert "does not say of what" in capsys.readouterr().err
+
+
+def test_a_training_that_took_no_step_binds_nobody(tiny, tmp_path, monkeypatch):
+    def killed(*given, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparsify, "train", killed)
+        assert train("sparsify", tiny, tmp_path, "--seed", "1") != 0
+    assert train("sparsify", tiny, tmp_path) == 0
 
 
 I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.safetensors"]
@@ -233,7 +247,7 @@ def test_evaluate_does_what_was_asked_and_writes_table_and_picture(again, tmp_pa
     assert main(command) == 0
     assert asked == [(tmp_path, out, 7, again), (found, tmp_path, out / "quality.png")]
     assert (out / "quality.md").read_text() == report.markdown(found)
-    assert "25.0 %" in capsys.readouterr().out
+    assert "25.0%" in capsys.readouterr().out
 
 
 def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):

@@ -153,6 +153,15 @@ def test_rows_of_files_that_are_gone_do_not_stay(family, small_clips, tmp_path):
     with pytest.raises(TurboError, match=pair["name"]):
         evaluate.evaluate(folder, out, **options)
     assert evaluate.evaluate(folder, out, again=True, **options) == [whole, student]
+    assert evaluate.evaluate(folder, out, **options) == [whole, student]  # and it stays gone
+
+
+@pytest.mark.parametrize(
+    ("share", "whole", "tenth"),
+    [(0.575, "58%", "57.5%"), (0.525, "53%", "52.5%"), (0.5625, "56%", "56.3%"), (1, "100%", "100.0%")],
+)
+def test_halves_are_rounded_up(share, whole, tenth):
+    assert (report._percent(share), report._percent(share, 1)) == (whole, tenth)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def add_verbs(verbs, common) -> None:
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
     command.add_argument("--prompts", type=int, default=160, help="default %(default)s")
-    command.add_argument("--again", action="store_true", help="measure the rows of files that have changed again")
+    command.add_argument("--again", action="store_true", help="measure rows of changed files again")
     command.set_defaults(run=run_evaluate)
 
 
@@ -115,7 +115,7 @@ def run_data(arguments) -> None:
 def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
     from .. import checkpoint
-    from . import curves, data, distill, engine, models, precision, record, sparsify, teacher
+    from . import curves, data, distill, engine, models, precision, sparsify, teacher
 
     _check_numbers(arguments)
     files, outputs = _files(arguments)
@@ -131,9 +131,7 @@ def run_stage(arguments) -> None:
 
     sla = arguments.stage == "sparsify"
     start = _start(arguments, known, files)
-    made_from = {"model": files, "start": start, "data": [arguments.data]}
-    digests = [{name: record.digest(paths) for name, paths in made_from.items()}] if engine.rank() == 0 else []
-    record.claim(arguments.work / "made_from.json", {"stage": arguments.stage, **engine.gathered(digests)[0]})
+    _claim(arguments, {"model": files, "start": start, "data": [arguments.data]})
     model = load(sla, start or files)
     # a teacher may learn new things, what is made of it does not
     world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
@@ -158,6 +156,18 @@ def run_stage(arguments) -> None:
     if engine.rank() == 0:
         curves.draw(history, arguments.work / "curves.png")
         print(*outputs, sep="\n")
+
+
+def _claim(arguments, made_from: dict[str, list[Path]]) -> None:
+    """Raise TurboError where the folder of checkpoints belongs to another training than this one."""
+    from . import engine, record
+
+    digests = [{name: record.digest(paths) for name, paths in made_from.items()}] if engine.rank() == 0 else []
+    # what a training that goes on may not change
+    names = ("stage", "seed", "batch", "boundary", "shift", "sigma_max", "guidance", "alone", "topk")
+    settings = {name: getattr(arguments, name) for name in names if name in arguments}
+    settings |= engine.gathered(digests)[0]
+    record.claim(arguments.work / "made_from.json", settings, arguments.work / engine.CHECKPOINT)
 
 
 def _files(arguments) -> tuple[list[Path], list[Path]]:

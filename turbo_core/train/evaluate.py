@@ -21,8 +21,9 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
 
     count: prompts, the same ones, with the same noise, for every row; a sixteenth are combinations that training
     never saw. The processes of torchrun share them. The rows of the image-to-video pair are left out where the folder
-    has none. again: rows of other files than those in the folder are measured again, or dropped where it has none.
-    Raises TurboError when a file is missing, and, without again, when out holds a report of other files or prompts.
+    has none. again: rows of other files than those in the folder are measured again, or dropped where they are not
+    asked for or the folder has none. Raises TurboError when a file is missing, when out holds a report of other
+    prompts, and, without again, of other files.
     """
     folder, out = Path(folder), Path(out)
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
@@ -46,12 +47,17 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
             f"{out / 'quality.json'} is a report of other files ({changed[0]}). Choose another folder, remove it, or "
             "measure the rows of changed files again: --again."
         )
-    report = {name: row for name, row in report.items() if name in of}
+    asked_for = {name for name in ("VAE", *(row.name for row in rows)) if name in of}
+    gone = [name for name in changed if name not in asked_for]
+    for name in gone:
+        del report[name]
+    if gone:
+        _keep(_in_order(report), out)
     scenes, _, context, empty = prompts(folder, count, seed)
     known = _Prompts(scenes, context, empty, vae.load(folder / FILES["vae"]), seed)
     for row in (None, *rows):
         name = row.name if row else "VAE"
-        if name in of and (name not in report or name in changed):
+        if name in asked_for and (name not in report or name in changed):
             line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
             report[name] = line | {"of": of[name]}
             _keep(_in_order(report), out)

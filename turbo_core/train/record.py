@@ -18,19 +18,27 @@ def write_whole(path: Path, text: str) -> None:
         raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error
 
 
-def claim(path: Path, settings: dict) -> None:
-    """Make the folder of a record for these settings, or find it made for the same; TurboError where it is not."""
+def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
+    """Make the folder of a record for these settings, or find it made for the same; TurboError where it is not.
+
+    checkpoint: what training leaves to go on from. Without it a record binds nobody, with it there must be one.
+    """
     work = path.parent
     try:
         work.mkdir(parents=True, exist_ok=True)
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise TurboError(f"{work} cannot be used for training ({error}). Choose another folder.") from error
-    if known is None:
+    begun = known is not None if checkpoint is None else checkpoint.exists()
+    if not begun:
         if engine.rank() == 0:
             write_whole(path, json.dumps(settings))
+    elif not isinstance(known, dict):
+        raise TurboError(
+            f"{work} holds a training, and {path.name} does not say of what. Take another folder, or remove it."
+        )
     elif known != settings:
-        other = [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]
+        other = sorted(name for name in known | settings if known.get(name) != settings.get(name))
         raise TurboError(
             f"{work} belongs to a training with other settings ({', '.join(other)}). Take another folder, or remove it."
         )

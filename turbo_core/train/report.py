@@ -1,5 +1,6 @@
 """The quality report as a table and as one picture: bars with their confidence intervals, and clips side by side."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -36,14 +37,15 @@ def table(report: list[dict]) -> list[tuple[str, ...]]:
         parts = [_percent(row[name]) for name in clips.ATTRIBUTES]
         likeness = next((f"{row[name]:.1f}" for name in ("psnr", "first_frame") if name in row), "-")
         seconds = f"{row['seconds']:.2f}" if "seconds" in row else "-"
-        between = f"{100 * row['low']:.0f} to {_percent(row['high'])}"
+        between = f"{_percent(row['low'])[:-1]} to {_percent(row['high'])}"
         size = f"{row['bytes'] / 1e6:.1f}"
         lines.append((row["name"], _percent(row["all"], 1), between, *parts, share, likeness, seconds, size))
     return lines
 
 
 def _percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"
+    halves_up = math.floor(100 * share * 10**digits + 0.5 + 1e-6) / 10**digits  # a format takes some down
+    return f"{halves_up:.{digits}f}%"
 
 
 def _base(name: str) -> str:
