@@ -1,5 +1,7 @@
 """The trained weights that lie in models/tinywan keep what they were measured to do; int8 keeps what they compute."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,7 +12,7 @@ from turbo_core import checkpoint
 from turbo_core.cli import main
 from turbo_core.text import encode_text, load_text_encoder
 from turbo_core.tinywan import FILES, FOLDER
-from turbo_core.train import clips, data, judge, rows, vae
+from turbo_core.train import clips, data, evaluate, judge, record, report, rows, vae
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
@@ -43,6 +45,16 @@ def test_clips_come_back_from_the_vae(real):
     assert psnr.mean() > 25  # 26.5
     marks = [judge.score(clip, scene) for clip, scene in zip(shown, scenes)]
     assert sum(mark["motion"] + mark["background"] + mark["colour"] for mark in marks) >= 11  # 12 of 12
+
+
+def test_the_report_and_the_card_are_about_these_files():
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "tinywan"
+    found = evaluate.read(results / "quality.json")
+    files = {name: record.digest(paths) for name, paths in evaluate._needs(FOLDER).items()}
+    assert {row["name"]: row["of"]["files"] for row in found} == files
+    table = report.markdown(found)
+    for page in (results / "quality.md", FOLDER / "README.md"):
+        assert table in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "turbo"])

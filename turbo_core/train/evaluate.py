@@ -47,17 +47,16 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
             f"{out / 'quality.json'} is a report of other files ({changed[0]}). Choose another folder, remove it, or "
             "measure the rows of changed files again: --again."
         )
-    asked_for = {name for name in ("VAE", *(row.name for row in rows)) if name in of}
-    gone = [name for name in changed if name not in asked_for]
+    wanted = {name: row for name, row in {"VAE": None, **{row.name: row for row in rows}}.items() if name in of}
+    gone = [name for name in changed if name not in wanted]
     for name in gone:
         del report[name]
     if gone:
         _keep(_in_order(report), out)
     scenes, _, context, empty = prompts(folder, count, seed)
     known = _Prompts(scenes, context, empty, vae.load(folder / FILES["vae"]), seed)
-    for row in (None, *rows):
-        name = row.name if row else "VAE"
-        if name in asked_for and (name not in report or name in changed):
+    for name, row in wanted.items():
+        if name not in report or name in changed:
             line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
             report[name] = line | {"of": of[name]}
             _keep(_in_order(report), out)
@@ -72,7 +71,7 @@ def _needs(folder: Path) -> dict[str, list[Path]]:
 
 
 def _in_order(report: dict[str, dict]) -> list[dict]:
-    return sorted(report.values(), key=lambda row: ["VAE", *(row.name for row in ROWS)].index(row["name"]))
+    return [report[name] for name in ("VAE", *(row.name for row in ROWS)) if name in report]
 
 
 class _Prompts(NamedTuple):

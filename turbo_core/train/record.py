@@ -21,7 +21,8 @@ def write_whole(path: Path, text: str) -> None:
 def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
     """Make the folder of a record for these settings, or find it made for the same; TurboError where it is not.
 
-    checkpoint: what training leaves to go on from. Without it a record binds nobody, with it there must be one.
+    checkpoint: the file that training will leave to go on from. As long as it is not there, a record binds nobody; once
+    it is, there must be one. Not given: the record binds from the moment it is written.
     """
     work = path.parent
     try:

@@ -30,9 +30,9 @@ def table(report: list[dict]) -> list[tuple[str, ...]]:
     went through the VAE, and of the first frame against the picture that was given."""
     told = ("whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base", "dB", "s/clip", "MB")
     lines = [("", *told)]
-    scores = {row["name"]: row for row in report}
+    scores, bases = {row["name"]: row for row in report}, {row.name: row.base for row in ROWS}
     for row in report:
-        base = scores.get(_base(row["name"]))
+        base = scores.get(bases.get(row["name"]))
         share = _percent(row["all"] / base["all"]) if base and base["all"] else "-"
         parts = [_percent(row[name]) for name in clips.ATTRIBUTES]
         likeness = next((f"{row[name]:.1f}" for name in ("psnr", "first_frame") if name in row), "-")
@@ -46,14 +46,6 @@ def table(report: list[dict]) -> list[tuple[str, ...]]:
 def _percent(share: float, digits: int = 0) -> str:
     halves_up = math.floor(100 * share * 10**digits + 0.5 + 1e-6) / 10**digits  # a format takes some down
     return f"{halves_up:.{digits}f}%"
-
-
-def _base(name: str) -> str:
-    if name.startswith("I2V, same"):
-        return "I2V, 4 steps, SLA top-k 0.15"
-    if name.startswith("rCM 4 +"):
-        return "rCM, 4 steps"
-    return ROWS[0].name if name.startswith("rCM") else ""
 
 
 def markdown(report: list[dict]) -> str:

@@ -14,40 +14,42 @@ from ..tinywan import FILES, PAIR
 from ..wan import WanModel
 from . import clips, data
 from .experts import BOUNDARY
-from .teacher import GUIDANCE, SHIFT
+from .teacher import GUIDANCE, SHIFT, shifted
 
 FRAMES, SIDE = 33, 128
 
 
 class Row(NamedTuple):
     """One line of the report. file: a key of FILES, or "pair". guidance None: the few-step sampler without guidance;
-    topk None: dense."""
+    topk None: dense. base: the row that this one accelerates."""
 
     name: str
     file: str
     steps: int
+    base: str | None = None
     guidance: float | None = None
     topk: float | None = None
     precision: str = "bf16"
     format: str | None = None
 
 
+TEACHER, STUDENT, IMAGE = "teacher, 50 steps, guidance 3", "rCM, 4 steps", "I2V, 4 steps, SLA top-k 0.15"
 ROWS = (
-    Row("teacher, 50 steps, guidance 3", "teacher", 50, GUIDANCE),
-    Row("teacher, 4 steps, guidance 3", "teacher", 4, GUIDANCE),
-    Row("rCM, 4 steps", "student", 4),
-    Row("rCM, 3 steps", "student", 3),
-    Row("rCM, 2 steps", "student", 2),
-    Row("rCM, 1 step", "student", 1),
-    Row("rCM 4 + SLA top-k 1.0", "turbo", 4, topk=1.0),
-    Row("rCM 4 + SLA top-k 0.3", "turbo", 4, topk=0.3),
-    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, topk=0.15),  # one of nine key blocks, as top-k 0.1 would be
-    Row("rCM 4 + SageSLA top-k 0.15", "turbo", 4, topk=0.15, precision="int8"),
-    Row("rCM 4 + W8A8 block", "student", 4, format="int8_block"),
-    Row("rCM 4 + W8A8 row", "student", 4, format="int8_row"),
-    Row("rCM 4 + SageSLA 0.15 + W8A8 block", "turbo", 4, topk=0.15, precision="int8", format="int8_block"),
-    Row("I2V, 4 steps, SLA top-k 0.15", "pair", 4, topk=0.15),
-    Row("I2V, same + SageSLA + W8A8 block", "pair", 4, topk=0.15, precision="int8", format="int8_block"),
+    Row(TEACHER, "teacher", 50, guidance=GUIDANCE),
+    Row("teacher, 4 steps, guidance 3", "teacher", 4, guidance=GUIDANCE),
+    Row(STUDENT, "student", 4, TEACHER),
+    Row("rCM, 3 steps", "student", 3, TEACHER),
+    Row("rCM, 2 steps", "student", 2, TEACHER),
+    Row("rCM, 1 step", "student", 1, TEACHER),
+    Row("rCM 4 + SLA top-k 1.0", "turbo", 4, STUDENT, topk=1.0),
+    Row("rCM 4 + SLA top-k 0.3", "turbo", 4, STUDENT, topk=0.3),
+    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, STUDENT, topk=0.15),  # one of nine key blocks, as top-k 0.1 would be
+    Row("rCM 4 + SageSLA top-k 0.15", "turbo", 4, STUDENT, topk=0.15, precision="int8"),
+    Row("rCM 4 + W8A8 block", "student", 4, STUDENT, format="int8_block"),
+    Row("rCM 4 + W8A8 row", "student", 4, STUDENT, format="int8_row"),
+    Row("rCM 4 + SageSLA 0.15 + W8A8 block", "turbo", 4, STUDENT, topk=0.15, precision="int8", format="int8_block"),
+    Row(IMAGE, "pair", 4, topk=0.15),
+    Row("I2V, same + SageSLA + W8A8 block", "pair", 4, IMAGE, topk=0.15, precision="int8", format="int8_block"),
 )
 
 
@@ -81,8 +83,7 @@ def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.T
         return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([context, empty.expand_as(context)])
-    times = torch.linspace(1, 0, row.steps + 1)
-    times = (SHIFT * times / (1 + (SHIFT - 1) * times)).tolist()
+    times = shifted(torch.linspace(1, 0, row.steps + 1), SHIFT).tolist()
     with torch.inference_mode():
         for now, after in itertools.pairwise(times):
             at = torch.full((2 * len(x),), 1000 * now)
