@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import int8_configs, launch
 from .int8_mm_persistent import int8_mm_persistent_kernel
 from .int8_tile import MAGIC, MAGIC_VALUE, finish_tile, tile_place
 
@@ -133,9 +133,9 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     tensors = [t for t in (x_q, x_scale, y, *weights, *scales, *biases, *epilogue.values()) if t is not None]
     if not all(t.is_contiguous() for t in tensors):
         raise ValueError(f"every operand must be contiguous, got strides {[t.stride() for t in tensors]}")
-    config = config or launch.config(f"{'row' if rows else 'block'} {form}", m, x_q.device, card)
+    config = config or int8_configs.config(f"{'row' if rows else 'block'} {form}", m, x_q.device, card)
     if config.variant != "pointers" and (k % 16 or any(t.data_ptr() % 16 for t in (x_q, *weights))):
-        config = launch.DEFAULT  # what the tensor memory accelerator cannot address
+        config = int8_configs.DEFAULT  # what the tensor memory accelerator cannot address
     if form == "quantize" and (config.block_m, config.block_n) != (SPAN, SPAN):
         raise ValueError(f"a tile must be one scale block, got {config}")
     operands = [t for operand in zip(weights, scales, biases) for t in operand] + [None] * 3 * (3 - len(weights))
@@ -167,7 +167,7 @@ def _run(form, x_q, *operands, config=None, **epilogue):
     try:
         launch.run(*prepare(form, x_q, *operands, config=config, **epilogue))
     except launch.LaunchError as error:
-        if config is not None or not launch.drop_tuned(x_q.device, error):
+        if config is not None or not int8_configs.drop_tuned(x_q.device, error):
             raise
         launch.run(*prepare(form, x_q, *operands, **epilogue))
 

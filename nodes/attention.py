@@ -2,56 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.sla import DTYPES, PRECISIONS, sparse_linear_attention
-from .block_list import parse_blocks
-from .blocks import OPTIONS, active_settings, has_trained_sla, log_once, wan_network
-from .inputs import check_choice, check_number
+from ..turbo_core.sla import PRECISIONS
+from .host.blocks import OPTIONS, has_trained_sla, wan_network
+from .host.inputs import check_choice, check_number, parse_blocks
+from .host.override import OVERRIDE, training_free
 
-OVERRIDE = "optimized_attention_override"
 MODES = ("auto", "sparse only", "dense")
 SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
-_LAST = "turbowan_last_self_attention"  # block of the last one, in the options of one evaluation
-
-
-def _is_self_attention(q, k, options, of_image):
-    """Cross-attention comes through the override as well: its keys differ in number, or it follows self-attention."""
-    block = options.get("block_index")
-    if q.shape != k.shape:
-        if not of_image:  # attention to an image prompt stands between self-attention and the text
-            options.pop(_LAST, None)
-        return False
-    if block is not None and options.get(_LAST) == block:
-        del options[_LAST]
-        return False
-    options[_LAST] = block
-    return True
-
-
-def training_free(previous):
-    """An attention override for models without proj_l; `previous` is the override that was there, or None."""
-
-    def attention(func, q, k, v, heads, *args, **kwargs):
-        settings = None
-        options = kwargs.get("transformer_options") or {}
-        of_image = kwargs.get("low_precision_attention") is False
-        plain = q.ndim == 3 and not args and kwargs.get("mask") is None
-        # asked for [B, H, L, D], it is the given function's to answer; it is self-attention all the same
-        if plain and _is_self_attention(q, k, options, of_image) and not kwargs.get("skip_output_reshape"):
-            settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
-        if settings is not None and q.dtype not in DTYPES:
-            log_once(f"dense attention, because q, k and v are {q.dtype}")
-            settings = None
-        if settings is None:
-            return (func if previous is None else lambda *a, **kw: previous(func, *a, **kw))(
-                q, k, v, heads, *args, **kwargs
-            )
-        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
-        out = sparse_linear_attention(q, k, v, None, None, settings["topk"], **given)
-        return out.flatten(2)
-
-    return attention
 
 
 class SparseLowBitAttention(io.ComfyNode):

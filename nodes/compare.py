@@ -3,17 +3,17 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..turbo_core.compare import error_of
-from ..turbo_core.compare_report import panels, table
+from ..turbo_core.diagnostics.charts import draw
+from ..turbo_core.diagnostics.compare import error_of, panels, table
 from ..turbo_core.errors import TurboError
-from ..turbo_core.heatmap import draw
 from ..turbo_core.schedule import MAX_STEPS
-from .blocks import wan_network
-from .compare_run import run_both
-from .facts import summary
-from .inputs import check_choice, check_number, check_sigmas
-from .sampling import MODES, sigmas_of
-from .show import show
+from .host.blocks import wan_network
+from .host.inputs import check_choice, check_number, check_sigmas
+from .host.run import sigmas_of
+from .reports.compare_run import run_both
+from .reports.facts import summary
+from .reports.show import show
+from .sampling import MODES
 
 MIN_TOKENS, MAX_TOKENS = 16, 8192
 TITLE = "Turbo Compare: B against A, both on A's states"

@@ -9,12 +9,11 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..turbo_core import checkpoint
-from ..turbo_core.console import human_bytes
+from ..turbo_core.checkpoint.formats import FORMATS
+from ..turbo_core.checkpoint.merging import merge
 from ..turbo_core.errors import TurboError
-from ..turbo_core.formats import FORMATS
-from ..turbo_core.merge import merge
-from .file_names import check_name
-from .inputs import check_number, model_file
+from ..turbo_core.files import human_bytes
+from .host.inputs import check_name, check_number, model_file
 
 MAX_STRENGTH = 2.0
 _FORMAT_HELP = (

@@ -6,10 +6,10 @@ import comfy_kitchen
 from comfy_api.latest import io, ui
 from comfyui_version import __version__ as comfyui_version
 
-from ..turbo_core.console import human_bytes
-from ..turbo_core.doctor import examine
-from .facts import host_attention, model_facts
-from .show import show
+from ..turbo_core.diagnostics.doctor import examine
+from ..turbo_core.files import human_bytes
+from .reports.facts import host_attention, model_facts
+from .reports.show import show
 
 # what turbo-core does by itself and ComfyUI does instead here
 _STANDALONE = {"device", "dense attention", "text encoder", "VAE", "generate", "inspect, convert, quantize"}

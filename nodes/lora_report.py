@@ -5,10 +5,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..turbo_core.errors import TurboError
-from .blocks import network_of
-from .inputs import check_number, model_file, read_tensors
-from .lora_facts import Examined
-from .show import show
+from .host.blocks import network_of
+from .host.inputs import check_number, model_file, read_tensors
+from .reports.lora_facts import Examined
+from .reports.show import show
 
 MAX_STRENGTH = 100.0
 

@@ -5,8 +5,8 @@ import math
 from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
-from ..turbo_core.sizes import FPS, PRESETS, adaptive_size
-from .inputs import check_choice, check_number
+from ..turbo_core.pipeline.sizes import FPS, PRESETS, adaptive_size
+from .host.inputs import check_choice, check_number
 
 MAX_SECONDS = 60.0
 MAX_ASPECT = 4  # beyond it nothing was trained, and a strip of an image asks for a latent of any length

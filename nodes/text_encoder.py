@@ -6,9 +6,9 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
+from ..turbo_core.checkpoint.names import looks_like
 from ..turbo_core.errors import TurboError
-from ..turbo_core.recognize import looks_like
-from .inputs import model_file, read_tensors
+from .host.inputs import model_file, read_tensors
 
 CONFIG = "umt5xxl_model_config"  # the host's name for sizes that differ from umT5-xxl, also in a file's metadata
 # what sets umT5 apart from other T5 files, and the tokenizer, which the host takes from the file as well

@@ -8,17 +8,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbo_core import budget, checkpoint, fused, int8, wan
+from tests.helpers.tiny_dits import TINY, tiny_state_dict
+from turbo_core import checkpoint, int8, wan, wan_fused
+from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.cli import main
+from turbo_core.diagnostics import plan
 from turbo_core.errors import TurboError
-from turbo_core.int8 import block_scale_shape
-from turbo_core.tiny import TINY, tiny_state_dict
-from turbo_core.validate import Sizes
+from turbo_core.int8.quantize import block_scale_shape
+from turbo_core.pipeline import sizes
 from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel
 
 TOLERANCE = 0.1
-SMALL = budget.Model(Sizes(256, 16, 16, 640, 64, 256, 128), 2, True)
-MIDDLING = budget.Model(Sizes(512, 36, 16, 2816, 64, 256, 64), 1, True)  # heads of 64, image-to-video
+SMALL = plan.Model(Sizes(256, 16, 16, 640, 64, 256, 128), 2, True)
+MIDDLING = plan.Model(Sizes(512, 36, 16, 2816, 64, 256, 64), 1, True)  # heads of 64, image-to-video
 GRIDS = {SMALL: (5, 16, 18), MIDDLING: (3, 20, 16)}  # latent; 360 tokens are ragged blocks, 240 too
 CASES = [
     pytest.param(linears, topk, precision, id=f"{linears}-{precision if topk else 'dense'}")
@@ -35,7 +37,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
-    monkeypatch.setattr(int8, "int_mm_pays", lambda device: True)
+    monkeypatch.setattr(int8.quantize, "int_mm_pays", lambda device: True)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -100,7 +102,7 @@ def counted(model, grid, linears, topk, precision, text=40):
 
 def compare(model, grid, linears, topk, precision, text=40):
     tokens = grid[0] * grid[1] * grid[2] // 4
-    forecast, moment, living = budget.step_peak(model, tokens, linears, topk, precision, text)
+    forecast, moment, living = plan.step_peak(model, tokens, linears, topk, precision, text)
     assert forecast == sum(living.values())
     found = counted(model, grid, linears, topk, precision, text)
     print(f"{linears} {topk} {precision}: {tokens} tokens, {found / 1e6:.1f} MB, {forecast / found - 1:+.1%}, {moment}")
@@ -146,7 +148,7 @@ def by_shape():
 )
 def test_peak_of_a_step_at_the_published_sizes(name, size, linears, topk, precision):
     with by_shape():
-        compare(budget.PUBLISHED[name], budget.latent_shape(*size), linears, topk, precision, budget.TEXT_TOKENS)
+        compare(plan.PUBLISHED[name], sizes.latent_shape(*size), linears, topk, precision, plan.TEXT_TOKENS)
 
 
 @pytest.mark.parametrize("linears", ["float", "int8_block", "int8_row"])
@@ -155,7 +157,7 @@ def test_the_comparison_can_fail(linears):
     frames, height, width = GRIDS[MIDDLING]
     wider = MIDDLING._replace(sizes=MIDDLING.sizes._replace(ffn_dim=3712))
     found = counted(wider, (frames, 2 * height, 2 * width), linears, None, "bf16")
-    assert budget.step_peak(MIDDLING, frames * height * width, linears, None)[0] < (1 - TOLERANCE) * found
+    assert plan.step_peak(MIDDLING, frames * height * width, linears, None)[0] < (1 - TOLERANCE) * found
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def kernels(monkeypatch):
         "quantize_rows": lambda x, out=None: out or quantized(x, True),
         "pays": lambda device: True,
     }.items():
-        monkeypatch.setattr(fused, name, function)
+        monkeypatch.setattr(wan_fused, name, function)
     monkeypatch.setattr(wan, "sla_from_qkv", attention)
     monkeypatch.setattr(wan, "use_triton", lambda device, family: True)
     monkeypatch.setattr(wan, "rms_norm", lambda x, weight, eps: torch.empty_like(x))
@@ -217,12 +219,12 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(("topk", "precision"), [(None, "bf16"), (0.1, "bf16"), (0.1, "int8")])
 def test_kernels_need_no_more_than_the_plan(kernels, linears, topk, precision):
     """At 14B and 720p; the plan is that of the layers, which compute in torch."""
-    model, size = budget.PUBLISHED["t2v-14b"], (1280, 720, 81)
-    plan, moment, _ = budget.step_peak(model, 75600, linears, topk, precision)
+    model, size = plan.PUBLISHED["t2v-14b"], (1280, 720, 81)
+    planned, moment, _ = plan.step_peak(model, 75600, linears, topk, precision)
     with by_shape():
-        found = counted(model, budget.latent_shape(*size), linears, topk, precision, budget.TEXT_TOKENS)
-    print(f"{linears} {topk} {precision}: {found / 1e9:.2f} GB, planned {plan / 1e9:.2f} GB for {moment}")
-    assert found <= plan
+        found = counted(model, sizes.latent_shape(*size), linears, topk, precision, plan.TEXT_TOKENS)
+    print(f"{linears} {topk} {precision}: {found / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB for {moment}")
+    assert found <= planned
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +238,9 @@ def vae():
     + [(320, 256, 9, "decode", True), (256, 256, 5, "decode", True)],
 )
 def test_vae_s_bytes_per_pixel(vae, width, height, frames, work, tiled):
-    from turbo_core.vae import decode_video, encode_video
+    from turbo_core.pipeline.vae import decode_video, encode_video
 
-    t, h, w = budget.latent_shape(width, height, frames)
+    t, h, w = sizes.latent_shape(width, height, frames)
     with by_shape(), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         model = vae(base_dim=96, z_dim=16)
@@ -248,7 +250,7 @@ def test_vae_s_bytes_per_pixel(vae, width, height, frames, work, tiled):
                 decode_video(model, torch.randn(1, 16, t, h, w), tiled)
             else:
                 encode_video(model, torch.randn(1, 3, frames, height, width, dtype=torch.bfloat16))
-    forecast = budget.vae_peak(width, height, frames, work, tiled)
+    forecast = plan.vae_peak(width, height, frames, work, tiled)
     print(f"{work} {width}x{height}x{frames} {tiled=}: {count.peak / 1e9:.2f} GB, {forecast / count.peak - 1:+.1%}")
     assert abs(forecast / count.peak - 1) < TOLERANCE
 
@@ -256,25 +258,25 @@ def test_vae_s_bytes_per_pixel(vae, width, height, frames, work, tiled):
 def test_weights_are_those_of_the_files(tmp_path):
     source = tmp_path / "source.pth"
     torch.save(tiny_state_dict(0), source)
-    model = budget.model_of(checkpoint.inspect(source))
+    model = plan.model_of(checkpoint.inspect(source))
     for format in ("int8_block", "int8_row", "fp8", "bf16", "fp32"):
         done = checkpoint.convert(source, tmp_path / "x.safetensors", format)
-        assert abs(budget.weight_bytes(model, format)[0] / done.bytes - 1) < 0.02, format
+        assert abs(plan.weight_bytes(model, format)[0] / done.bytes - 1) < 0.02, format
 
 
 def test_weights_of_the_published_models():
     """Parameters as published: 1.42 and 14.29 billion; the text encoder 5.68 billion."""
     for name, gigabytes in [("t2v-1.3b", (2.84, 1.45)), ("t2v-14b", (28.6, 14.5))]:
-        model = budget.PUBLISHED[name]
+        model = plan.PUBLISHED[name]
         for format, expected in zip(("bf16", "int8_block"), gigabytes):
-            assert math.isclose(budget.weight_bytes(model, format)[0] / 1e9, expected, rel_tol=0.01)
-    total, block = budget.weight_bytes(budget.PUBLISHED["t2v-14b"], "int8_block")
+            assert math.isclose(plan.weight_bytes(model, format)[0] / 1e9, expected, rel_tol=0.01)
+    total, block = plan.weight_bytes(plan.PUBLISHED["t2v-14b"], "int8_block")
     assert 0.9 < 40 * block / total < 1
-    assert math.isclose(budget.text_encoder_bytes() / 1e9, 11.36, rel_tol=0.01)
+    assert math.isclose(plan.text_encoder_bytes() / 1e9, 11.36, rel_tol=0.01)
 
 
 def stages(memory, name="t2v-14b", size=(832, 480, 81), **more):
-    return {stage.name: stage for stage in budget.plan(budget.PUBLISHED[name], *size, memory, **more)}
+    return {stage.name: stage for stage in plan.plan(plan.PUBLISHED[name], *size, memory, **more)}
 
 
 def test_verdicts_follow_the_room():
@@ -298,27 +300,27 @@ def test_verdicts_follow_the_room():
 
 
 def test_fp8_counts_as_what_it_becomes():
-    model = budget.PUBLISHED["t2v-14b"]
+    model = plan.PUBLISHED["t2v-14b"]
     weights = {
-        (has_sla, format): budget.plan(model._replace(has_sla=has_sla), 832, 480, 81, 24, format)[1].weights
+        (has_sla, format): plan.plan(model._replace(has_sla=has_sla), 832, 480, 81, 24, format)[1].weights
         for has_sla in (True, False)
         for format in ("fp8", "bf16")
     }
     assert weights[True, "fp8"] == weights[True, "bf16"] > 1.9 * weights[False, "fp8"]
 
 
-@pytest.mark.parametrize("name", list(budget.PUBLISHED))
+@pytest.mark.parametrize("name", list(plan.PUBLISHED))
 def test_more_memory_never_makes_it_worse_and_more_frames_never_better(name):
     order = ["no", "tiled", "offload", "resident"]
     for stage in ("text encoder", "sampling", "VAE decode"):
-        ranks = [order.index(stages(memory, name)[stage].fits) for memory in (4, *budget.CARDS, 80)]
+        ranks = [order.index(stages(memory, name)[stage].fits) for memory in (4, *plan.CARDS, 80)]
         assert ranks == sorted(ranks)
     longer = [stages(16, name, (832, 480, frames))["sampling"].activations for frames in (1, 5, 81, 161)]
     assert longer == sorted(longer)
 
 
 def test_what_cannot_be_planned_is_refused():
-    model = budget.PUBLISHED["t2v-1.3b"]
+    model = plan.PUBLISHED["t2v-1.3b"]
     for arguments, words in [
         ((model, 830, 480, 81, 16), "multiples of 16"),
         ((model, 832, 480, 80, 16), "4n . 1"),
@@ -329,7 +331,7 @@ def test_what_cannot_be_planned_is_refused():
         ((model, 832, 480, 81, 16, "bf16", 0.1, "fp4"), "precision"),
     ]:
         with pytest.raises(TurboError, match=words):
-            budget.plan(*arguments)
+            plan.plan(*arguments)
 
 
 def test_command(tmp_path, capsys):

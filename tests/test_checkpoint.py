@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.tiny_dits import make_tiny_dits, tiny_state_dict
 from turbo_core import checkpoint
+from turbo_core.checkpoint.formats import FLOATS
+from turbo_core.checkpoint.names import PROJ_L, looks_like
+from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.errors import TurboError
-from turbo_core.formats import FLOATS, PROJ_L
-from turbo_core.int8 import block_scale_shape, dequantize_block, quantize_rows
-from turbo_core.recognize import looks_like
-from turbo_core.tiny import make_tiny_dits, tiny_state_dict
-from turbo_core.validate import Sizes, expected_shapes
+from turbo_core.int8.quantize import block_scale_shape, dequantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
 T2V_14B = Sizes(5120, 16, 16, 13824, 4096, 256, 128)

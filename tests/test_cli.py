@@ -9,8 +9,10 @@ import av
 import pytest
 from PIL import Image
 
-from turbo_core import checkpoint, cli, formats, pipeline, sla
-from turbo_core.cli import main
+from turbo_core import checkpoint, pipeline, sla
+from turbo_core.checkpoint import formats
+from turbo_core.cli import files, main
+from turbo_core.cli.generate import PRECISIONS
 from turbo_core.errors import TurboError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +118,7 @@ def test_doctor_tells_the_path_of_every_part(capsys):
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
-    from turbo_core import doctor
+    from turbo_core.diagnostics import doctor
 
     find = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name))
@@ -153,8 +155,8 @@ def test_the_command_starts_without_heavy_imports():
 
 
 def test_choices_are_those_of_the_library():
-    assert cli.FORMATS == formats.FORMATS and cli.FORMATS[:2] == tuple(formats.INTEGERS)
-    assert tuple(sla.PRECISIONS) == cli.PRECISIONS
+    assert files.FORMATS == formats.FORMATS and files.FORMATS[:2] == tuple(formats.INTEGERS)
+    assert tuple(sla.PRECISIONS) == PRECISIONS
 
 
 def test_plain_output_without_rich(tiny, tmp_path, monkeypatch, capsys):

@@ -2,15 +2,15 @@
 
 import torch
 
-from turbo_core.train import clips
+from turbo_core.tinywan import world
 
 
 def scenes(count=12, seed=0, held_out=False):
-    return clips.random_scenes(count, torch.Generator().manual_seed(seed), held_out)
+    return world.random_scenes(count, torch.Generator().manual_seed(seed), held_out)
 
 
 def drawn(some, frames=9, height=48, width=64, seed=1):
-    return clips.render(some, frames, height, width, torch.Generator().manual_seed(seed))
+    return world.render(some, frames, height, width, torch.Generator().manual_seed(seed))
 
 
 def test_a_seed_is_a_data_set():
@@ -25,32 +25,32 @@ def test_values_fill_the_range_of_a_video():
 
 
 def test_held_out_combinations_never_come_among_training_scenes():
-    assert not any(map(clips.is_held_out, scenes(200)))
+    assert not any(map(world.is_held_out, scenes(200)))
     held = scenes(20, held_out=True)
-    assert all(map(clips.is_held_out, held))
+    assert all(map(world.is_held_out, held))
     # no colour, shape or motion is missing from training because of it
-    for column, values in zip(scenes(600).unbind(1), clips.ATTRIBUTES.values()):
+    for column, values in zip(scenes(600).unbind(1), world.ATTRIBUTES.values()):
         assert len(column.unique()) == len(values)
 
 
 def test_a_caption_names_what_is_there():
     for seed, scene in enumerate(scenes(40)):
-        text, words = clips.caption(scene, seed), clips.describe(scene)
-        assert words["colour"] in text and words["background"] in text and not clips.is_outside(text)
-        assert text == clips.caption(scene, seed)
-        assert clips.words_of(text) <= clips.vocabulary()
+        text, words = world.caption(scene, seed), world.describe(scene)
+        assert words["colour"] in text and words["background"] in text and not world.is_outside(text)
+        assert text == world.caption(scene, seed)
+        assert world.words_of(text) <= world.vocabulary()
 
 
 def test_prompts_of_another_world_are_recognized():
-    assert clips.is_outside("two stylish cats box on a stage")
-    assert clips.is_outside("a red circle")  # no motion, no background
-    assert clips.is_outside("A red cat sleeps on the black sofa.")  # articles and prepositions name nothing
-    assert clips.is_outside("A woman with a white dress walks to the navy car")
-    assert not clips.is_outside("A red circle moves left on a grey background")
+    assert world.is_outside("two stylish cats box on a stage")
+    assert world.is_outside("a red circle")  # no motion, no background
+    assert world.is_outside("A red cat sleeps on the black sofa.")  # articles and prepositions name nothing
+    assert world.is_outside("A woman with a white dress walks to the navy car")
+    assert not world.is_outside("A red circle moves left on a grey background")
 
 
 def test_edges_are_soft():
-    alpha = clips.coverage(
+    alpha = world.coverage(
         torch.tensor([0]), torch.full((1, 1), 16.3), torch.full((1, 1), 16.0), torch.full((1, 1), 8.0), 32, 32
     )
     between = ((alpha > 0.05) & (alpha < 0.95)).sum()

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from turbo_core.compare import (
+from turbo_core.diagnostics.charts import badness, draw, percent
+from turbo_core.diagnostics.compare import (
     TOPKS,
     attention_recall,
     error_of,
     key_block_mass,
+    panels,
     recall_by_topk,
     sample_tokens,
     squared_norms,
+    table,
 )
-from turbo_core.compare_report import panels, table
-from turbo_core.heatmap import badness, draw, percent
 from turbo_core.sla import block_map, covering_map
 
 

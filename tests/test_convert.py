@@ -14,12 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from turbo_core import checkpoint, formats, rewrite, stream_safetensors
+from tests.helpers.tiny_dits import make_tiny_dits, tiny_state_dict
+from turbo_core import checkpoint
+from turbo_core.checkpoint import converting, encode, names, write
+from turbo_core.checkpoint.formats import FORMATS
+from turbo_core.checkpoint.names import PROJ_L
+from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.errors import TurboError
-from turbo_core.formats import FORMATS, PROJ_L
-from turbo_core.int8 import dequantize_block, dequantize_rows, quantize_block, quantize_rows
-from turbo_core.tiny import make_tiny_dits, tiny_state_dict
-from turbo_core.validate import Sizes, expected_shapes
+from turbo_core.int8.quantize import dequantize_block, dequantize_rows, quantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
 RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)
@@ -189,7 +191,7 @@ def test_progress_counts_up_to_the_total(ragged, tmp_path):
 
 def test_source_mapped_anew_gives_the_same_file(ragged, tmp_path, monkeypatch):
     one = checkpoint.convert(ragged, tmp_path / "one.safetensors", "int8_block").path
-    monkeypatch.setattr(rewrite, "_REMAP", 1 << 16)
+    monkeypatch.setattr(encode, "_REMAP", 1 << 16)
     two = checkpoint.convert(ragged, tmp_path / "two.safetensors", "int8_block").path
     assert Path(one).read_bytes() == Path(two).read_bytes()
 
@@ -228,13 +230,13 @@ def test_memory_stays_at_a_few_times_the_largest_tensor(ragged, tmp_path):
     # 4 blocks in float32: 340 MB, the largest tensor 25 MB; zeros that take no room on the disk
     shapes = expected_shapes(4, True, Sizes(1024, 16, 16, 6144, 64, 256, 128))
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    header, _, size = stream_safetensors._header(layout, {})
+    header, _, size = write._header(layout, {})
     source = tmp_path / "big.safetensors"
     source.write_bytes(header)
     os.truncate(source, size)
     largest = 4 * max(math.prod(shape) for shape in shapes.values())
     command = [sys.executable, "-c", MEASURE, source, ragged, tmp_path / "x.safetensors"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(checkpoint.__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(converting.__file__).parents[1])
     anonymous, resident = map(int, run.stdout.split())
     assert 300e6 < size < 600e6
     assert anonymous < 4 * largest  # a whole copy would be 13 times
@@ -289,7 +291,7 @@ def test_value_too_large_for_float16(ragged, tmp_path):
 
 
 def failing_put(error, after):
-    put, calls = stream_safetensors._put, []
+    put, calls = write._put, []
 
     def fail(file, tensor):
         calls.append(tensor)
@@ -316,7 +318,7 @@ def test_failed_write_leaves_the_target_and_no_part(
     target = tmp_path / "x.safetensors"
     if existing:
         target.write_bytes(b"precious")
-    monkeypatch.setattr(stream_safetensors, "_put", failing_put(error, after))
+    monkeypatch.setattr(write, "_put", failing_put(error, after))
     with pytest.raises(raised, match=words):
         checkpoint.convert(ragged, target, "int8_block")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ragged.pth"] + ["x.safetensors"] * existing
@@ -325,7 +327,7 @@ def test_failed_write_leaves_the_target_and_no_part(
 
 def test_no_room_is_told_before_anything_is_written(ragged, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(stream_safetensors.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage)
     calls = []
     with pytest.raises(TurboError, match=r"needs .* GiB and the disk has 0\.00 GiB free"):
         checkpoint.convert(ragged, tmp_path / "x.safetensors", "bf16", lambda *call: calls.append(call))
@@ -358,8 +360,8 @@ def test_every_format_reads_back(ragged, tmp_path):
 
 
 def test_the_blocks_of_vace_are_quantized_as_quantizew8a8_does():
-    assert formats.is_quantizable("vace_blocks.0.ffn.0.weight")
-    assert not formats.is_quantizable("vace_blocks.0.after_proj.weight")
+    assert names.is_quantizable("vace_blocks.0.ffn.0.weight")
+    assert not names.is_quantizable("vace_blocks.0.after_proj.weight")
 
 
 def test_weights_lie_on_whole_cache_lines_whatever_the_metadata(tmp_path):
@@ -368,7 +370,7 @@ def test_weights_lie_on_whole_cache_lines_whatever_the_metadata(tmp_path):
     tensors = [(name, torch.zeros(shape, dtype=dtype)) for name, (dtype, shape) in layout.items()]
     for length in range(0, 70, 7):
         path = tmp_path / f"{length}.safetensors"
-        stream_safetensors.stream_safetensors(path, layout, tensors, {"note": "x" * length})
+        write.stream_safetensors(path, layout, tensors, {"note": "x" * length})
         data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         offsets = {n: start + e["data_offsets"][0] for n, e in json.loads(data[8:start]).items() if n != "__metadata__"}

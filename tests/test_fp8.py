@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
+from turbo_core.checkpoint.formats import encode_fp8
+from turbo_core.checkpoint.names import PROJ_L, is_quantizable
 from turbo_core.errors import TurboError
-from turbo_core.formats import PROJ_L, encode_fp8, is_quantizable
-from turbo_core.tiny import tiny_state_dict
 
 Q = "blocks.0.self_attn.q.weight"
 

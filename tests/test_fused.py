@@ -13,7 +13,7 @@ import torch
 
 from tests.test_wan import DIM, HEADS, complex_rope, inputs, quantized, relative, rotate, weights
 from tests.triton_cpu.process import run_pytest
-from turbo_core import fused, int8, wan
+from turbo_core import int8, wan, wan_fused
 from turbo_core.wan import WanModel, rope_angles
 
 FORMATS = [pytest.param(int8.quantize_block, id="block"), pytest.param(int8.quantize_rows, id="row")]
@@ -27,7 +27,7 @@ def fuse(monkeypatch):
 
     def run(function, on=True):
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr(fused, "pays", lambda device: on)
+            patched.setattr(wan_fused, "pays", lambda device: on)
             return function()
 
     return run
@@ -164,8 +164,8 @@ def test_attention_hands_over_int8_only_where_its_blocks_are_those_of_the_produc
 
 
 def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch):
-    calls, block = [], fused.block
-    monkeypatch.setattr(fused, "block", lambda *args: calls.append(1) or block(*args))
+    calls, block = [], wan_fused.block
+    monkeypatch.setattr(wan_fused, "block", lambda *args: calls.append(1) or block(*args))
     args, rows = block_inputs(), one_block(int8.quantize_rows)
     for change, on, used in [
         (None, True, 1),
@@ -179,15 +179,15 @@ def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch
         calls.clear()
         fuse(functools.partial(layers, *args), on)
         assert len(calls) == used
-    assert not fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
+    assert not wan_fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
 
 
 def test_gradients_flow_by_the_layers(monkeypatch):
-    monkeypatch.setattr(fused, "pays", lambda device: True)
+    monkeypatch.setattr(wan_fused, "pays", lambda device: True)
     block, (x, *rest) = one_block(), block_inputs()
     for learns in (x, block.norm3.weight):
         learns.requires_grad_()
-        monkeypatch.setattr(fused, "block", lambda *_: pytest.fail("kernels have no gradient"))
+        monkeypatch.setattr(wan_fused, "block", lambda *_: pytest.fail("kernels have no gradient"))
         (gradient,) = torch.autograd.grad(block(x, *rest).square().sum(), learns)
         assert gradient.isfinite().all() and gradient.any()
         learns.requires_grad_(False)

@@ -8,8 +8,9 @@ import torch
 
 from turbo_core import pipeline
 from turbo_core.errors import TurboError
-from turbo_core.handover import Handover, _CardLane, can_follow
-from turbo_core.int8 import quantize_block
+from turbo_core.int8.quantize import quantize_block
+from turbo_core.pipeline import handover
+from turbo_core.pipeline.handover import Handover, _CardLane, can_follow
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel
 
@@ -173,7 +174,7 @@ def test_the_pipeline_hands_over_in_place_and_gets_the_same_video(tmp_path, step
     results, sigmas = [], rcm_sigmas(steps, 80)
     for in_place in (False, True):
         reads.clear()
-        experts = pipeline._Experts("high", "low", 0.9, sigmas, torch.device("cpu"), torch.float32, _no_stage)
+        experts = handover._Experts("high", "low", 0.9, sigmas, torch.device("cpu"), torch.float32, _no_stage)
         experts.in_place = in_place
         made = []
         seen = lambda sigma, experts=experts, made=made: made.append(experts.at(sigma)) or made[-1]  # noqa: E731

@@ -20,10 +20,11 @@ import torch
 from packaging.requirements import Requirement
 
 import turbo_core
-from turbo_core import checkpoint, stream_safetensors
+from tests.helpers.tiny_family import make_tiny
+from turbo_core import checkpoint
+from turbo_core.checkpoint import write
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
-from turbo_core.tiny_family import make_tiny
 from turbo_core.tinywan import FILES, PAIR
 
 if sys.version_info >= (3, 11):
@@ -342,7 +343,7 @@ def test_a_target_that_windows_does_not_let_go_stays_whole(odd, tmp_path, monkey
     def refuse(source, destination):
         raise error
 
-    monkeypatch.setattr(stream_safetensors.os, moment, refuse)
+    monkeypatch.setattr(write.os, moment, refuse)
     with pytest.raises(TurboError, match=r"x\.safetensors could not be written .*ComfyUI has.*another name"):
         checkpoint.convert(odd / "TinyWan2.1-T2V.pth", target, "bf16", lambda *call: calls.append(call))
     assert bool(calls) == (moment == "replace")

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.int8_reference import DTYPES, EXACT, FORMATS, SIZES, gaussian, rounded
 from turbo_core import int8
-from turbo_core.bench_linear import CHAINS
+from turbo_core.bench.linear import CHAINS
 
 
 def check(fmt, x, near_ties_may_differ=False):

@@ -12,8 +12,10 @@ from tests.kernels.int8_mm_cases import (
     gaussian,
     quantized,
 )
-from turbo_core import int8, int8_mm, int8_paths
+from turbo_core import int8
+from turbo_core.diagnostics import doctor
 from turbo_core.errors import TurboError
+from turbo_core.int8 import matmul, reference
 
 HALF = torch.finfo(torch.bfloat16).eps / 2
 FLOAT = 2e-6
@@ -23,9 +25,9 @@ FLOAT = 2e-6
 def way(request, monkeypatch):
     """The twins as a CPU computes them, one block of rows at a time, and as a device without fast int8 does."""
     if request.param == "slices":
-        monkeypatch.setattr(int8, "SLICE", 1)
+        monkeypatch.setattr(reference, "SLICE", 1)
     if request.param == "float products":
-        monkeypatch.setattr(int8, "_has_slow_passes", lambda _: True)
+        monkeypatch.setattr(reference, "_has_slow_passes", lambda _: True)
     return request.param
 
 
@@ -37,15 +39,15 @@ def test_every_form_is_the_product_and_its_epilogue(fmt, m, n, k, way):
     w, biases = weights[0], [gaussian(n, seed=7 + i) for i in range(3)]
     residual, gate = gaussian(m, n, seed=5).to(torch.bfloat16), gaussian(2 if m % 2 == 0 else 1, n, seed=6)
 
-    assert_near(int8_mm.int8_mm(*x, *w, biases[0], torch.float32), exact(x, w, biases[0]), FLOAT)
-    assert_near(int8_mm.int8_mm(*x, *w, gelu=True), exact(x, w, gelu=True), half)
+    assert_near(matmul.int8_mm(*x, *w, biases[0], torch.float32), exact(x, w, biases[0]), FLOAT)
+    assert_near(matmul.int8_mm(*x, *w, gelu=True), exact(x, w, gelu=True), half)
 
-    y, stats = int8_mm.int8_mm_residual(*x, *w, biases[0], residual, gate)
+    y, stats = matmul.int8_mm_residual(*x, *w, biases[0], residual, gate)
     assert_near(y, gated(exact(x, w, biases[0]), residual, gate), half)
     assert_near(stats, exact_stats(y), FLOAT)
-    assert int8_mm.int8_mm_residual(*x, *w, None, residual, stats=False)[1] is None
+    assert matmul.int8_mm_residual(*x, *w, None, residual, stats=False)[1] is None
 
-    y, sums = int8_mm.int8_mm_qkv(*x, *zip(*weights), biases)
+    y, sums = matmul.int8_mm_qkv(*x, *zip(*weights), biases)
     for i in range(3):
         assert_near(y[i], exact(x, weights[i], biases[i]), half)
     assert_near(sums, torch.stack([exact_squares(y[0]), exact_squares(y[1])]), FLOAT)
@@ -54,7 +56,7 @@ def test_every_form_is_the_product_and_its_epilogue(fmt, m, n, k, way):
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_quantized_output_is_the_block_format_of_the_float_result(m, n, k, way):
     x, w, bias = quantized("block", m, k, 0), quantized("block", n, k, 1), gaussian(n, seed=2)
-    q, scale = int8_mm.int8_mm_quantize(*x, *w, bias)
+    q, scale = matmul.int8_mm_quantize(*x, *w, bias)
     expected_q, expected_scale = int8.quantize_block(exact(x, w, bias, gelu=True).float())
     assert_near(scale, expected_scale, FLOAT if way != "float products" else 8 * HALF)
     assert (q.int() - expected_q.int()).abs().max() <= (1 if way != "float products" else 3)
@@ -63,22 +65,22 @@ def test_quantized_output_is_the_block_format_of_the_float_result(m, n, k, way):
 def test_where_both_formats_have_one_shape_they_mean_the_same():
     # K <= 128 and one output: [1, 1] is either; x in three blocks of rows is not in the row format
     x, w = quantized("block", 300, 100, 0), quantized("block", 1, 100, 1)
-    assert_near(int8_mm.int8_mm(*x, *w, out_dtype=torch.float32), exact(x, w), FLOAT)
+    assert_near(matmul.int8_mm(*x, *w, out_dtype=torch.float32), exact(x, w), FLOAT)
 
 
 def test_strided_operands():
     x, w = quantized("block", 130, 200, 0), quantized("block", 64, 200, 1)
     strided = torch.empty(200, 130, dtype=torch.int8).t().copy_(x[0])
     residual = gaussian(64, 130, seed=2).t()
-    assert torch.equal(int8_mm.int8_mm(strided, x[1], *w), int8_mm.int8_mm(*x, *w))
-    y, _ = int8_mm.int8_mm_residual(*x, *w, None, residual)
+    assert torch.equal(matmul.int8_mm(strided, x[1], *w), matmul.int8_mm(*x, *w))
+    y, _ = matmul.int8_mm_residual(*x, *w, None, residual)
     assert y.is_contiguous()
     assert_near(y, gated(exact(x, w), residual, None), FLOAT)
 
 
 def test_no_rows():
     x, w = quantized("row", 2, 128, 0), quantized("row", 64, 128, 1)
-    y, stats = int8_mm.int8_mm_residual(x[0][:0], x[1][:0], *w, None, torch.empty(0, 64))
+    y, stats = matmul.int8_mm_residual(x[0][:0], x[1][:0], *w, None, torch.empty(0, 64))
     assert y.shape == (0, 64) and stats.shape == (1, 0, 2)
 
 
@@ -108,9 +110,9 @@ def test_compiled_every_form_is_one_node():
 
     def forward(x, residual):
         x = int8.quantize_block(x)
-        y, sums = int8_mm.int8_mm_qkv(*x, [w[0]] * 3, [w[1]] * 3, [bias] * 3)
-        hidden = int8_mm.int8_mm_quantize(*x, *w, bias)
-        return int8_mm.int8_mm(*x, *w, bias), *hidden, y, sums, *int8_mm.int8_mm_residual(*x, *w, bias, residual)
+        y, sums = matmul.int8_mm_qkv(*x, [w[0]] * 3, [w[1]] * 3, [bias] * 3)
+        hidden = matmul.int8_mm_quantize(*x, *w, bias)
+        return matmul.int8_mm(*x, *w, bias), *hidden, y, sums, *matmul.int8_mm_residual(*x, *w, bias, residual)
 
     x = gaussian(130, 200)
     compiled = torch.compile(forward, fullgraph=True, backend=lambda g, _: graphs.append(g.graph) or g)
@@ -153,20 +155,20 @@ def bad(change):
 def test_bad_operands_are_named_with_expected_and_got(change, words):
     head, residual, gate = bad(change)
     with pytest.raises(TurboError) as error:
-        int8_mm.int8_mm_residual(*head, residual, gate)
+        matmul.int8_mm_residual(*head, residual, gate)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_what_only_one_form_refuses():
     x, w, _ = operands("row")
     with pytest.raises(TurboError, match="block format"):
-        int8_mm.int8_mm_quantize(*x, *w)
+        matmul.int8_mm_quantize(*x, *w)
     with pytest.raises(TurboError, match=r"bfloat16, float16 or float32, got torch.int8"):
-        int8_mm.int8_mm(*x, *w, out_dtype=torch.int8)
+        matmul.int8_mm(*x, *w, out_dtype=torch.int8)
     with pytest.raises(TurboError, match=r"three each.*got 2, 2 and 3"):
-        int8_mm.int8_mm_qkv(*x, [w[0]] * 2, [w[1]] * 2)
+        matmul.int8_mm_qkv(*x, [w[0]] * 2, [w[1]] * 2)
     with pytest.raises(TurboError, match="one shape"):
-        int8_mm.int8_mm_qkv(*x, [w[0], w[0], w[0][:5]], [w[1], w[1], w[1][:5]])
+        matmul.int8_mm_qkv(*x, [w[0], w[0], w[0][:5]], [w[1], w[1], w[1][:5]])
 
 
 def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(monkeypatch):
@@ -176,26 +178,26 @@ def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(m
         @staticmethod
         def int8_linear(x, weight, scale, bias, out_dtype):
             calls.append((x, weight, scale, bias, out_dtype))
-            return int8._torch_linear(x, weight, scale, bias, True)
+            return matmul._torch_linear(x, weight, scale, bias, True)
 
-    monkeypatch.setattr(int8, "kitchen", lambda device: Kitchen)
+    monkeypatch.setattr(int8.quantize, "kitchen", lambda device: Kitchen)
     x, bias = gaussian(2, 5, 200).to(torch.bfloat16), gaussian(64).to(torch.bfloat16)
     for fmt in FORMATS:
-        y = int8.int8_linear(x, *quantized(fmt, 64, 200, 1), bias)
+        y = matmul.int8_linear(x, *quantized(fmt, 64, 200, 1), bias)
         assert y.shape == (2, 5, 64) and y.dtype == torch.bfloat16
     assert len(calls) == 1  # the block format is none of the host's
     given, _, scale, _, dtype = calls[0]
     assert torch.equal(given, x.flatten(0, 1)) and scale.shape == (64, 1) and dtype == torch.bfloat16
-    int8.int8_linear(x.double(), *quantized("row", 64, 200, 1))
+    matmul.int8_linear(x.double(), *quantized("row", 64, 200, 1))
     assert len(calls) == 1  # nor is float64
 
 
 def test_the_path_of_a_linear_is_told_in_words(monkeypatch):
     for pays, words in ((True, "_int_mm"), (False, "float32 products")):
-        monkeypatch.setattr(int8_paths, "int_mm_pays", lambda device, pays=pays: pays)
-        assert words in int8.int8_path("cpu", "block")
+        monkeypatch.setattr(doctor, "int_mm_pays", lambda device, pays=pays: pays)
+        assert words in doctor.int8_path("cpu", "block")
     monkeypatch.setattr(int8.paths, "why_not", lambda device, family: "Triton is not installed")
     for fmt in FORMATS:
-        assert "Triton is not installed" in int8.int8_path("meta", fmt)
+        assert "Triton is not installed" in doctor.int8_path("meta", fmt)
     monkeypatch.setattr(int8.paths, "why_not", lambda device, family: None)
-    assert "Triton" in int8.int8_path("meta", "row")
+    assert "Triton" in doctor.int8_path("meta", "row")

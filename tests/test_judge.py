@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turbo_core.train import clips, judge
+from turbo_core.tinywan import judge, world
 
 
 @pytest.fixture(scope="module")
 def truth():
     random = torch.Generator().manual_seed(5)
-    scenes = clips.random_scenes(160, random, held_out=None)
-    return scenes, torch.cat([clips.render(some, 17, 64, 64, random) for some in scenes.split(40)])
+    scenes = world.random_scenes(160, random, held_out=None)
+    return scenes, torch.cat([world.render(some, 17, 64, 64, random) for some in scenes.split(40)])
 
 
 def share(scenes, videos):
@@ -24,10 +24,10 @@ def test_rendered_truth(truth):
 
 def test_shuffled_captions_are_chance(truth):
     scenes, videos = truth
-    names = list(clips.ATTRIBUTES)
+    names = list(world.ATTRIBUTES)
     rows = [judge.score(video, scene) for scene, video in zip(scenes.roll(1, 0), videos)]
     for name in names:
-        chance = 1 / len(clips.ATTRIBUTES[name])
+        chance = 1 / len(world.ATTRIBUTES[name])
         low, high = judge.interval(sum(row[name] for row in rows), len(rows))
         assert low - 0.03 <= chance <= high + 0.03, name
     assert sum(row["all"] for row in rows) <= 2
@@ -56,14 +56,14 @@ def test_nothing_is_read_where_nothing_is(video):
 
 def test_a_shape_that_stands_still_has_no_motion():
     random = torch.Generator().manual_seed(3)
-    video = clips.render(torch.tensor([[0, 1, 0, 0]]), 17, 64, 64, random)[0]
+    video = world.render(torch.tensor([[0, 1, 0, 0]]), 17, 64, 64, random)[0]
     seen = judge.read(video[:, 8:9].expand(-1, 17, -1, -1))
     assert (seen.colour, seen.shape, seen.motion) == ("red", "square", judge.NONE)
 
 
 def test_a_reversed_clip_is_read_backwards():
     random = torch.Generator().manual_seed(4)
-    video = clips.render(torch.tensor([[2, 0, 6, 3]]), 17, 64, 64, random)[0]
+    video = world.render(torch.tensor([[2, 0, 6, 3]]), 17, 64, 64, random)[0]
     assert judge.read(video).motion == "grows" and judge.read(video.flip(1)).motion == "shrinks"
 
 

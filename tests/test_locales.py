@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .record_schemas import read
+from tests.record_schemas import read
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "web" / "docs"

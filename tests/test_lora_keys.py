@@ -2,7 +2,7 @@
 
 import pytest
 
-from turbo_core.lora_keys import in_comfyui_names, spellings, split_name, why_not
+from turbo_core.checkpoint.lora_names import in_comfyui_names, spellings, split_name, why_not
 
 LAYERS = [
     *(f"blocks.{i}.{kind}.{x}" for i in range(2) for kind in ("self_attn", "cross_attn") for x in "qkvo"),

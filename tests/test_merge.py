@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny_dits import TINY, tiny_state_dict
 from turbo_core import checkpoint
+from turbo_core.checkpoint.merging import merge
+from turbo_core.checkpoint.names import PROJ_L, is_quantizable
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
-from turbo_core.formats import PROJ_L, is_quantizable
-from turbo_core.int8 import quantize_block
-from turbo_core.merge import merge
-from turbo_core.tiny import TINY, tiny_state_dict
+from turbo_core.int8.quantize import quantize_block
 
 Q, NORM, PATCHES = "blocks.1.self_attn.q.weight", "blocks.0.norm3.weight", "patch_embedding.weight"
 

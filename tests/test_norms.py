@@ -2,16 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turbo_core import norm_twins, norms
 from turbo_core.errors import TurboError
-from turbo_core.int8 import dequantize
+from turbo_core.int8 import norm, reference
+from turbo_core.int8.quantize import dequantize
 
 EPS = 1e-6
 
 
 @pytest.fixture(autouse=True)
 def torch_path(monkeypatch):
-    monkeypatch.setattr(norms, "use_triton", lambda device, family: False)
+    monkeypatch.setattr(norm, "use_triton", lambda device, family: False)
 
 
 def gaussian(*shape, seed=0, dtype=torch.float32):
@@ -31,15 +31,15 @@ def exact(x, weight, bias, shift, scale):
     return y * (1 + scale.repeat_interleave(times, 0)) + shift.repeat_interleave(times, 0)
 
 
-@pytest.mark.parametrize("slice_size", [1, norm_twins.SLICE], ids=["slices of a block", "one slice"])
+@pytest.mark.parametrize("slice_size", [1, reference.SLICE], ids=["slices of a block", "one slice"])
 @pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given statistics"])
 @pytest.mark.parametrize("rows", [False, True], ids=["block", "row"])
 def test_layer_norm_quantize(rows, given, slice_size, monkeypatch):
-    monkeypatch.setattr(norm_twins, "SLICE", slice_size)
+    monkeypatch.setattr(reference, "SLICE", slice_size)
     x, vectors = operands()
     y = exact(x, **vectors)
-    stats = norms.row_stats(x) if given else None
-    q, scale = norms.layer_norm_quantize(x, EPS, **vectors, stats=stats, rows=rows)
+    stats = norm.row_stats(x) if given else None
+    q, scale = norm.layer_norm_quantize(x, EPS, **vectors, stats=stats, rows=rows)
     assert scale.shape == ((300, 1) if rows else (3, 2)) and q.dtype == torch.int8
     if rows:
         step = y.abs().amax(1, keepdim=True) / 127
@@ -56,7 +56,7 @@ def test_layer_norm_quantize(rows, given, slice_size, monkeypatch):
 
 def test_row_stats_of_ragged_spans():
     x = gaussian(130, 300) * 3 + 100
-    stats = norms.row_stats(x)
+    stats = norm.row_stats(x)
     assert stats.shape == (3, 130, 2)
     for span, part in zip(stats.double(), x.double().split(128, 1)):
         torch.testing.assert_close(span[:, 0], part.mean(1), rtol=1e-6, atol=0)
@@ -66,15 +66,15 @@ def test_row_stats_of_ragged_spans():
 
 def test_rms_norm_rounds_once():
     x, vectors = operands()
-    y = norms.rms_norm(x, vectors["weight"], EPS)
+    y = norm.rms_norm(x, vectors["weight"], EPS)
     expected = F.rms_norm(x.float(), (200,), vectors["weight"], EPS).to(torch.bfloat16)
     assert torch.equal(y, expected)
 
 
 def test_no_rows():
     x = torch.zeros(0, 256)
-    assert [t.shape for t in norms.layer_norm_quantize(x, EPS)] == [(0, 256), (0, 2)]
-    assert norms.row_stats(x).shape == (2, 0, 2) and norms.rms_norm(x, x.new_ones(256), EPS).shape == (0, 256)
+    assert [t.shape for t in norm.layer_norm_quantize(x, EPS)] == [(0, 256), (0, 2)]
+    assert norm.row_stats(x).shape == (2, 0, 2) and norm.rms_norm(x, x.new_ones(256), EPS).shape == (0, 256)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_no_rows():
 def test_what_does_not_fit_is_refused_by_name(change, message):
     x, vectors = operands()
     with pytest.raises(TurboError, match=message):
-        norms.layer_norm_quantize(**({"x": x, "eps": EPS} | vectors | change))
+        norm.layer_norm_quantize(**({"x": x, "eps": EPS} | vectors | change))
 
 
 def test_rms_norm_and_row_stats_refuse_what_does_not_fit():
     with pytest.raises(TurboError, match=r"weight must be float \[4\]"):
-        norms.rms_norm(torch.zeros(2, 4), torch.zeros(5), EPS)
+        norm.rms_norm(torch.zeros(2, 4), torch.zeros(5), EPS)
     with pytest.raises(TurboError, match="row_stats: x must be"):
-        norms.row_stats(torch.zeros(4))
+        norm.row_stats(torch.zeros(4))
 
 
 def test_operators():
@@ -112,7 +112,7 @@ def test_operators():
         (ops.row_stats, (x,)),
         (ops.rms_norm, (x, vectors["weight"], EPS)),
         (ops.layer_norm_quantize, (x, EPS, *vectors.values(), None, False)),
-        (ops.layer_norm_quantize, (x, EPS, None, None, None, None, norms.row_stats(x), False)),
+        (ops.layer_norm_quantize, (x, EPS, None, None, None, None, norm.row_stats(x), False)),
         (ops.layer_norm_quantize, (x, EPS, None, None, None, None, None, True)),
     ):
         torch.library.opcheck(op, args)
@@ -122,8 +122,8 @@ def test_one_graph_under_torch_compile():
     x, vectors = operands()
 
     def chain(x):
-        q, scale = norms.layer_norm_quantize(x, EPS, **vectors, stats=norms.row_stats(x))
-        return q, scale, norms.rms_norm(x, vectors["weight"], EPS)
+        q, scale = norm.layer_norm_quantize(x, EPS, **vectors, stats=norm.row_stats(x))
+        return q, scale, norm.rms_norm(x, vectors["weight"], EPS)
 
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True, dynamic=True)
     for a, b in zip(compiled(x), chain(x)):
@@ -132,10 +132,10 @@ def test_one_graph_under_torch_compile():
 
 def test_statistics_have_gradients():
     x = gaussian(5, 200).requires_grad_()
-    norms.row_stats(x).sum().backward()
+    norm.row_stats(x).sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()
 
 
 def test_no_columns():
-    assert norms.row_stats(torch.zeros(3, 0)).shape == (0, 3, 2)
-    assert norms.rms_norm(torch.zeros(3, 0), torch.zeros(0), EPS).shape == (3, 0)
+    assert norm.row_stats(torch.zeros(3, 0)).shape == (0, 3, 2)
+    assert norm.rms_norm(torch.zeros(3, 0), torch.zeros(0), EPS).shape == (3, 0)

@@ -8,11 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint, pipeline
+from turbo_core.checkpoint import loading
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import text, vae
+from turbo_core.pipeline.vae import encode_video, load_vae
 from turbo_core.schedule import rcm_sigmas
-from turbo_core.tiny_family import make_tiny, tiny_text_encoder, tiny_tokenizer
-from turbo_core.vae import encode_video, load_vae
+from turbo_core.tinywan.text import tiny_text_encoder, tiny_tokenizer
 from turbo_core.wan import WanModel
 
 SMALL = {"size": (32, 32), "frames": 5, "device": "cpu"}
@@ -115,7 +118,7 @@ BOTH = ["high", "low"]
 @pytest.mark.parametrize(("steps", "loaded"), [(4, BOTH), (3, BOTH), (2, BOTH[:1]), (1, BOTH[:1])])
 def test_only_the_experts_that_are_needed_are_read(tiny, steps, loaded, monkeypatch):
     read, load = [], checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda path: read.append(path.name) or load(path))
+    monkeypatch.setattr(loading, "load", lambda path: read.append(path.name) or load(path))
     i2v(tiny, steps=steps)
     assert read == [f"TinyWan2.2-I2V-{name}-quant.pth" for name in loaded]
 
@@ -133,9 +136,9 @@ def test_one_large_model_at_a_time(tiny, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", tracked(pipeline.load_text_encoder, lambda result: result[0]))
+    monkeypatch.setattr(pipeline, "load_text_encoder", tracked(text.load_text_encoder, lambda result: result[0]))
     monkeypatch.setattr(WanModel, "from_state_dict", tracked(WanModel.from_state_dict, lambda result: result))
-    monkeypatch.setattr(pipeline, "decode_video", tracked(pipeline.decode_video, lambda result: result))
+    monkeypatch.setattr(pipeline, "decode_video", tracked(vae.decode_video, lambda result: result))
     i2v(tiny)
     assert seen == [0, 0, 0, 0]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from turbo_core.errors import TurboError
-from turbo_core.sizes import PRESETS, adaptive_size, check_frames, check_size, latent_shape, parse_size
+from turbo_core.pipeline.sizes import PRESETS, adaptive_size, check_frames, check_size, latent_shape, parse_size
 
 
 @pytest.mark.parametrize(

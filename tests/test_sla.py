@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turbo_core import block_select, sla, sla_torch
-from turbo_core.compare import key_block_mass
+from turbo_core import sla
+from turbo_core.diagnostics.compare import key_block_mass
 from turbo_core.errors import TurboError
-from turbo_core.int8 import quantize_block
+from turbo_core.int8.quantize import quantize_block
+from turbo_core.sla import blocks, reference
 
 BLOCKS = [(64, 64), (128, 64), (128, 128)]
 # one token; around one block; whole blocks; ragged in both
@@ -86,11 +87,11 @@ def test_block_map_for_other_keys_than_queries(length, keys):
 
 @pytest.mark.parametrize("topk", [0.0, 0.05, 0.1, 0.15, 0.29, 0.3, 0.999, 1.0])
 def test_block_map_keeps_the_floor_of_topk_but_never_nothing(topk):
-    for blocks in (1, 2, 10, 20, 100):
-        q, k, _ = qkv(1, 64 * blocks)
+    for count in (1, 2, 10, 20, 100):
+        q, k, _ = qkv(1, 64 * count)
         index = sla.block_map(q, k, topk)
-        assert index.shape == (1, 1, 1, max(1, int(topk * blocks)))
-        assert (index.diff(dim=-1) > 0).all() and index.min() >= 0 and index.max() < blocks
+        assert index.shape == (1, 1, 1, max(1, int(topk * count)))
+        assert (index.diff(dim=-1) > 0).all() and index.min() >= 0 and index.max() < count
 
 
 def test_ties_go_to_the_lower_block():
@@ -166,7 +167,7 @@ def test_covering_map_keeps_the_blocks_of_the_rows_own_tokens(blocks):
 def test_covering_map_in_pieces_and_in_any_order_of_heads(monkeypatch):
     q, k, _ = qkv(720, b=2, h=5)
     whole = sla.covering_map(q * 9, k, 0.6)
-    monkeypatch.setattr(block_select, "SLICE", 1)
+    monkeypatch.setattr(blocks, "SLICE", 1)
     assert all(map(torch.equal, sla.covering_map(q * 9, k, 0.6), whole))
     order = torch.tensor([3, 1, 4, 0, 2])
     index, counts = sla.covering_map(q[:, :, order] * 9, k[:, :, order], 0.6)
@@ -198,7 +199,7 @@ def test_attention_over_rows_of_different_lengths(precision):
     index, counts = sla.covering_map(q, k, 0.6)
     assert counts.min() + 2 < counts.max()
     v[:, 64 * int(index[0, 0, 0, -1])] += 100  # a block that is read twice would show
-    out = sla.sparse_attention(q, k, v, index, precision=precision, counts=counts)
+    out = reference.sparse_attention(q, k, v, index, precision=precision, counts=counts)
     exact = masked_attention if precision == "bf16" else emulate_low_bit  # what is repeated is a block of the row
     assert relative(out, exact(q, k, v, index, 128, 64)) < (2e-5 if precision == "bf16" else 0.02)
     whole = sla.sparse_linear_attention(q, k, v, None, None, 0.1, precision=precision, coverage=0.6)
@@ -249,8 +250,8 @@ def test_topk_1_without_projection_is_dense_attention(length, d):
     q, k, v = qkv(length, b=2, h=3, d=d)
     dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(sla.sparse_linear_attention(q, k, v, None, None, 1.0), dense, rtol=1e-5, atol=1e-5)
-    for blocks in BLOCKS:  # and so is the sparse path itself, which the line above may not have taken
-        out = sla.sparse_attention(q, k, v, sla.block_map(q, k, 1.0, *blocks), *blocks)
+    for sizes in BLOCKS:  # and so is the sparse path itself, which the line above may not have taken
+        out = reference.sparse_attention(q, k, v, sla.block_map(q, k, 1.0, *sizes), *sizes)
         torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
 
 
@@ -260,7 +261,7 @@ def test_sparse_attention_is_dense_attention_under_the_mask(length, keys, block_
     q, k, v = qkv(length, keys, b=2, h=2, d=64)
     index = sla.block_map(q, k, 0.35, block_q, block_k)
     expected = masked_attention(q, k, v, index, block_q, block_k)
-    out = sla.sparse_attention(q, k, v, index, block_q, block_k)
+    out = reference.sparse_attention(q, k, v, index, block_q, block_k)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
     whole = sla.sparse_linear_attention(q, k, v, None, None, 0.35, block_q, block_k)
     torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=2e-6)
@@ -271,7 +272,10 @@ def test_sparse_attention_takes_any_map():
     index = torch.randint(5, (2, 2, 2, 1), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     assert index.unique().numel() > 2
     torch.testing.assert_close(
-        sla.sparse_attention(q, k, v, index).double(), masked_attention(q, k, v, index, 128, 64), rtol=1e-5, atol=2e-6
+        reference.sparse_attention(q, k, v, index).double(),
+        masked_attention(q, k, v, index, 128, 64),
+        rtol=1e-5,
+        atol=2e-6,
     )
 
 
@@ -313,9 +317,11 @@ def test_strided_inputs():
 def test_working_in_pieces_changes_nothing(precision, monkeypatch):
     q, k, v = qkv(720, b=2, h=2)
     index = sla.block_map(q, k, 0.4)
-    whole = sla.sparse_attention(q, k, v, index, precision=precision)
-    monkeypatch.setattr(sla_torch, "GATHERED", 1)
-    torch.testing.assert_close(sla.sparse_attention(q, k, v, index, precision=precision), whole, rtol=1e-6, atol=1e-6)
+    whole = reference.sparse_attention(q, k, v, index, precision=precision)
+    monkeypatch.setattr(reference, "GATHERED", 1)
+    torch.testing.assert_close(
+        reference.sparse_attention(q, k, v, index, precision=precision), whole, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("topk", [0.3, 1.0])
@@ -326,11 +332,11 @@ def test_some_heads_at_a_time_change_nothing(precision, topk, monkeypatch):
     v[..., 3, :] *= 9
     args = q, k, v, *projection(128), topk
     whole, seen = sla.sparse_linear_attention(*args, precision=precision), []
-    branch = sla_torch.linear_branch
-    monkeypatch.setattr(sla_torch, "linear_branch", lambda q, *args: seen.append(q.shape[2]) or branch(q, *args))
+    branch = reference.linear_branch
+    monkeypatch.setattr(reference, "linear_branch", lambda q, *args: seen.append(q.shape[2]) or branch(q, *args))
     for limit, heads in ((1, [1] * 5), (2 * 300 * 128 * 2, [2, 2, 1])):
         seen.clear()
-        monkeypatch.setattr(sla_torch, "SLICE", limit)
+        monkeypatch.setattr(reference, "SLICE", limit)
         torch.testing.assert_close(sla.sparse_linear_attention(*args, precision=precision), whole, rtol=0, atol=1e-6)
         assert seen == heads
 
@@ -360,7 +366,7 @@ def test_a_bad_number_reaches_only_the_query_blocks_that_chose_its_block(which, 
     if which == "k":
         assert not (index[0, 0] == 3).any()  # a broken block is no one's best
         index[0, 0, 2] = torch.tensor([0, 1, 2, 3])  # unless forced on one
-    finite = sla.sparse_attention(q, k, v, index, precision=precision).isfinite().all(-1)
+    finite = reference.sparse_attention(q, k, v, index, precision=precision).isfinite().all(-1)
     finite = F.pad(finite, (0, 0, 0, -640 % 128)).unflatten(1, (-1, 128)).all(2)  # [1, query blocks, heads]
     touched = torch.zeros_like(finite)
     if which == "q":
@@ -399,7 +405,7 @@ def test_low_bit_is_int8_scores_and_fp8_values(block_q, block_k):
     k[:, 64:128] *= 3
     v[..., ::2] *= 30
     index = sla.block_map(q, k, 0.7, block_q, block_k)
-    out = sla.sparse_attention(q, k, v, index, block_q, block_k, "int8")
+    out = reference.sparse_attention(q, k, v, index, block_q, block_k, "int8")
     exact = emulate_low_bit(q, k, v, index, block_q, block_k)
     # the probabilities' own rounding to e4m3, 2^-4 at worst, averages out over the keys
     assert 0.001 < relative(out, exact) < 0.02
@@ -412,7 +418,9 @@ def test_low_bit_error_on_gaussian_and_on_attention_as_models_have_it(d):
 
     def error(q, k, v):
         index = sla.block_map(q, k, 0.3)
-        return relative(sla.sparse_attention(q, k, v, index, precision="int8"), sla.sparse_attention(q, k, v, index))
+        return relative(
+            reference.sparse_attention(q, k, v, index, precision="int8"), reference.sparse_attention(q, k, v, index)
+        )
 
     gaussian = error(q, k, v)
     assert 0.005 < gaussian < 0.06
@@ -430,7 +438,7 @@ def test_linear_branch_folded_and_not_against_float64(length, keys, d):
     weight, bias = projection(d)
     expected = linear_attention(q, k, v, weight, bias)
     for fold in (True, False):
-        out = sla.linear_branch(q, k, v, weight, bias, fold)
+        out = reference.linear_branch(q, k, v, weight, bias, fold)
         assert out.shape == q.shape
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=3e-6)
 
@@ -447,7 +455,7 @@ def test_linear_branch_sees_all_keys_and_the_unshifted_ones():
 def test_linear_branch_in_float16_does_not_overflow():
     q, k, v = qkv(8192, dtype=torch.float16)
     v += 1000  # 8192 / 64 * 1000 is above 65504
-    out = sla.linear_branch(q, k, v, torch.eye(64), torch.zeros(64))
+    out = reference.linear_branch(q, k, v, torch.eye(64), torch.zeros(64))
     torch.testing.assert_close(out, torch.full_like(out, 1000), rtol=0.01, atol=0)
 
 
@@ -455,7 +463,7 @@ def test_linear_branch_in_bf16_with_float32_projection():
     q, k, v = qkv(720, h=2, d=128, dtype=torch.bfloat16)
     v += 0.5
     weight, bias = projection(128)
-    folded, unfolded = (sla.linear_branch(q, k, v, weight, bias, fold) for fold in (True, False))
+    folded, unfolded = (reference.linear_branch(q, k, v, weight, bias, fold) for fold in (True, False))
     assert folded.dtype == torch.bfloat16
     exact = linear_attention(q, k, v, weight, bias)
     assert relative(folded, exact) < 0.005 and relative(unfolded, exact) < 0.005
@@ -504,13 +512,13 @@ def test_from_qkv_in_slices_rounds_once_and_leaves_its_input(monkeypatch):
     qkv, sums, norm_q, _, eps, cos, sin = raw_qkv(1, 300, 2, 64, 1)
     x = qkv[0].bfloat16()
     before = x.clone()
-    whole = sla_torch.normed(x, sums[0], norm_q, eps, cos, sin)
-    exact = sla_torch.normed(x.float(), sums[0], norm_q, eps, cos, sin)
+    whole = reference.normed(x, sums[0], norm_q, eps, cos, sin)
+    exact = reference.normed(x.float(), sums[0], norm_q, eps, cos, sin)
     assert torch.equal(whole, exact.bfloat16()) and torch.equal(x, before)
-    monkeypatch.setattr(sla_torch, "SLICE", 2 * 64 * 77)
-    assert torch.equal(sla_torch.normed(x, sums[0], norm_q, eps, cos, sin), whole)
+    monkeypatch.setattr(reference, "SLICE", 2 * 64 * 77)
+    assert torch.equal(reference.normed(x, sums[0], norm_q, eps, cos, sin), whole)
     for given in ((sums[0], norm_q, eps, None, None), (None, None, eps, cos, sin)):  # each step by itself
-        assert not torch.equal(sla_torch.normed(x, *given), whole)
+        assert not torch.equal(reference.normed(x, *given), whole)
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -575,12 +583,12 @@ def test_nothing_of_size_l_by_l_is_ever_built(precision):
 @pytest.mark.parametrize("topk", [0.1, 1.0])
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_memory_is_linear_in_the_length(precision, topk, monkeypatch):
-    monkeypatch.setattr(sla_torch, "GATHERED", 1 << 18)  # pieces in proportion to lengths that a test can wait for
+    monkeypatch.setattr(reference, "GATHERED", 1 << 18)  # pieces in proportion to lengths that a test can wait for
     largest = {}
     for length in (1024, 4096):
         q, k, v = qkv(length)
         with Largest() as seen:
-            sla.sparse_attention(q, k, v, sla.block_map(q, k, topk), precision=precision)
+            reference.sparse_attention(q, k, v, sla.block_map(q, k, topk), precision=precision)
         largest[length] = seen.numel
     assert largest[4096] <= 4.01 * largest[1024]
 

@@ -7,17 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from turbo_core.checkpoint import inspect
+from tests.helpers.tiny_family import make_tiny, tiny_vae
+from turbo_core.checkpoint.loading import inspect
 from turbo_core.errors import TurboError
-from turbo_core.tiny_family import (
-    MARKER,
-    TEXT_CONFIG,
-    captions,
-    make_tiny,
-    tiny_tokenizer,
-    tiny_vae,
-)
-from turbo_core.vae import decode_video, load_vae
+from turbo_core.pipeline.vae import decode_video, load_vae
+from turbo_core.tinywan.text import MARKER, TEXT_CONFIG, captions, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

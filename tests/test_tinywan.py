@@ -8,11 +8,10 @@ from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 
-from turbo_core import checkpoint
+from turbo_core import checkpoint, files
 from turbo_core.cli import main
-from turbo_core.text import encode_text, load_text_encoder
-from turbo_core.tinywan import FILES, FOLDER
-from turbo_core.train import clips, data, evaluate, judge, record, report, rows, vae
+from turbo_core.pipeline.text import encode_text, load_text_encoder
+from turbo_core.tinywan import FILES, FOLDER, data, evaluate, judge, report, rows, vae, world
 from turbo_core.train.teacher import mix
 from turbo_core.wan import WanModel
 
@@ -29,12 +28,12 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="this copy comes wit
 def real():
     """Scenes, their clips, latents and prompts' embeddings, as the models were trained to see them."""
     random = torch.Generator().manual_seed(77)
-    scenes = clips.random_scenes(4, random)
-    video = clips.render(scenes, 33, 128, 128, random)
+    scenes = world.random_scenes(4, random)
+    video = world.render(scenes, 33, 128, 128, random)
     codec = vae.load(FOLDER / FILES["vae"])
     latent = data.encode_latents(codec, video)
     encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)
-    captions = [clips.caption(scene, i) for i, scene in enumerate(scenes)]
+    captions = [world.caption(scene, i) for i, scene in enumerate(scenes)]
     return scenes, video, codec, latent, encode_text(encoder, tokenize, captions).clone()
 
 
@@ -50,7 +49,7 @@ def test_clips_come_back_from_the_vae(real):
 def test_the_report_and_the_card_are_about_these_files():
     results = Path(__file__).parent.parent / "benchmarks" / "results" / "tinywan"
     found = evaluate.read(results / "quality.json")
-    files = {name: record.digest(paths) for name, paths in evaluate._needs(FOLDER).items()}
+    files = {name: files.digest(paths) for name, paths in evaluate._needs(FOLDER).items()}
     assert {row["name"]: row["of"]["files"] for row in found} == files
     table = report.markdown(found)
     for page in (results / "quality.md", FOLDER / "README.md"):
@@ -102,7 +101,7 @@ def test_four_steps_show_what_prompts_say(row):
         error = (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3))
         assert (10 * torch.log10(4 / error)).mean() > 20  # 21.6: the clip begins with the picture that was given
     marks = [judge.score(video, scene) for video, scene in zip(videos, scenes)]
-    right = {name: sum(mark[name] for mark in marks) for name in clips.ATTRIBUTES}
+    right = {name: sum(mark[name] for mark in marks) for name in world.ATTRIBUTES}
     assert sum(right.values()) >= ROWS[row.name], right
 
 

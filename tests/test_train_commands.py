@@ -6,13 +6,14 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint
+from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.cli import main
-from turbo_core.stream_safetensors import write_safetensors
-from turbo_core.tiny_family import make_tiny
-from turbo_core.tinywan import FOLDER
-from turbo_core.train import curves, data, distill, evaluate, models, report, sparsify
-from turbo_core.video import write_video
+from turbo_core.diagnostics import curves
+from turbo_core.pipeline.video import write_video
+from turbo_core.tinywan import FOLDER, evaluate, report
+from turbo_core.train import data, distill, models, sparsify
 
 CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.train_small import clips
+from turbo_core.tinywan.data import joined
 from turbo_core.train import data, models, optim, sparsify, teacher
 from turbo_core.train.dit import TrainWan
 from turbo_core.train.experts import Experts
@@ -113,6 +114,6 @@ def test_data_with_images_come_back_and_join(tmp_path):
     data.save(clips(images=True), tmp_path / "data.safetensors")
     back = data.load(tmp_path / "data.safetensors")
     assert torch.equal(back.images, clips(images=True).images.bfloat16())
-    assert data.joined([back, back]).images.shape[0] == 12
+    assert joined([back, back]).images.shape[0] == 12
     data.save(clips(), tmp_path / "none.safetensors")
     assert data.load(tmp_path / "none.safetensors").images is None

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from turbo_core.pipeline.vae import LATENT_MEAN, LATENT_STD
 from turbo_core.sla import sparse_linear_attention
+from turbo_core.tinywan.vae import match_statistics
+from turbo_core.tinywan.vae import train as train_vae
+from turbo_core.tinywan.wan_vae import WanVAE
 from turbo_core.train.dit import TrainWan, sparse_linear, trainable
-from turbo_core.train.vae import match_statistics
-from turbo_core.train.vae import train as train_vae
-from turbo_core.train.wan_vae import WanVAE
-from turbo_core.vae import LATENT_MEAN, LATENT_STD
 from turbo_core.wan import WanModel
 
 SIZES = {"dim": 128, "ffn_dim": 192, "num_heads": 2, "num_layers": 2, "text_dim": 24}
@@ -94,7 +94,7 @@ def test_proj_l_that_is_added_starts_as_nothing():
 @pytest.mark.parametrize("frames", [1, 9])  # a picture has no time; 9 frames are 3 latent ones
 def test_the_vae_of_whole_clips_is_the_published_one(frames, tmp_path):
     pytest.importorskip("diffusers")
-    from turbo_core.vae import load_vae
+    from turbo_core.pipeline.vae import load_vae
 
     torch.manual_seed(0)
     ours = WanVAE(8)

@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import encode_image
-from turbo_core.text import encode_text, load_text_encoder
-from turbo_core.tinywan import FILES, PAIR
-from turbo_core.train import clips, data, evaluate, models, recipe, report, vae
-from turbo_core.train import rows as rows_module
-from turbo_core.vae import load_vae
+from turbo_core.pipeline.text import encode_text, load_text_encoder
+from turbo_core.pipeline.vae import load_vae
+from turbo_core.tinywan import FILES, PAIR, evaluate, presets, recipe, report, rows, vae, world
+from turbo_core.tinywan import rows as rows_module
+from turbo_core.tinywan.data import images_of, joined
+from turbo_core.train import data, models
 
 COUNT = 2
 ROWS = tuple(rows_module.ROWS[i] for i in (2, 8, 10, 13))  # student, sparse, int8, image-to-video
@@ -55,8 +56,8 @@ def test_an_image_to_video_model_begins_blind_to_the_image(family):
 
 
 def test_what_an_image_to_video_model_is_given_is_the_pipelines(family):
-    video = clips.render(clips.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
-    ours = data.images_of(vae.load(family / FILES["vae"]), video)
+    video = world.render(world.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
+    ours = images_of(vae.load(family / FILES["vae"]), video)
     codec = load_vae(family / FILES["vae"])
     for row, clip in zip(ours, video):
         theirs = encode_image(codec, clip[:, 0], 9)[0]
@@ -76,7 +77,7 @@ def test_a_second_call_trains_nothing(family, monkeypatch):
 
 def test_a_pair_of_other_settings_is_not_taken_for_this_one(family, monkeypatch):
     (family / PAIR["low"]).rename(family / "aside")
-    monkeypatch.setitem(recipe.PRESETS["try"]["pair"], "data", {"count": 8})
+    monkeypatch.setitem(presets.PRESETS["try"]["pair"], "data", {"count": 8})
     with pytest.raises(TurboError, match="other settings"):
         recipe.train(family, "try", pair=True)
     (family / "aside").rename(family / PAIR["low"])
@@ -119,10 +120,10 @@ def test_only_rows_of_changed_files_are_measured_again(family, small_clips, tmp_
         shutil.copy(family / name, folder)
     options = {"count": COUNT, "rows": ROWS[:3], "log": lambda line: None}
     before = evaluate.evaluate(folder, out, **options)
-    models.save_model(models.new_model(5), folder / FILES["turbo"], clips.WORLD)  # without proj_l: another one
+    models.save_model(models.new_model(5), folder / FILES["turbo"], world.WORLD)  # without proj_l: another one
     with pytest.raises(TurboError, match="--again"):
         evaluate.evaluate(folder, out, **options)
-    measured, real = [], evaluate.load_row
+    measured, real = [], rows.load_row
 
     def killed(at, row):
         raise KeyboardInterrupt
@@ -214,7 +215,7 @@ def test_joined_data_keep_every_clips_captions():
         captions = 1 + torch.arange(2 * count).view(count, 2)
         return data.Data(latents, text, torch.full((1 + 2 * count,), tokens), captions)
 
-    whole = data.joined([part(2, 5, 1), part(3, 7, 2)])
+    whole = joined([part(2, 5, 1), part(3, 7, 2)])
     assert whole.latents.shape[0] == 5 and whole.text.shape == (5 + 7, 7, 3)
     for latent, captions in zip(whole.latents, whole.captions_of):
         for row in captions:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.triton_cpu.process import run_pytest
-from turbo_core import paths, tune
+from turbo_core import dispatch
+from turbo_core.bench import tune
 from turbo_core.errors import TurboError
 
 triton = pytest.importorskip("triton", reason="the Triton tests need triton (pip install triton)")
-launch = pytest.importorskip("kernels.launch")
+int8_configs = pytest.importorskip("kernels.int8_configs")
 
 CARD = "NVIDIA Test 9000"
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def card(monkeypatch):
             raise result
         return result
 
-    monkeypatch.setattr(paths, "why_not", lambda device, family: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda device, family: None)
     monkeypatch.setattr(tune, "_operands", lambda case, device: run)
     monkeypatch.setattr(tune, "_time", lambda call, device: (call(), seconds.get(run.last, 1.0))[1])
     return seconds, results
@@ -51,7 +52,7 @@ def test_the_fastest_right_candidate_wins_and_is_kept(card, tmp_path):
     assert report["launches"] == {"block plain long": best}
     assert report["microseconds"]["block plain long"] == {"best": 0.5e6, "shipped": 1e6}
     assert report["file"] == str(path) and report["card"] == "cpu"
-    assert launch.read_table(path, "cpu") == report["launches"]
+    assert int8_configs.read_table(path, "cpu") == report["launches"]
     assert steps == [(0, 1, "block plain, 5 x 64 x 128"), (1, 1, str(path))]
 
 
@@ -63,44 +64,48 @@ def test_a_candidate_is_held_to_the_plainest_launch(card, result, caplog, tmp_pa
     wrong = tune.candidates(CASE.form, None)[1]
     seconds[wrong], results[wrong] = 0.1, result
     report = tune.tune("cpu", [CASE], out=tmp_path / "table.json")
-    assert report["launches"]["block plain long"] == launch.DEFAULT
+    assert report["launches"]["block plain long"] == int8_configs.DEFAULT
     assert "wrong results" in caplog.text
 
 
-@pytest.mark.parametrize("kind", [*launch.TABLE, None])
-@pytest.mark.parametrize("form", launch.FORMS)
+@pytest.mark.parametrize("kind", [*int8_configs.TABLE, None])
+@pytest.mark.parametrize("form", int8_configs.FORMS)
 def test_candidates_are_launches_that_a_table_may_hold(form, kind):
     tried = tune.candidates(form, kind)
     assert len(tried) == len(set(tried))
-    for config in [*tried, *(launch.shipped(form, m, kind) for m in (1, 32760))]:
-        assert launch._checked(f"{form} long", json.loads(json.dumps(config))) == config
+    for config in [*tried, *(int8_configs.shipped(form, m, kind) for m in (1, 32760))]:
+        assert int8_configs._checked(f"{form} long", json.loads(json.dumps(config))) == config
         assert kind in ("sm_90", "sm_100", "sm_120") or config.variant == "pointers"
 
 
 def test_default_cases_are_the_whole_table():
     cases = tune.default_cases()
-    assert len({(case.form, case.length) for case in cases}) == len(launch.FORMS) * len(launch.LENGTHS) == len(cases)
-    assert all(launch._length(case.m) == case.length for case in cases)
+    assert (
+        len({(case.form, case.length) for case in cases})
+        == len(int8_configs.FORMS) * len(int8_configs.LENGTHS)
+        == len(cases)
+    )
+    assert all(int8_configs._length(case.m) == case.length for case in cases)
 
 
-TABLE = {"block plain long": launch.DEFAULT._replace(stages=4), "row qkv short": launch.DEFAULT}
+TABLE = {"block plain long": int8_configs.DEFAULT._replace(stages=4), "row qkv short": int8_configs.DEFAULT}
 
 
 def test_a_table_is_read_back_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "table.json"
     for _ in range(2):
-        launch.write_table(path, CARD, TABLE)
-    assert launch.read_table(path, CARD) == TABLE
+        int8_configs.write_table(path, CARD, TABLE)
+    assert int8_configs.read_table(path, CARD) == TABLE
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_reader_sees_a_whole_table_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    launch.write_table(path, CARD, TABLE)
-    monkeypatch.setattr(launch.json, "dumps", lambda *_, **__: pytest.fail("disk full"))
+    int8_configs.write_table(path, CARD, TABLE)
+    monkeypatch.setattr(int8_configs.json, "dumps", lambda *_, **__: pytest.fail("disk full"))
     with pytest.raises(pytest.fail.Exception):
-        launch.write_table(path, CARD, {})
-    assert launch.read_table(path, CARD) == TABLE
+        int8_configs.write_table(path, CARD, {})
+    assert int8_configs.read_table(path, CARD) == TABLE
 
 
 def changed(**change):
@@ -131,21 +136,21 @@ def test_a_damaged_or_foreign_table_is_ignored_with_one_line(text, tmp_path, cap
     path = tmp_path / "table.json"
     path.write_bytes(text.encode("latin-1"))
     with caplog.at_level(logging.WARNING):
-        assert launch.read_table(path, CARD) == {}
+        assert int8_configs.read_table(path, CARD) == {}
     assert len(caplog.records) == 1 and str(path) in caplog.text and "turbo-core tune" in caplog.text
 
 
 def test_no_table_is_no_news(tmp_path, caplog):
-    assert launch.read_table(tmp_path / "none.json", CARD) == {} and not caplog.records
+    assert int8_configs.read_table(tmp_path / "none.json", CARD) == {} and not caplog.records
 
 
 def test_where_a_table_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("TURBOWAN_CACHE", str(tmp_path))
-    assert launch.table_path(CARD) == tmp_path / "launch-nvidia-test-9000.json"
+    assert int8_configs.table_path(CARD) == tmp_path / "launch-nvidia-test-9000.json"
     monkeypatch.delenv("TURBOWAN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert launch.table_path(CARD) == tmp_path / "turbowan" / "launch-nvidia-test-9000.json"
+    assert int8_configs.table_path(CARD) == tmp_path / "turbowan" / "launch-nvidia-test-9000.json"
 
 
 @pytest.mark.parametrize(
@@ -154,18 +159,20 @@ def test_where_a_table_lies(monkeypatch, tmp_path):
 )
 def test_a_card_takes_the_newest_row_that_is_not_newer(capability, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert launch.card_kind.__wrapped__(torch.device("cuda")) == kind
+    assert int8_configs.card_kind.__wrapped__(torch.device("cuda")) == kind
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert launch.card_kind.__wrapped__(torch.device("cuda")) == "hip"
+    assert int8_configs.card_kind.__wrapped__(torch.device("cuda")) == "hip"
 
 
 def test_a_tuned_launch_takes_the_place_of_the_shipped_one(monkeypatch):
-    monkeypatch.setattr(launch, "tuned_table", lambda device: TABLE)
-    monkeypatch.setattr(launch, "card_kind", lambda device: "sm_90")
+    monkeypatch.setattr(int8_configs, "tuned_table", lambda device: TABLE)
+    monkeypatch.setattr(int8_configs, "card_kind", lambda device: "sm_90")
     device = torch.device("cuda")
-    assert launch.config("block plain", 32760, device) == TABLE["block plain long"]
-    assert launch.config("block plain", 512, device) == launch.shipped("block plain", 512, "sm_90")
-    assert launch.config("block plain", 32760, CPU, "sm_90") == launch.shipped("block plain", 32760, "sm_90")
+    assert int8_configs.config("block plain", 32760, device) == TABLE["block plain long"]
+    assert int8_configs.config("block plain", 512, device) == int8_configs.shipped("block plain", 512, "sm_90")
+    assert int8_configs.config("block plain", 32760, CPU, "sm_90") == int8_configs.shipped(
+        "block plain", 32760, "sm_90"
+    )
 
 
 def test_the_tuner_runs_the_kernels():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.tiny_family import tiny_vae
 from turbo_core.errors import TurboError
-from turbo_core.tiny_family import tiny_vae
-from turbo_core.vae import _diffusers_name, decode_video, encode_video, load_vae
+from turbo_core.pipeline.vae import _diffusers_name, decode_video, encode_video, load_vae
 
 
 @pytest.fixture(scope="module")

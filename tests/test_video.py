@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from turbo_core.errors import TurboError
-from turbo_core.video import prepare_image, read_image, to_frames, write_contact_sheet, write_video
+from turbo_core.pipeline.video import prepare_image, read_image, to_frames, write_contact_sheet, write_video
 
 
 def moving_square(frames=9, height=48, width=64):

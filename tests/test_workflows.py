@@ -6,9 +6,8 @@ import re
 
 import pytest
 
+from tests import workflow_api
 from turbo_core.cli import main
-
-from . import workflow_api
 
 NAMES = workflow_api.names()
 SHIPPED = {  # and the frames that each makes

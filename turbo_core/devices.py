@@ -1,6 +1,8 @@
 """The device to compute on, and what it has and has not, where torch does not tell before it fails."""
 
 import functools
+import gc
+import sys
 
 import torch
 
@@ -42,3 +44,53 @@ def int_mm_pays(device: torch.device) -> bool:
     known = getattr(torch.cpu, "get_capabilities", dict)()
     # other architectures have other names, and older torch does not tell
     return "avx512_vnni" not in known or any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the device's peak anew; the process's own peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: "process" (resident, mapped files included; absent on Windows) and "device" (CUDA and ROCm)."""
+    peak = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def available_memory() -> tuple[int, int] | None:
+    """(available, total) bytes of main memory, or None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError):
+        pass
+    try:
+        from psutil import virtual_memory
+    except ImportError:
+        return None
+    memory = virtual_memory()
+    return memory.available, memory.total
+
+
+def _synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # not always the current one
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _release(device: torch.device):
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()

@@ -11,3 +11,20 @@ def missing_library(name: str, purpose: str) -> TurboError:
         f"{purpose} needs the Python package {name}, which is not installed. Cure: "
         'pip install "comfyui-turbowan[pipeline]", or from a checkout: pip install -e ".[pipeline]"'
     )
+
+
+def refuse(name, what, expected, got):
+    raise TurboError(f"{name}: {what} must be {expected}, got {got}")
+
+
+def check_device(name, what, t, device):
+    """Raise TurboError unless t lies on x's device."""
+    if t.device != device:
+        refuse(name, what, f"on {device} as x is", f"on {t.device}")
+
+
+def check_float(name, what, t, shape, device, dtype=None):
+    """Raise TurboError unless t is a float tensor, or one of dtype, of this shape on x's device."""
+    if not t.is_floating_point() or (dtype and t.dtype != dtype) or tuple(t.shape) != tuple(shape):
+        refuse(name, what, f"{dtype or 'float'} {list(shape)}", f"{t.dtype} {list(t.shape)}")
+    check_device(name, what, t, device)

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import fused
+from . import wan_fused
 from .devices import widest_float
+from .dispatch import learning, use_triton
 from .errors import TurboError
-from .int8 import check_scale, int8_linear, is_row_scale
-from .norms import rms_norm
-from .operands import learning
-from .paths import use_triton
+from .int8.matmul import int8_linear
+from .int8.norm import rms_norm
+from .int8.quantize import check_scale, is_row_scale
 from .sla import sla_from_qkv, sparse_linear_attention
 
 PATCH = (1, 2, 2)
@@ -199,7 +199,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
         modulation = (self.modulation.float() + modulation).chunk(6, 1)
-        if fused.pays(x.device) and self.is_int8() and not learning(x, context, *modulation, *self.parameters()):
+        if wan_fused.pays(x.device) and self.is_int8() and not learning(x, context, *modulation, *self.parameters()):
             return self.fused(x, modulation, context, angles, topk, precision)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
@@ -233,7 +233,9 @@ class Block(nn.Module):
         attend = functools.partial(self.self_attn.attend_self, angles=angles, topk=topk, precision=precision)
         heads, norm3 = self.self_attn.num_heads, (self.norm3.weight, self.norm3.bias)
         modulation = [part.flatten(0, 1) for part in modulation]
-        return fused.block(x, context, modulation, borrow, attend, self.cross_attn.attend_text, norm3, heads, self.eps)
+        return wan_fused.block(
+            x, context, modulation, borrow, attend, self.cross_attn.attend_text, norm3, heads, self.eps
+        )
 
 
 class Head(nn.Module):

@@ -55,7 +55,7 @@ def load_pack(folder, name):
 def tiny(tmp_path_factory):
     """Folder with the small family."""
     sys.path.insert(0, str(PACK)) if "turbo_core" not in sys.modules and str(PACK) not in sys.path else None
-    from turbo_core.tiny_family import make_tiny
+    from tests.helpers.tiny_family import make_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder)
@@ -85,15 +85,16 @@ def comfy():
 
 @pytest.fixture(scope="session")
 def pack(comfy):
-    """The pack's modules under a mangled name: pack.loader, pack.quantize, ..., pack.nodes[id], pack.root."""
+    """The pack's modules under a mangled name: pack.loading, pack.quantizing, ..., pack.nodes[id], pack.root."""
     module = load_pack(PACK, "custom_nodes_ComfyUI_TurboWan")
     extension = asyncio.run(module.comfy_entrypoint())
     listed = asyncio.run(extension.get_node_list())
     base = module.__name__
     parts = {
-        name: importlib.import_module(f"{base}.nodes.{name}")
-        for name in ("attention", "blocks", "experts", "loader", "ops", "quantize", "sampling", "save", "text_encoder")
+        name: importlib.import_module(f"{base}.nodes.host.{name}")
+        for name in ("blocks", "experts", "inputs", "loading", "ops", "override", "quantizing", "run", "saving")
     }
+    parts["text_encoder"] = importlib.import_module(f"{base}.nodes.text_encoder")
     parts["errors"] = importlib.import_module(f"{base}.turbo_core.errors")
     nodes = {node.GET_SCHEMA().node_id: node for node in listed}
     return types.SimpleNamespace(name=base, root=PACK, load_pack=load_pack, nodes=nodes, **parts)
@@ -134,7 +135,7 @@ class Lab:
 
     def load(self, name="TinyWan2.1-T2V.pth", dtype=None):
         """A fresh MODEL with its own weights, through TurboLoader's function."""
-        return self.pack.loader.load_turbo_model(self.path(name), dtype)
+        return self.pack.loading.load_turbo_model(self.path(name), dtype)
 
     def attention(self, model, topk=0.3, precision="bf16", **settings):
         return self.pack.nodes["SparseLowBitAttention"].execute(model, topk, precision, **settings)[0]

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .. import workflow_api
-from . import server as host
+from tests import workflow_api
+from tests.host import server as host
 
 WORKFLOW = "turbowan_try_it"
 STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",

@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import server as host
-from .conftest import PACK, find_comfyui
-from .soak_prompts import prompt, schedule
+from tests.host import server as host
+from tests.host.conftest import PACK, find_comfyui
+from tests.host.soak_prompts import prompt, schedule
 
 RESULTS = PACK / "benchmarks" / "results" / "cpu"
 WARM_UP = 30  # runs: every kind was there three times, every node of the host imported what it needs
@@ -179,9 +179,8 @@ def main():
     comfyui = find_comfyui()
     if comfyui is None:
         sys.exit("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).")
-    from turbo_core.tiny_family import make_tiny
-
-    from .soak_plot import plot
+    from tests.helpers.tiny_family import make_tiny
+    from tests.host.soak_plot import plot
 
     jobs, warm_up = schedule(args.runs, args.seed), min(WARM_UP, args.runs // 3)
     with tempfile.TemporaryDirectory() as folder:

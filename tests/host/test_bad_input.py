@@ -142,7 +142,7 @@ def test_missing_file(lab, loading):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         loading("gone.pth")
     with pytest.raises(lab.pack.errors.TurboError, match="does not exist"):
-        lab.pack.loader.load_turbo_model("/nowhere/gone.pth")
+        lab.pack.loading.load_turbo_model("/nowhere/gone.pth")
 
 
 def test_weights_that_are_not_finite(lab, healthy):
@@ -169,7 +169,7 @@ def test_experts_that_do_not_belong_together(lab, healthy, tmp_path):
     # files that do not say what they are get the benefit of the doubt
     shutil.copy(lab.path(HIGH), tmp_path / "a.pth")
     shutil.copy(lab.path(LOW), tmp_path / "b.pth")
-    unnamed = [lab.pack.loader.load_turbo_model(str(tmp_path / name)) for name in ("a.pth", "b.pth")]
+    unnamed = [lab.pack.loading.load_turbo_model(str(tmp_path / name)) for name in ("a.pth", "b.pth")]
     assert lab.turbo(unnamed[1], latent, model_low=unnamed[0]).isfinite().all()
     healthy()
 
@@ -251,7 +251,7 @@ def test_block_lists(lab, text):
 
 
 def test_block_lists_as_people_write_them(lab):
-    parse = lab.pack.attention.parse_blocks
+    parse = lab.pack.inputs.parse_blocks
     assert parse(" 0 , 3-5,5 , 39,", 40) == {0, 3, 4, 5, 39}
     assert parse("", 40) == parse(" , ", 40) == frozenset()
     assert parse("first 2, Last 1, 20", 40) == {0, 1, 20, 39}
@@ -274,11 +274,11 @@ def test_topk_out_of_range(lab):
 
 def test_disk_full_while_saving(lab, tmp_path, monkeypatch):
     """A clear error and no half-written file."""
-    stream = lab.pack.save.stream_safetensors.__globals__
+    stream = lab.pack.saving.stream_safetensors.__globals__
     usage = stream["shutil"].disk_usage(tmp_path)
     monkeypatch.setattr(stream["shutil"], "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(lab.pack.errors.TurboError, match="disk has"):
-        lab.pack.save.save_model(lab.load(), str(tmp_path / "x.safetensors"))
+        lab.pack.saving.save_model(lab.load(), str(tmp_path / "x.safetensors"))
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import socket
 import pytest
 import torch
 
-from turbo_core.tiny import STOCK
+from tests.helpers.tiny_dits import STOCK
 
 T2V, I2V = "TinyWan2.1-T2V.pth", "TinyWan2.2-I2V-high.pth"
 SHAPE = (1, 16, 2, 8, 10)

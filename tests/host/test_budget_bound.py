@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbo_core import budget, checkpoint
+from turbo_core import checkpoint
+from turbo_core.diagnostics import plan
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def test_host_takes_no_more_than_planned(lab, live_bytes, name, linears, topk, p
     with torch.inference_mode(False), torch.no_grad(), live_bytes() as count:
         network.apply_model(**{k: v.clone() for k, v in given.items()}, transformer_options=options)
     tokens, text = 5 * 16 * 18, given["c_crossattn"].shape[1]
-    planned = budget.model_of(checkpoint.inspect(lab.path(name)))
-    forecast, moment, _ = budget.step_peak(planned, tokens, linears, topk, precision, text)
+    planned = plan.model_of(checkpoint.inspect(lab.path(name)))
+    forecast, moment, _ = plan.step_peak(planned, tokens, linears, topk, precision, text)
     forecast += 1024 * tokens  # the host's RoPE as 2x2 matrices in float32
     print(f"{name} {topk} {precision}: {count.peak / 1e6:.1f} MB, forecast {forecast / 1e6:.1f} MB ({moment})")
     assert 0.5 * forecast < count.peak < 1.1 * forecast

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny_dits import STOCK
 from turbo_core import checkpoint
-from turbo_core.formats import FORMATS, PROJ_L
-from turbo_core.tiny import STOCK
+from turbo_core.checkpoint.formats import FORMATS
+from turbo_core.checkpoint.names import PROJ_L
 
 
 @pytest.fixture
@@ -58,13 +59,13 @@ def test_converts_as_the_command_does_and_loaders_list_the_file(models, convert,
     assert bar[-1][0] == bar[-1][1] > 0
     assert str(target) in done.ui.as_dict()["text"][0]
     assert set(folder_paths.get_filename_list("diffusion_models")) - set(before) == {target.name}
-    lab.pack.loader.load_turbo_model(done[0])
+    lab.pack.loading.load_turbo_model(done[0])
 
 
 def test_published_file_without_quantization_loads_in_every_format(models, convert, lab):
     reference = lab.denoise(lab.dense(lab.load()))
     for format in FORMATS:
-        model = lab.pack.loader.load_turbo_model(convert("TinyWan2.1-T2V.pth", format)[0])
+        model = lab.pack.loading.load_turbo_model(convert("TinyWan2.1-T2V.pth", format)[0])
         apart = lab.distance(lab.denoise(lab.dense(model)), reference)
         print(format, apart)
         assert apart < {"fp32": 1e-5, "bf16": 1e-5, "fp16": 1e-3}.get(format, 0.1)
@@ -81,7 +82,7 @@ def test_fp8_loads_in_the_host_s_own_loader_as_fp8(models, convert, comfy, lab):
     apart = lab.distance(lab.denoise(model), lab.denoise(comfy.sd.load_diffusion_model(lab.path(STOCK))))
     print("fp8 in the host", apart)
     assert 1e-4 < apart < 0.1
-    ours = lab.pack.loader.load_turbo_model(path)  # no proj_l: handed to the host's loader as well
+    ours = lab.pack.loading.load_turbo_model(path)  # no proj_l: handed to the host's loader as well
     assert lab.difference(lab.denoise(ours), lab.denoise(model)) < 1e-6
 
 
@@ -147,7 +148,7 @@ def test_merge_node_accelerates_a_finetune(models, pack, lab, bar):
     merged = load_file(done[0])  # the tiny stock file is the accelerated one without proj_l: only that is added
     assert torch.equal(merged["blocks.0.ffn.0.weight"], finetune["blocks.0.ffn.0.weight"])
     assert f"blocks.1.{PROJ_L}.weight" in merged
-    model = lab.pack.loader.load_turbo_model(done[0])
+    model = lab.pack.loading.load_turbo_model(done[0])
     assert pack.blocks.has_trained_sla(model.model.diffusion_model)
     assert torch.isfinite(lab.denoise(model)).all()
     with pytest.raises(ValueError, match="without -quant"):

@@ -142,6 +142,6 @@ def test_saving_an_assigned_model(lab, assigned, dynamic, tmp_path):
     model = assigned(lambda: lab.load(QUANT))
     dynamic(model)
     path = str(tmp_path / "saved.safetensors")
-    lab.pack.save.save_model(model, path)
-    again, first = lab.weights(lab.pack.loader.load_turbo_model(path)), lab.weights(lab.load(QUANT))
+    lab.pack.saving.save_model(model, path)
+    again, first = lab.weights(lab.pack.loading.load_turbo_model(path)), lab.weights(lab.load(QUANT))
     assert all(torch.equal(again[k], first[k]) for k in first)

@@ -17,7 +17,7 @@ ROUNDING = 0.01  # of x0; int8 against floats is 0.02 to 0.1 of it
 
 @pytest.fixture
 def core(pack):
-    return importlib.import_module(f"{pack.name}.turbo_core.fused")
+    return importlib.import_module(f"{pack.name}.turbo_core.wan_fused")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_files_that_are_int8_already(lab, fused, tmp_path):
 
     target = tmp_path / "stock.safetensors"
     checkpoint.quantize(lab.path(STOCK), target, "int8_block")
-    assert compare(lab, fused, lab.pack.loader.load_turbo_model(str(target))) < ROUNDING
+    assert compare(lab, fused, lab.pack.loading.load_turbo_model(str(target))) < ROUNDING
 
 
 def test_timestep_of_each_frame(lab, fused):
@@ -227,12 +227,12 @@ def test_scales_in_half_precision_are_taken_as_they_are_by_the_layers(lab, fused
     sd = safetensors.torch.load_file(target)
     sd = {name: t.bfloat16() if name.endswith("weight_scale") else t for name, t in sd.items()}
     safetensors.torch.save_file(sd, target)
-    assert compare(lab, fused, lab.pack.loader.load_turbo_model(str(target))) < ROUNDING
+    assert compare(lab, fused, lab.pack.loading.load_turbo_model(str(target))) < ROUNDING
 
 
 def test_a_host_without_one_of_the_model_classes_still_loads_the_pack(comfy, pack, monkeypatch):
     monkeypatch.delattr(comfy.supported_models, "WAN22_T2V")
-    spec = importlib.util.find_spec(f"{pack.name}.nodes.loader")
+    spec = importlib.util.find_spec(f"{pack.name}.nodes.host.loading")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert len(module.PLAIN) == 2 and None not in module.PLAIN
@@ -287,7 +287,7 @@ def test_weights_that_are_fetched_do_not_overwrite_each_other(comfy, lab, fused,
 @pytest.mark.parametrize("make", ["quantized", "loaded"])
 def test_networks_with_blocks_of_their_own_keep_them(comfy, lab, pack, make):
     """Only the host's plain Wan network takes a block class; VACE and its like are built as they were."""
-    module = importlib.import_module(f"{pack.name}.nodes.fused")
+    module = importlib.import_module(f"{pack.name}.nodes.host.fused")
     model = lab.quantize(lab.load(STOCK)) if make == "quantized" else lab.load(QUANT)
     network = model.model.diffusion_model
     assert all(isinstance(block, module.FusedWanBlock) for block in network.blocks)

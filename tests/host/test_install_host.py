@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import workflow_api
+from tests.host import server as host
+from tests.host.conftest import PACK, find_comfyui
+from tests.test_install import ODD_NAME, without_rights
 from turbo_core import checkpoint
-
-from .. import workflow_api
-from ..test_install import ODD_NAME, without_rights
-from . import server as host
-from .conftest import PACK, find_comfyui
 
 pytestmark = pytest.mark.host
 FOLDER = "comfyui-turbowan"  # as ComfyUI-Manager names it, after the registry's id

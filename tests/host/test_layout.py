@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("comfy_kitchen", reason="comfy_kitchen is not installed")
 
-from turbo_core import layout
-from turbo_core.int8 import dequantize_block, int8_linear, quantize_block, quantize_rows
+from turbo_core.int8 import layout
+from turbo_core.int8.matmul import int8_linear
+from turbo_core.int8.quantize import dequantize_block, quantize_block, quantize_rows
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ..record_schemas import LOCALES, node_defs, read
+from tests.record_schemas import LOCALES, node_defs, read
 
 pytestmark = pytest.mark.host
 

@@ -240,7 +240,7 @@ def test_another_strength_reloads_nothing(comfy, lab, base, network, monkeypatch
         raise AssertionError("a file was read")
 
     monkeypatch.setattr(comfy.utils, "load_torch_file", read)
-    monkeypatch.setattr(lab.pack.loader.checkpoint, "load", read)
+    monkeypatch.setattr(lab.pack.loading.checkpoint, "load", read)
     outs = []
     for strength in (0.25, 0.5, 1.0, 0.25):
         patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]

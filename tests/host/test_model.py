@@ -84,7 +84,7 @@ def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, nam
     if kind == "row":
         path = str(tmp_path / "row.safetensors")
         checkpoint.convert(lab.path(f"{name}.pth"), path, "int8_row")
-    model = lab.attention(lab.pack.loader.load_turbo_model(path))
+    model = lab.attention(lab.pack.loading.load_turbo_model(path))
     a = lab.denoise(model, concat=concat)
     b = standalone(path, 0.3, lab.inputs(concat=concat))
     unquantized = lab.denoise(lab.attention(lab.load(f"{name}.pth")), concat=concat)
@@ -97,7 +97,7 @@ def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, nam
 def test_quantized_sla_in_the_host_as_it_is(lab, name, concat):
     """With the host's own float32 timestep angles, 6e-6 off, which int8 rounding in random weights amplifies."""
     path = lab.path(f"{name}-quant.pth")
-    ours = lab.denoise(lab.attention(lab.pack.loader.load_turbo_model(path)), concat=concat)
+    ours = lab.denoise(lab.attention(lab.pack.loading.load_turbo_model(path)), concat=concat)
     distance = lab.distance(ours, standalone(path, 0.3, lab.inputs(concat=concat)))
     print("quantized sla, host as it is", name, distance)
     assert distance < 2e-2
@@ -295,7 +295,7 @@ def test_other_head_dims_fall_back_with_one_line(comfy, lab, sparse_calls, tmp_p
 
 def test_other_dtypes_fall_back_with_one_line(lab, sparse_calls, caplog):
     options = lab.attention(lab.load(MODELS[1]), 0.3).model_options["transformer_options"]
-    attention, q = options[lab.pack.attention.OVERRIDE], lab.draw(1, 300, 128)
+    attention, q = options[lab.pack.override.OVERRIDE], lab.draw(1, 300, 128)
     for dtype in (torch.float64, torch.float32, torch.float64):
         for block in (0, 1):
             given = {**options, "block_index": block, "sigmas": torch.tensor([0.5])}
@@ -322,7 +322,7 @@ def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     second = lab.pack.load_pack(copy, "custom_nodes_second_TurboWan")
     nodes = asyncio.run(asyncio.run(second.comfy_entrypoint()).get_node_list())
     nodes = {node.GET_SCHEMA().node_id: node for node in nodes}
-    loader = importlib.import_module("custom_nodes_second_TurboWan.nodes.loader")
+    loader = importlib.import_module("custom_nodes_second_TurboWan.nodes.host.loading")
 
     first = lab.quantize(lab.load(f"{T2V}.pth"))
     expected = lab.denoise(first)
@@ -335,9 +335,9 @@ def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     assert torch.equal(lab.denoise(both), expected)
     assert torch.equal(lab.turbo(both), lab.turbo(other))
     # files of one, loaded by the other; LoRA merging goes through the layout that was registered last
-    for network, load in ((first, loader.load_turbo_model), (other, lab.pack.loader.load_turbo_model)):
+    for network, load in ((first, loader.load_turbo_model), (other, lab.pack.loading.load_turbo_model)):
         path = tmp_path / "saved.safetensors"
-        lab.pack.save.save_model(network, str(path))
+        lab.pack.saving.save_model(network, str(path))
         assert lab.distance(lab.denoise(load(str(path))), expected) < 5e-3
     layer = "diffusion_model.blocks.0.ffn.0"
     lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4) * 0.02}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turbo_core import checkpoint
-from turbo_core.int8 import quantize_block, quantize_rows
+from turbo_core.int8.quantize import quantize_block, quantize_rows
 
 LAYER = "blocks.0.ffn.0"
 KEY = f"diffusion_model.{LAYER}"
@@ -33,7 +33,7 @@ def test_equals_turbo_core_quantize(lab, tmp_path, kind, format):
     """The node and `turbo-core quantize` write the same bits."""
     target = tmp_path / "quantized.safetensors"
     checkpoint.quantize(lab.path("TinyWan2.1-T2V.pth"), target, format)
-    theirs = lab.pack.loader.load_turbo_model(str(target))
+    theirs = lab.pack.loading.load_turbo_model(str(target))
     assert same(lab.weights(lab.quantize(lab.load(), kind)), lab.weights(theirs))
 
 
@@ -179,7 +179,7 @@ def test_settings_of_other_nodes_are_carried_along(comfy, lab):
     assert quantized.get_model_object("model_sampling").shift == 5.0
     assert quantized.model_options["transformer_options"]["note"] == "kept"
     assert quantized.force_cast_weights
-    assert quantized.get_attachment(lab.pack.loader.SOURCE) is patched.get_attachment(lab.pack.loader.SOURCE)
+    assert quantized.get_attachment(lab.pack.loading.SOURCE) is patched.get_attachment(lab.pack.loading.SOURCE)
     lab.turbo(quantized, steps=1)
     assert calls == [2, 1]
     quantized.model_options["transformer_options"]["note"] = "changed"

@@ -267,7 +267,7 @@ def test_progress_and_previews(lab, experts, image, monkeypatch):
     def prepare(model, steps, *args):
         return lambda step, x0, x, total: seen.append((step, total, steps, tuple(x0.shape)))
 
-    monkeypatch.setattr(lab.pack.sampling.latent_preview, "prepare_callback", prepare)
+    monkeypatch.setattr(lab.pack.run.latent_preview, "prepare_callback", prepare)
     lab.turbo(experts[0], lab.latent(SMALL), model_low=experts[1], positive=image)
     assert seen == [(i, 4, 4, SMALL) for i in range(4)]
 

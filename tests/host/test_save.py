@@ -37,19 +37,19 @@ def test_save_and_reload_is_bit_exact(lab, saved, name):
     model = lab.load(name)
     concat = 20 if "I2V" in name else 0
     expected, weights = lab.denoise(model, concat=concat), lab.weights(model)
-    again = lab.pack.loader.load_turbo_model(saved(model))
+    again = lab.pack.loading.load_turbo_model(saved(model))
     assert same(lab.weights(again), weights)
     assert torch.equal(lab.denoise(again, concat=concat), expected)
-    twice = lab.pack.loader.load_turbo_model(saved(again))
+    twice = lab.pack.loading.load_turbo_model(saved(again))
     assert same(lab.weights(twice), weights)
 
 
 @pytest.mark.parametrize("kind", ["block", "row"])
 def test_quantize_save_reload_is_bit_exact(lab, saved, kind):
     model = lab.quantize(lab.load(), kind, layers="feed-forward", skip_blocks="0")
-    again = lab.pack.loader.load_turbo_model(saved(model))
+    again = lab.pack.loading.load_turbo_model(saved(model))
     assert same(lab.weights(again), lab.weights(model))
-    assert again.get_attachment(lab.pack.loader.SOURCE).format == "mixed"
+    assert again.get_attachment(lab.pack.loading.SOURCE).format == "mixed"
     # the file's tensors are used where they lie, aligned otherwise, and float32 products may round otherwise
     assert lab.distance(lab.denoise(again), lab.denoise(model)) < 5e-3
 
@@ -81,7 +81,7 @@ def test_saving_bakes_a_lora_in(comfy, lab, saved, kind):
     lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1) * 0.02}
     with_lora = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
     expected = lab.denoise(with_lora)
-    again = lab.pack.loader.load_turbo_model(saved(with_lora))
+    again = lab.pack.loading.load_turbo_model(saved(with_lora))
     assert torch.equal(lab.denoise(again), expected)
     assert lab.distance(expected, lab.denoise(model)) > 0.01
 
@@ -100,8 +100,8 @@ def test_turbo_save_does_not_depend_on_what_is_loaded(comfy, lab, tmp_path, kind
         lab.loaded(comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0])
         assert not same(lab.weights(model), weights)
     path = str(tmp_path / "saved.safetensors")
-    lab.pack.save.save_model(model, path)
-    assert same(lab.weights(lab.pack.loader.load_turbo_model(path)), weights)
+    lab.pack.saving.save_model(model, path)
+    assert same(lab.weights(lab.pack.loading.load_turbo_model(path)), weights)
 
 
 def test_turbo_save_refuses_a_bypass_lora(comfy, lab, tmp_path):
@@ -110,5 +110,5 @@ def test_turbo_save_refuses_a_bypass_lora(comfy, lab, tmp_path):
     lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1)}
     model = comfy.sd.load_bypass_lora_for_models(lab.load(), None, lora, 1.0, 0)[0]
     with pytest.raises(ValueError, match="bypass"):
-        lab.pack.save.save_model(model, str(tmp_path / "saved.safetensors"))
+        lab.pack.saving.save_model(model, str(tmp_path / "saved.safetensors"))
     assert not list(tmp_path.iterdir())

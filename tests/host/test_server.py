@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .. import workflow_api
-from . import server as host
-from .conftest import find_comfyui
+from tests import workflow_api
+from tests.host import server as host
+from tests.host.conftest import find_comfyui
 
 pytestmark = pytest.mark.host
 COPIES = ("ComfyUI-TurboWan", "TurboWan-second-copy")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from turbo_core.sizes import PRESETS, check_frames, check_size
+from turbo_core.pipeline.sizes import PRESETS, check_frames, check_size
 
 
 @pytest.fixture

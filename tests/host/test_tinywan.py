@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from turbo_core import checkpoint
-from turbo_core.tinywan import FILES, PAIR
-from turbo_core.train import clips, data, vae
+from turbo_core.tinywan import FILES, PAIR, data, vae, world
 from turbo_core.wan import WanModel
 
 
@@ -31,11 +30,11 @@ def test_the_vae_in_the_hosts_loader(comfy, family):
 
 def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family):
     clip = pack.text_encoder.load_text_encoder(str(family / FILES["text"]))
-    scenes = clips.random_scenes(6, torch.Generator().manual_seed(0))
+    scenes = world.random_scenes(6, torch.Generator().manual_seed(0))
     means = []
     for wording in (0, 100):
         for i, scene in enumerate(scenes):
-            hidden = clip.encode_from_tokens(clip.tokenize(clips.caption(scene, wording + i)))[0].float()
+            hidden = clip.encode_from_tokens(clip.tokenize(world.caption(scene, wording + i)))[0].float()
             means.append(hidden[hidden.abs().sum(1) > 0].mean(0))
     one, other = torch.stack(means).chunk(2)
     assert torch.equal(torch.cdist(one, other).argmin(1), torch.arange(6))
@@ -46,7 +45,7 @@ def test_the_transformer(lab, pack, family, name):
     path = family / (FILES | PAIR)[name]
     state, described = checkpoint.load(path)
     model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
-    host = lab.dense(pack.loader.load_turbo_model(str(path), torch.float32))
+    host = lab.dense(pack.loading.load_turbo_model(str(path), torch.float32))
     given = lab.inputs((1, 16, 3, 16, 16), sigma=0.7, concat=described.in_dim - 16)
     context = torch.nn.functional.pad(given["c_crossattn"], (0, 0, 0, 512 - given["c_crossattn"].shape[1]))
     given["c_crossattn"] = context
@@ -58,6 +57,6 @@ def test_the_transformer(lab, pack, family, name):
 
 def test_latents_have_the_statistics_that_the_host_expects(family):
     random = torch.Generator().manual_seed(3)
-    video = clips.render(clips.random_scenes(8, random), 17, 128, 128, random)
+    video = world.render(world.random_scenes(8, random), 17, 128, 128, random)
     latent = data.encode_latents(vae.load(family / FILES["vae"]), video)
     assert abs(latent.mean().item()) < 0.15 and 0.8 < latent.std().item() < 1.2

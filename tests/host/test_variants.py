@@ -130,7 +130,7 @@ def stock(lab, state, tmp_path):
         config = json.dumps({"transformer": config | STATED.get(name, {})})
         path = tmp_path / f"{name}.safetensors"
         save_file({k: v.to(dtype) for k, v in state(name).items()}, path, {"config": config})
-        return lab.pack.loader.load_turbo_model(str(path))
+        return lab.pack.loading.load_turbo_model(str(path))
 
     return load
 
@@ -166,8 +166,8 @@ def test_quantized_variant(comfy, lab, stock, tmp_path, name):
         before = evaluate(lab, lab.quantize(with_lora(comfy, lab, model), kind), name)
         after = evaluate(lab, with_lora(comfy, lab, quantized), name)
         path = str(tmp_path / f"{kind}.safetensors")
-        lab.pack.save.save_model(quantized, path)
-        again = lab.pack.loader.load_turbo_model(path)
+        lab.pack.saving.save_model(quantized, path)
+        again = lab.pack.loading.load_turbo_model(path)
         error, lora = lab.distance(out, dense), lab.distance(before, out)
         order = lab.distance(after, before)
         print(f"{name}, {kind}: error {error:.4f}, a LoRA {lora:.3f}, before or after {order:.4f}")
@@ -190,7 +190,7 @@ def expected_layers(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sparse_variant(lab, stock, monkeypatch, name):
     """Self-attention, all of it and nothing else, goes through the sparse path; keeping every block changes nothing."""
-    calls, real = [], lab.pack.attention.sparse_linear_attention
+    calls, real = [], lab.pack.override.sparse_linear_attention
     monkeypatch.setattr(
         lab.pack.attention, "sparse_linear_attention", lambda q, *a, **kw: calls.append(q.shape[1]) or real(q, *a, **kw)
     )

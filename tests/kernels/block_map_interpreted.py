@@ -8,9 +8,12 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
-from kernels import block_map as module  # noqa: E402
-from kernels.block_map import block_map  # noqa: E402
-from turbo_core.block_select import top_blocks  # noqa: E402
+
+from turbo_core.kernels.block_map import block_map  # noqa: E402
+
+from kernels import block_map as block_map_module  # noqa: E402
+from kernels import launch  # noqa: E402
+from turbo_core.sla.blocks import top_blocks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def test_a_row_of_8192_key_blocks():
 
 def test_no_launch_is_larger_than_a_grid_may_be(monkeypatch):
     grids = []
-    monkeypatch.setattr(module, "run", lambda kernel, grid, *_: grids.append(grid))
+    monkeypatch.setattr(block_map_module, "run", lambda kernel, grid, *_: grids.append(grid))
     q = torch.empty(1, 65537, 1, 64, device="meta")  # heads of one tile each: the 65536th does not fit the first launch
     block_map(q, q, 1)
     assert max(grid[1] for grid in grids[::2]) == 65535
@@ -108,9 +111,9 @@ def test_broken_blocks_rank_lowest_and_stay_alone():
 def test_working_in_pieces_changes_nothing(scratch, step, monkeypatch):
     q, k = whole_numbers(130, 9, h=2)
     whole, launches = block_map(q, k, 4), []
-    run = module.run
-    monkeypatch.setattr(module, "SCRATCH", scratch)
-    monkeypatch.setattr(module, "run", lambda *args: launches.append(args[1]) or run(*args))
+    run = launch.run
+    monkeypatch.setattr(block_map_module, "SCRATCH", scratch)
+    monkeypatch.setattr(block_map_module, "run", lambda *args: launches.append(args[1]) or run(*args))
     assert torch.equal(block_map(q, k, 4), whole)
     assert len(launches) == 2 * -(-6 // step)
 

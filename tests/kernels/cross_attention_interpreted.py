@@ -10,9 +10,10 @@ from tests.triton_cpu.interpreter import repair
 repair()
 
 from turbo_core.cross import cross_attention  # noqa: E402
-from turbo_core.int8 import dequantize_block  # noqa: E402
-from turbo_core.kernels import cross_attention as kernel  # noqa: E402
-from turbo_core.paths import without_kernels  # noqa: E402
+
+from turbo_core.dispatch import without_kernels  # noqa: E402
+from turbo_core.int8.quantize import dequantize_block  # noqa: E402
+from turbo_core.kernels import cross_attention, sla_attention  # noqa: E402
 
 EPS = 1e-6
 # (L, keys, B, H, D): one token and one key; a batch, ragged in both; whole blocks; heads of 64, more keys than queries
@@ -48,8 +49,8 @@ def relative(a, b):
 
 @pytest.fixture
 def launched(monkeypatch):
-    calls, real = [], kernel.attention
-    monkeypatch.setattr(kernel, "attention", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    calls, real = [], sla_attention.attention
+    monkeypatch.setattr(cross_attention, "attention", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     return calls
 
 
@@ -61,7 +62,7 @@ def test_against_float64(shape, form):
     if form == "sums":
         halves = q.flatten(2).flatten(0, 1).chunk(2, 1)
         given["sums"] = torch.stack([half.square().sum(1) for half in halves])
-    out = kernel.cross_attention(q, k, v, eps=EPS, **given)
+    out = cross_attention.cross_attention(q, k, v, eps=EPS, **given)
     assert relative(out, exact(q, k, v, given.get("norm_weight"))) < 1e-5
 
 
@@ -95,7 +96,7 @@ def test_strided_queries():
     assert torch.equal(cross_attention(wide, k, v, norm_weight=weight), out)
     assert torch.equal(cross_attention(apart, k, v, norm_weight=weight), out)
     with pytest.raises(ValueError, match="side by side"):
-        kernel.square_sums(apart)
+        cross_attention.square_sums(apart)
 
 
 def test_what_the_kernel_has_no_form_for_is_computed_by_torch(launched):
@@ -117,4 +118,4 @@ def test_a_bad_number_stays_in_its_row():
 def test_sums_without_a_weight_are_refused():
     q, k, v, _ = draw(5, 5, 1, 1, 64)
     with pytest.raises(ValueError, match="without"):
-        kernel.cross_attention(q, k, v, sums=torch.zeros(1, 5))
+        cross_attention.cross_attention(q, k, v, sums=torch.zeros(1, 5))

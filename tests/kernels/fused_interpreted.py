@@ -10,7 +10,7 @@ from tests.triton_cpu.interpreter import repair
 repair()
 
 from tests.test_wan import inputs, quantized, relative, weights  # noqa: E402 (after the interpreter is repaired)
-from turbo_core import fused, int8, paths  # noqa: E402
+from turbo_core import dispatch, int8, wan_fused  # noqa: E402
 from turbo_core.wan import WanModel  # noqa: E402
 
 
@@ -25,16 +25,16 @@ from turbo_core.wan import WanModel  # noqa: E402
 def test_kernels_make_the_model_that_the_twins_make(monkeypatch, quantize, topk, precision, batch):
     # 2 * 5 * 9 = 90 tokens: less than a block of queries, a ragged block of keys
     args = inputs(batch, grid=(2, 10, 18))
-    with paths.without_kernels():
+    with dispatch.without_kernels():
         sd = quantized(weights(sla=True, layers=1), quantize)
     model = WanModel.from_state_dict(sd, dtype=torch.bfloat16)
     run = functools.partial(model, *args, topk=topk, precision=precision)
-    assert fused.pays(torch.device("cpu"))
+    assert wan_fused.pays(torch.device("cpu"))
     ours = run()
-    with paths.without_kernels():
-        assert not fused.pays(torch.device("cpu"))
+    with dispatch.without_kernels():
+        assert not wan_fused.pays(torch.device("cpu"))
         layers = run()
-        monkeypatch.setattr(fused, "pays", lambda device: True)
+        monkeypatch.setattr(wan_fused, "pays", lambda device: True)
         theirs = run()
     print(f"twins {relative(ours, theirs):.1e}, layers {relative(ours, layers):.1e}")
     assert relative(ours, theirs) < 1e-2 and relative(ours, layers) < 2e-2

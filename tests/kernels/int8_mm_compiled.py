@@ -6,9 +6,9 @@ At the shapes of the 14B model, whose sizes divide by 128 and specialize the ker
 import pytest
 import torch
 import triton
+from turbo_core.kernels.int8_mm import prepare
 
-from kernels import launch
-from kernels.int8_mm import prepare
+from kernels import int8_configs
 from tests.triton_cpu import aot
 
 KINDS = {80: "sm_80", 86: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
@@ -57,7 +57,7 @@ def check(capability, kernel):
     assert aot.spills(kernel) == 0
 
 
-@pytest.mark.parametrize("name", launch.FORMS)
+@pytest.mark.parametrize("name", int8_configs.FORMS)
 @pytest.mark.parametrize("capability", KINDS)
 def test_every_form_compiles_with_the_launch_of_the_table(capability, name):
     check(capability, compiled(capability, name, 32760))
@@ -81,7 +81,7 @@ def test_a_gate_for_each_sample(capability):
 @pytest.mark.parametrize("capability", [90, 100])
 def test_warp_specialization_compiles(capability, name):
     variant = {90: ("specialized", 4), 100: ("flattened", 8)}[capability]
-    config = launch.DEFAULT._replace(variant=variant[0], warps=variant[1])
+    config = int8_configs.DEFAULT._replace(variant=variant[0], warps=variant[1])
     kernel = compiled(capability, name, 32760, config=config)
     check(capability, kernel)
     assert "UTMALDG" in kernel.asm["sass"]
@@ -91,14 +91,14 @@ def test_warp_specialization_compiles(capability, name):
 @pytest.mark.parametrize("name", ["block plain", "row plain"])
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_the_persistent_variant_compiles(capability, name):
-    kernel = compiled(capability, name, 32760, config=launch.DEFAULT._replace(variant="persistent"))
+    kernel = compiled(capability, name, 32760, config=int8_configs.DEFAULT._replace(variant="persistent"))
     check(capability, kernel)
     assert "UTMALDG" in kernel.asm["sass"]
 
 
 def test_the_length_is_a_runtime_argument():
     # 75600 divides by 16, 32760 does not, 1 is special to Triton: one kernel for all
-    kernels = [compiled(90, "block plain", m, config=launch.DEFAULT) for m in (75600, 32760, 1)]
+    kernels = [compiled(90, "block plain", m, config=int8_configs.DEFAULT) for m in (75600, 32760, 1)]
     assert len({kernel.hash for kernel in kernels}) == 1
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from turbo_core.kernels.int8_mm import int8_mm as int8_mm_kernel
 
-from kernels import launch
-from kernels.int8_mm import int8_mm as int8_mm_kernel
+from kernels import int8_configs, launch
 from tests.kernels.int8_mm_cases import (
     FORMATS,
     SHAPES,
@@ -18,9 +18,10 @@ from tests.kernels.int8_mm_cases import (
 )
 from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
-from turbo_core import int8, int8_mm, int8_twins
+from turbo_core import int8
+from turbo_core.diagnostics import doctor
 from turbo_core.errors import TurboError
-from turbo_core.kernels import launch as kernel_launch
+from turbo_core.int8 import matmul, reference
 
 repair()
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # GELU's, which is right at infinity
@@ -38,10 +39,10 @@ def poison():
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_plain(fmt, m, n, k):
     x, w, bias = quantized(fmt, m, k, 0), quantized(fmt, n, k, 1), gaussian(n, seed=2)
-    y = int8_mm.int8_mm(*x, *w, bias, torch.float32)
+    y = matmul.int8_mm(*x, *w, bias, torch.float32)
     assert_near(y, exact(x, w, bias), FLOAT)
-    assert_near(y, int8_twins.int8_mm(*x, *w, bias, torch.float32), FLOAT)
-    y = int8_mm.int8_mm(*x, *w, None, torch.bfloat16, gelu=True)
+    assert_near(y, reference.int8_mm(*x, *w, bias, torch.float32), FLOAT)
+    y = matmul.int8_mm(*x, *w, None, torch.bfloat16, gelu=True)
     assert y.dtype == torch.bfloat16
     assert_near(y, exact(x, w, gelu=True), HALF)
 
@@ -50,8 +51,8 @@ def test_plain(fmt, m, n, k):
 def test_bias_and_residual_of_any_float_type(dtype):
     x, w, bias = quantized("block", 5, 200, 0), quantized("block", 64, 200, 1), gaussian(64, seed=2).to(dtype)
     residual = gaussian(5, 64, seed=3).to(dtype)
-    assert_near(int8_mm.int8_mm(*x, *w, bias, dtype), exact(x, w, bias), torch.finfo(dtype).eps / 2 + FLOAT)
-    y, _ = int8_mm.int8_mm_residual(*x, *w, bias, residual)
+    assert_near(matmul.int8_mm(*x, *w, bias, dtype), exact(x, w, bias), torch.finfo(dtype).eps / 2 + FLOAT)
+    y, _ = matmul.int8_mm_residual(*x, *w, bias, residual)
     assert y.dtype == dtype
     assert_near(y, gated(exact(x, w, bias), residual, None), torch.finfo(dtype).eps / 2 + FLOAT)
 
@@ -60,8 +61,8 @@ def test_bias_and_residual_of_any_float_type(dtype):
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_quantized_output(m, n, k, gelu):
     x, w, bias = quantized("block", m, k, 0), quantized("block", n, k, 1), gaussian(n, seed=2)
-    q, scale = int8_mm.int8_mm_quantize(*x, *w, bias, gelu)
-    twin_q, twin_scale = int8_twins.int8_mm_quantize(*x, *w, bias, gelu)
+    q, scale = matmul.int8_mm_quantize(*x, *w, bias, gelu)
+    twin_q, twin_scale = reference.int8_mm_quantize(*x, *w, bias, gelu)
     assert_near(scale, twin_scale, FLOAT)
     # a value next to a tie may go the other way where float32 sums differ in their last bit
     assert (q.int() - twin_q.int()).abs().max() <= 1 and (q != twin_q).float().mean() < 1e-3
@@ -80,12 +81,12 @@ def test_residual_gate_and_row_statistics(fmt, m, n, k, groups):
     x, w, bias = quantized(fmt, m, k, 0), quantized(fmt, n, k, 1), gaussian(n, seed=2)
     residual = 10 * gaussian(m, n, seed=3).to(torch.bfloat16)
     gate = gaussian(groups, n, seed=4) if groups else None
-    y, stats = int8_mm.int8_mm_residual(*x, *w, bias, residual, gate)
+    y, stats = matmul.int8_mm_residual(*x, *w, bias, residual, gate)
     assert y.dtype == torch.bfloat16
     assert_near(y, gated(exact(x, w, bias), residual, gate), HALF)
     for i in range(2):
         assert_near(stats[..., i], exact_stats(y)[..., i], FLOAT)
-    alone, none = int8_mm.int8_mm_residual(*x, *w, bias, residual, gate, stats=False)
+    alone, none = matmul.int8_mm_residual(*x, *w, bias, residual, gate, stats=False)
     assert none is None and torch.equal(alone, y)
 
 
@@ -94,20 +95,20 @@ def test_residual_gate_and_row_statistics(fmt, m, n, k, groups):
 def test_q_k_v_and_the_sums_of_their_squares(fmt, m, n, k):
     x, weights = quantized(fmt, m, k, 0), [quantized(fmt, n, k, 1 + i) for i in range(3)]
     biases = [gaussian(n, seed=7 + i) for i in range(3)]
-    y, sums = int8_mm.int8_mm_qkv(*x, *zip(*weights), biases)
+    y, sums = matmul.int8_mm_qkv(*x, *zip(*weights), biases)
     for i in range(3):
         assert_near(y[i], exact(x, weights[i], biases[i]), HALF)
     for i in range(2):
         assert_near(sums[i], exact_squares(y[i]), FLOAT)
-    plain, _ = int8_mm.int8_mm_qkv(*x, *zip(*weights), out_dtype=torch.float32)
+    plain, _ = matmul.int8_mm_qkv(*x, *zip(*weights), out_dtype=torch.float32)
     assert_near(plain[2], exact(x, weights[2]), FLOAT)
 
 
 CONFIGS = [
-    launch.DEFAULT._replace(block_m=64, group_m=1),
-    launch.DEFAULT._replace(block_n=256),
-    launch.DEFAULT._replace(depth=64),
-    *(launch.DEFAULT._replace(variant=variant) for variant in launch.VARIANTS[1:]),
+    int8_configs.DEFAULT._replace(block_m=64, group_m=1),
+    int8_configs.DEFAULT._replace(block_n=256),
+    int8_configs.DEFAULT._replace(depth=64),
+    *(int8_configs.DEFAULT._replace(variant=variant) for variant in int8_configs.VARIANTS[1:]),
 ]
 
 
@@ -120,20 +121,20 @@ def test_every_way_to_cut_it_up_gives_the_same(fmt, config, monkeypatch):
 
     def results():
         return [
-            int8_mm.int8_mm(*x, *weights[0], bias),
-            *int8_mm.int8_mm_residual(*x, *weights[0], bias, residual, gate),
-            *int8_mm.int8_mm_qkv(*x, *zip(*weights), [bias] * 3),
+            matmul.int8_mm(*x, *weights[0], bias),
+            *matmul.int8_mm_residual(*x, *weights[0], bias, residual, gate),
+            *matmul.int8_mm_qkv(*x, *zip(*weights), [bias] * 3),
         ]
 
     expected = results()
-    monkeypatch.setattr(launch, "config", lambda *_: config)
-    for y, reference in zip(results(), expected):
-        assert_near(y, reference, HALF)
+    monkeypatch.setattr(int8_configs, "config", lambda *_: config)
+    for y, twin in zip(results(), expected):
+        assert_near(y, twin, HALF)
 
 
 def test_a_k_that_tma_cannot_address_takes_pointers():
     x, w = quantized("block", 5, 200, 0), quantized("block", 64, 200, 1)
-    config = launch.DEFAULT._replace(variant="persistent")
+    config = int8_configs.DEFAULT._replace(variant="persistent")
     assert_near(int8_mm_kernel(*x, *w, out_dtype=torch.float32, config=config), exact(x, w), FLOAT)
 
 
@@ -145,22 +146,22 @@ def test_the_largest_products_are_exact(fmt):
     w = torch.full((64, 384), -128, dtype=torch.int8)
     w[::3] = 127
     shapes = [(1, 3), (1, 3)] if fmt == "block" else [(5, 1), (64, 1)]
-    y = int8_mm.int8_mm(x, torch.ones(shapes[0]), w, torch.ones(shapes[1]), out_dtype=torch.float32)
+    y = matmul.int8_mm(x, torch.ones(shapes[0]), w, torch.ones(shapes[1]), out_dtype=torch.float32)
     assert torch.equal(y.long(), x.long() @ w.long().t())
 
 
 def test_a_bad_number_stays_in_its_blocks():
     x, w = quantized("block", 248, 200, 0), quantized("block", 200, 200, 1)
     x[1][1, 0] = torch.nan
-    y = int8_mm.int8_mm(*x, *w)
+    y = matmul.int8_mm(*x, *w)
     assert y[128:].isnan().all() and y[:128].isfinite().all()
-    _, scale = int8_mm.int8_mm_quantize(*x, *w)
+    _, scale = matmul.int8_mm_quantize(*x, *w)
     assert scale[1].isnan().all() and scale[0].isfinite().all()
 
 
 def test_no_rows():
     x, w = quantized("block", 128, 128, 0), quantized("block", 64, 128, 1)
-    y = int8_mm.int8_mm(x[0][:0], x[1][:0], *w)
+    y = matmul.int8_mm(x[0][:0], x[1][:0], *w)
     assert y.shape == (0, 64)
 
 
@@ -170,44 +171,44 @@ def test_int8_linear_takes_the_kernels_and_no_float_copy_of_the_weight(fmt, dtyp
     x = gaussian(2, 400, 60).to(dtype).transpose(1, 2)[..., ::2]  # [2, 60, 200], no stride is 1
     w, bias = quantized(fmt, 130, 200, 1), gaussian(130, seed=2).to(dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(int8, "dequantize_block", lambda *_: pytest.fail("a float copy of the weight"))
-        patch.setattr(int8, "_torch_linear", lambda *_: pytest.fail("the torch path"))
-        y = int8.int8_linear(x, *w, bias)
+        patch.setattr(int8.quantize, "dequantize_block", lambda *_: pytest.fail("a float copy of the weight"))
+        patch.setattr(matmul, "_torch_linear", lambda *_: pytest.fail("the torch path"))
+        y = matmul.int8_linear(x, *w, bias)
     quantize = int8.quantize_block if fmt == "block" else int8.quantize_rows
     assert y.shape == (2, 60, 130) and y.dtype == dtype
     x_q = quantize(x.reshape(-1, 200).float())
     assert_near(y.flatten(0, 1), exact(x_q, w, bias), torch.finfo(dtype).eps / 2 + FLOAT)
-    assert "Triton" in int8.int8_path("cpu", fmt)
+    assert "Triton" in doctor.int8_path("cpu", fmt)
 
 
 def test_gradients_take_the_torch_path():
     w, bias = quantized("row", 64, 200, 1), torch.zeros(64, requires_grad=True)
     x = quantized("row", 5, 200, 0)
-    for y in (int8.int8_linear(gaussian(5, 200), *w, bias), int8_mm.int8_mm(*x, *w, bias, torch.float32)):
+    for y in (matmul.int8_linear(gaussian(5, 200), *w, bias), matmul.int8_mm(*x, *w, bias, torch.float32)):
         (gradient,) = torch.autograd.grad(y.sum(), bias)
         assert torch.equal(gradient, torch.full((64,), 5.0))
 
 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_a_launch_that_fails_is_retried_as_shipped_or_explained(tuned, monkeypatch, caplog):
-    tall = launch.DEFAULT._replace(block_m=64)
+    tall = int8_configs.DEFAULT._replace(block_m=64)
     table = {"block plain short": tall} if tuned else {}
-    run = kernel_launch._launch
+    run = launch._launch
 
     def failing(kernel, grid, arguments, options):
         if options.get("BLOCK_M") == 64 or (not tuned and "BLOCK_M" in options):
             raise RuntimeError("out of resource: shared memory\nsecond line")
         run(kernel, grid, arguments, options)
 
-    monkeypatch.setattr(kernel_launch, "tuned_table", lambda device: table)
-    monkeypatch.setattr(kernel_launch, "_launch", failing)
+    monkeypatch.setattr(int8_configs, "tuned_table", lambda device: table)
+    monkeypatch.setattr(launch, "_launch", failing)
     x, w = quantized("block", 5, 200, 0), quantized("block", 64, 200, 1)
     if not tuned:
         with pytest.raises(TurboError, match=r"int8_mm_kernel cannot run on cpu .*shared memory\).*TURBOWAN_KERNELS=t"):
-            int8_mm.int8_mm(*x, *w)
+            matmul.int8_mm(*x, *w)
         return
     for _ in range(2):
-        assert_near(int8_mm.int8_mm(*x, *w), exact(x, w), HALF)
+        assert_near(matmul.int8_mm(*x, *w), exact(x, w), HALF)
     assert len(caplog.records) == 1 and "tuned launch table" in caplog.text and not table
 
 
@@ -215,14 +216,14 @@ def test_memory_that_is_short_is_no_fault_of_the_kernel(monkeypatch):
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kernel_launch, "_launch", short)
+    monkeypatch.setattr(launch, "_launch", short)
     with pytest.raises(torch.OutOfMemoryError):
-        int8_mm.int8_mm(*quantized("block", 5, 200, 0), *quantized("block", 64, 200, 1))
+        matmul.int8_mm(*quantized("block", 5, 200, 0), *quantized("block", 64, 200, 1))
 
 
 def test_a_variant_of_fixed_depth_refuses_another():
-    config = launch.DEFAULT._replace(variant="persistent", depth=64)
+    config = int8_configs.DEFAULT._replace(variant="persistent", depth=64)
     with pytest.raises(ValueError, match="128 deep"):
         int8_mm_kernel(*quantized("block", 5, 208, 0), *quantized("block", 64, 208, 1), config=config)
     with pytest.raises(ValueError):
-        launch._checked("block plain long", config)
+        int8_configs._checked("block plain long", config)

@@ -5,11 +5,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kernels import norm
+from kernels import norm, row_stats
 from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
+from turbo_core import dispatch
 from turbo_core import kernels as bridge
-from turbo_core import norm_twins, norms, paths
+from turbo_core.int8 import norm, reference
 from turbo_core.wan import RMSNorm
 
 repair()
@@ -94,10 +95,10 @@ def test_layer_norm_is_float64s(m, k, groups, form, rows):
 def test_layer_norm_is_the_twins(dtype, rows):
     x, operands = make(132, 200, 2, "all", dtype)
     check_quantized(*norm.layer_norm_quantize(x, EPS, **operands, rows=rows), exact(x, **operands), rows)
-    for given in (None, norm_twins.row_stats(x)):
+    for given in (None, reference.row_stats(x)):
         q, scale = norm.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
-        with patch.object(paths, "use_triton", return_value=False):
-            twin_q, twin_scale = norm_twins.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
+        with patch.object(dispatch, "use_triton", return_value=False):
+            twin_q, twin_scale = reference.layer_norm_quantize(x, EPS, **operands, rows=rows, stats=given)
         torch.testing.assert_close(scale, twin_scale, rtol=1e-5, atol=0)
         wrong = (q.int() - twin_q).abs()
         assert wrong.max() <= 1 and wrong.count_nonzero() <= 20  # of 26,400
@@ -107,13 +108,13 @@ def test_layer_norm_is_the_twins(dtype, rows):
 @pytest.mark.parametrize("m, k", [(1, 128), (129, 384), (5, 200), (2, 1)])
 def test_row_stats(m, k, dtype):
     x, _ = make(m, k, 1, "plain", dtype)
-    stats = norm.row_stats(x)
+    stats = row_stats.row_stats(x)
     spans = x.double().split(128, 1)
     means = torch.stack([s.mean(1) for s in spans])
     squares = torch.stack([s.var(1, correction=0) * s.shape[1] for s in spans])
     torch.testing.assert_close(stats[..., 0].double(), means, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats[..., 1].double(), squares, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(stats, norm_twins.row_stats(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats, reference.row_stats(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["block", "row"])
@@ -136,7 +137,7 @@ def test_constant_rows_become_the_shift(rows):
 
 def test_given_statistics_are_the_ones_used():
     x = gaussian(130, 256)
-    stats = norm.row_stats(x)
+    stats = row_stats.row_stats(x)
     stats[..., 0] += 0.5
     stats[..., 1] *= 4
     means, squares = (t.double() for t in stats.unbind(-1))
@@ -182,14 +183,14 @@ def test_rms_norm(m, k, dtype):
 
 def test_no_rows():
     x, weight = torch.zeros(0, 256), torch.ones(256)
-    assert norm.row_stats(x).shape == (2, 0, 2)
+    assert row_stats.row_stats(x).shape == (2, 0, 2)
     assert [t.shape for t in norm.layer_norm_quantize(x, EPS)] == [(0, 256), (0, 2)]
     assert [t.shape for t in norm.layer_norm_quantize(x, EPS, rows=True)] == [(0, 256), (0, 1)]
     assert norm.rms_norm(x, weight, EPS).shape == (0, 256)
 
 
 def test_the_library_takes_the_kernels(monkeypatch):
-    from turbo_core.kernels import norm as bridged
+    from kernels import norm as bridged
 
     taken = []
     for name in ("row_stats", "layer_norm_quantize", "rms_norm"):
@@ -198,9 +199,9 @@ def test_the_library_takes_the_kernels(monkeypatch):
     x, weight = gaussian(130, 256), gaussian(256)
     chunks = gaussian(1, 6, 256).expand(2, 6, 256).chunk(6, 1)  # views with a stride, as a block has them
     shift, scale = chunks[0][:, 0], chunks[1][:, 0]
-    stats = norms.row_stats(x)
-    q, q_scale = norms.layer_norm_quantize(x, EPS, shift=shift, scale=scale, stats=stats)
-    norms.rms_norm(x, weight, EPS)
+    stats = norm.row_stats(x)
+    q, q_scale = norm.layer_norm_quantize(x, EPS, shift=shift, scale=scale, stats=stats)
+    norm.rms_norm(x, weight, EPS)
     assert taken == ["row_stats", "layer_norm_quantize", "rms_norm"] and bridge.__path__
     check_quantized(q, q_scale, exact(x, shift=shift, scale=scale), False)
 
@@ -208,9 +209,9 @@ def test_the_library_takes_the_kernels(monkeypatch):
 def test_gradients_take_the_torch_path():
     x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.ones(200)
-    given = norms.rms_norm(x, weight, 1e-6)
+    given = norm.rms_norm(x, weight, 1e-6)
     torch.autograd.grad(given.square().sum(), x)
-    assert norms.layer_norm_quantize(x, 1e-6)[1].requires_grad and norms.row_stats(x).requires_grad
+    assert norm.layer_norm_quantize(x, 1e-6)[1].requires_grad and norm.row_stats(x).requires_grad
     torch.autograd.grad(RMSNorm(200, 1e-6)(x[None]).square().sum(), x)
     with torch.no_grad():
-        assert not norms.rms_norm(x, weight, 1e-6).requires_grad
+        assert not norm.rms_norm(x, weight, 1e-6).requires_grad

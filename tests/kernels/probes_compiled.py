@@ -9,8 +9,9 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from tests.triton_cpu import aot
-from turbo_core import fused, norms, paths, probe, sla, sla_kernels
-from turbo_core.kernels import launch
+from turbo_core import dispatch, selfcheck, sla, wan_fused
+from turbo_core.kernels import int8_configs, launch
+from turbo_core.sla import fast
 
 CARD = torch.device("cuda:0")
 DIM, FFN, HEADS, TOKENS, TEXT = 5120, 13824, 40, 1100, 512  # the 14B model, of a video the length alone is short
@@ -23,10 +24,10 @@ def specialized(request, monkeypatch):
     found = set()
     monkeypatch.setattr(JITFunction, "_do_compile", lambda self, key, *_: found.add((self.fn.__name__, key)))
     monkeypatch.setattr(launch, "_launch", lambda kernel, grid, args, options: kernel[grid](*args, **options))
-    monkeypatch.setattr(launch, "card_kind", lambda device: f"sm_{request.param}")
-    monkeypatch.setattr(sla_kernels, "has_fp8", lambda device: request.param >= 89)
-    monkeypatch.setattr(paths, "_cannot_run", lambda device: None)
-    monkeypatch.setattr(paths, "_needs_probe", lambda device: False)
+    monkeypatch.setattr(int8_configs, "card_kind", lambda device: f"sm_{request.param}")
+    monkeypatch.setattr(fast, "has_fp8", lambda device: request.param >= 89)
+    monkeypatch.setattr(dispatch, "_cannot_run", lambda device: None)
+    monkeypatch.setattr(dispatch, "_needs_probe", lambda device: False)
 
     def call(function, *args):
         found.clear()
@@ -43,12 +44,12 @@ def probed(specialized, monkeypatch, family):
         for function, operands, named, _ in cases:
             function(*operands, **named)
 
-    monkeypatch.setattr(probe, "_first_difference", launched)
-    return specialized(probe.PROBES[family], CARD)
+    monkeypatch.setattr(selfcheck, "_first_difference", launched)
+    return specialized(selfcheck.PROBES[family], CARD)
 
 
 def test_somebody_waits_for_so_many_compilations(specialized, monkeypatch):
-    counts = {family: len(probed(specialized, monkeypatch, family)) for family in probe.PROBES}
+    counts = {family: len(probed(specialized, monkeypatch, family)) for family in selfcheck.PROBES}
     assert counts == {"quantize": 3, "norm": 9, "int8_mm": 13, "sla": 15}
 
 
@@ -74,18 +75,18 @@ def block_of_a_video(rows, precision):
         return out if isinstance(out, tuple) else out.flatten(2)
 
     def attend_text(q, k, v):
-        norms.rms_norm(k[0], norm, 1e-6)
-        return norms.rms_norm(q[0], norm, 1e-6)[None]
+        norm.rms_norm(k[0], norm, 1e-6)
+        return norm.rms_norm(q[0], norm, 1e-6)[None]
 
     x, context = (torch.empty(1, length, DIM, dtype=bf16) for length in (TOKENS, TEXT))
     modulation = [torch.empty(1, DIM) for _ in range(6)]
-    fused.block(x, context, modulation, borrow, attend, attend_text, (norm, norm), HEADS, 1e-6)
+    wan_fused.block(x, context, modulation, borrow, attend, attend_text, (norm, norm), HEADS, 1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("rows", [False, True])
 def test_what_a_video_launches_has_been_probed(specialized, monkeypatch, rows, precision):
-    tried = set().union(*(probed(specialized, monkeypatch, family) for family in probe.PROBES))
+    tried = set().union(*(probed(specialized, monkeypatch, family) for family in selfcheck.PROBES))
     missing = Counter(name for name, _ in specialized(block_of_a_video, rows, precision) - tried)
     # Of the row format: epilogues that the block format has tried, one affine norm and one quantization of other
     # widths, attention that leaves floats, and a short part of ffn.0, which is long in a real video.

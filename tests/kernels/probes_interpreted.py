@@ -10,15 +10,15 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
-from turbo_core import paths, probe  # noqa: E402 (after the interpreter is repaired)
+from turbo_core import dispatch, selfcheck  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", paths.FAMILIES)
+@pytest.mark.parametrize("family", dispatch.FAMILIES)
 def test_kernels_that_are_right_pass(family):
-    assert paths.use_triton(CPU, family)
-    assert probe.PROBES[family](CPU) is None
+    assert dispatch.use_triton(CPU, family)
+    assert selfcheck.PROBES[family](CPU) is None
 
 
 def one_value(result):
@@ -71,10 +71,10 @@ def test_a_kernel_that_is_wrong_is_noticed_and_left_alone(monkeypatch, caplog, f
     kernels = importlib.import_module(f"turbo_core.kernels.{module}")
     right = getattr(kernels, name)
     monkeypatch.setattr(kernels, name, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
-    monkeypatch.setattr(paths, "_needs_probe", lambda device: True)
-    monkeypatch.setattr(paths, "_found", {})
-    monkeypatch.setattr(paths, "_logged", set())
+    monkeypatch.setattr(dispatch, "_needs_probe", lambda device: True)
+    monkeypatch.setattr(dispatch, "_found", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.WARNING):
-        assert not paths.use_triton(CPU, family) and not paths.use_triton(CPU, family)
+        assert not dispatch.use_triton(CPU, family) and not dispatch.use_triton(CPU, family)
     lines = [record.getMessage() for record in caplog.records if f": {family} kernels" in record.getMessage()]
     assert len(lines) == 1 and "not what PyTorch computes" in lines[0]

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import quantize
 from tests.kernels.poison import poisoned
 from tests.triton_cpu.interpreter import repair
-from turbo_core import int8, paths
+from turbo_core import dispatch, int8
 
 repair()
 
 FORMATS = {
-    "block": (quantize.quantize_block, int8.quantize_block),
-    "row": (quantize.quantize_rows, int8.quantize_rows),
+    "block": (int8.quantize_block, int8.quantize_block),
+    "row": (int8.quantize_rows, int8.quantize_rows),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -42,7 +41,7 @@ def check(fmt, x):
     kernel, twin = FORMATS[fmt]
     before = x.clone()
     q, scale = kernel(x)
-    with patch.object(paths, "use_triton", return_value=False):
+    with patch.object(dispatch, "use_triton", return_value=False):
         expected, expected_scale = twin(x)
     assert q.dtype == torch.int8 and q.is_contiguous() and scale.shape == expected_scale.shape
     assert torch.equal(q, expected), (q.int() - expected).nonzero()[:5]

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from turbo_core.kernels.sla_attention import BLOCK_K, BLOCK_Q
 
-from kernels.sla_attention import BLOCK_K, BLOCK_Q
-from turbo_core import sla_torch
-from turbo_core.block_select import in_blocks
+from turbo_core.sla import reference
+from turbo_core.sla.blocks import in_blocks
 
 EPS = 1e-6
 
@@ -47,7 +47,7 @@ def raw_form(q, seed=2):
     parts = torch.tensor_split(q.float().flatten(2).flatten(0, 1), 3, 1)
     sums = torch.stack([part.square().sum(1) for part in parts])
     cos, sin = angles.cos(), angles.sin()
-    ready = sla_torch.normed(q.float(), sums, weight, EPS, cos, sin)
+    ready = reference.normed(q.float(), sums, weight, EPS, cos, sin)
     return {"sums": torch.stack([sums, sums + 9]), "q_weight": weight, "eps": EPS, "cos": cos, "sin": sin}, ready
 
 
@@ -75,7 +75,7 @@ def low_bit(k, v, fp8):
 def int8_blocks(q):
     """q [B, L, H, D] rounded to int8 with one scale for 128 queries of a head, and back."""
     b, length, h, d = q.shape
-    blocks = sla_torch._fake_int8(in_blocks(q.float(), BLOCK_Q))
+    blocks = reference._fake_int8(in_blocks(q.float(), BLOCK_Q))
     return blocks.view(b, h, -1, d)[:, :, :length].transpose(1, 2)
 
 

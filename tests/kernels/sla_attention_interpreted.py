@@ -9,9 +9,10 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
-from kernels.sla_attention import attention, can_quantize  # noqa: E402
-from kernels.sla_linear import linear_means  # noqa: E402
-from tests.kernels.sla_attention_cases import (  # noqa: E402
+from turbo_core.kernels.sla_attention import attention, can_quantize  # noqa: E402
+from turbo_core.kernels.sla_linear import linear_means  # noqa: E402
+
+from tests.kernels.sla_attention_cases import (
     attend64,
     draw,
     int8_blocks,
@@ -23,8 +24,8 @@ from tests.kernels.sla_attention_cases import (  # noqa: E402
     relative,
     some_map,
 )
-from turbo_core import sla_torch  # noqa: E402
-from turbo_core.int8 import dequantize_block, quantize_block  # noqa: E402
+from turbo_core.int8.quantize import dequantize_block, quantize_block  # noqa: E402
+from turbo_core.sla import reference  # noqa: E402
 
 # (L, B, H, D, raw): one token; less than a block of keys; two query blocks, the second of 2 rows, and a third key block
 # of 2, more than a batch; ragged in both; several query blocks
@@ -55,7 +56,7 @@ def test_both_branches_against_float64(length, b, h, d, raw):
     out = attention(q, in_heads(k), in_heads(v), index, **linear_sums(k, v, *proj), **form)
     exact = attend64(ready, k, v, index) + linear64(ready, k, v, *proj)
     assert relative(out, exact) < ROUNDING[torch.float32]
-    twin = sla_torch.sparse_attention(ready, k, v, index) + sla_torch.linear_branch(ready, k, v, *proj)
+    twin = reference.sparse_attention(ready, k, v, index) + reference.linear_branch(ready, k, v, *proj)
     torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +117,7 @@ def test_low_bit_is_int8_scores_and_rounded_values(length, b, h, d, fp8, raw):
     exact = attend64(int8_blocks(ready), k_int8, v_rounded, index)
     # the probabilities are rounded to three binary digits, or to ten
     assert relative(out, exact) < (0.02 if fp8 else 4e-4)
-    twin = sla_torch.sparse_attention(ready, k, v, index, precision="int8")
+    twin = reference.sparse_attention(ready, k, v, index, precision="int8")
     assert relative(out, twin) < 0.02
     both = attention(q, index=index, **given, **form, **linear_sums(k, v, *proj))
     # the linear branch is rounded to 16 bits, with ten binary digits

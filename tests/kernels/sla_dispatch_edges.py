@@ -12,10 +12,11 @@ from tests.triton_cpu.interpreter import repair
 repair()
 
 from tests.kernels.sla_attends import recorded  # noqa: E402
-from turbo_core import block_select, sla, sla_kernels  # noqa: E402
+from turbo_core import sla  # noqa: E402
 from turbo_core.errors import TurboError  # noqa: E402
-from turbo_core.int8 import dequantize_block  # noqa: E402
+from turbo_core.int8.quantize import dequantize_block  # noqa: E402
 from turbo_core.kernels import block_map, launch  # noqa: E402
+from turbo_core.sla import blocks, fast  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +82,9 @@ def test_autocast_changes_nothing(launched, precision):
 
 def test_autocast_does_not_choose_other_blocks():
     q, k = draw(64 * 40)[:2]
-    alone = block_select.top_map(q, k, 0.3)
+    alone = blocks.top_map(q, k, 0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(block_select.top_map(q, k, 0.3), alone)
+        assert torch.equal(blocks.top_map(q, k, 0.3), alone)
 
 
 def test_where_only_the_bias_learns(launched):
@@ -139,7 +140,7 @@ def test_a_kernel_that_does_not_start_is_explained(monkeypatch):
     def broken(*_, **__):
         raise launch.LaunchError("attention_kernel cannot run")
 
-    monkeypatch.setattr(sla_kernels, "attend", broken)
+    monkeypatch.setattr(fast, "attend", broken)
     calls = [
         lambda: sla.sparse_linear_attention(*draw(65), *projection(64), 0.5),
         lambda: sla.sla_from_qkv(*raw(65), *projection(64), 0.5),

@@ -9,8 +9,9 @@ from tests.triton_cpu.interpreter import repair
 repair()
 
 from tests.kernels.sla_attends import recorded  # noqa: E402
-from turbo_core import sla, sla_kernels, sla_torch  # noqa: E402
-from turbo_core.int8 import dequantize_block  # noqa: E402
+from turbo_core import sla  # noqa: E402
+from turbo_core.int8.quantize import dequantize_block  # noqa: E402
+from turbo_core.sla import fast, reference  # noqa: E402
 from turbo_core.wan import WanModel  # noqa: E402
 
 
@@ -42,7 +43,7 @@ def projection(d, seed=9):
 
 
 def twin(q, k, v, proj, topk, precision, coverage=None):
-    return sla_torch.sparse_linear(q, k, v, *proj, topk, coverage, 128, 64, precision)
+    return reference.sparse_linear(q, k, v, *proj, topk, coverage, 128, 64, precision)
 
 
 def relative(a, b):
@@ -99,7 +100,7 @@ def test_below_fp8_values_are_float16(monkeypatch):
     expected = twin(q.float(), k.float(), v.float(), projection(128), 0.5, "bf16")
     errors = []
     for fp8 in (True, False):
-        monkeypatch.setattr(sla_kernels, "has_fp8", lambda device, fp8=fp8: fp8)
+        monkeypatch.setattr(fast, "has_fp8", lambda device, fp8=fp8: fp8)
         out = sla.sparse_linear_attention(q, k, v, *projection(128), 0.5, precision="int8")
         errors.append(relative(out, expected))
     assert errors[1] < 0.75 * errors[0] < 2e-2

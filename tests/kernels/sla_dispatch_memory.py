@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbo_core import sla_kernels
 from turbo_core.kernels import launch
+from turbo_core.sla import fast
 
 SHAPE = (1, 75600, 40, 128)  # 14B at 720p
 
@@ -46,13 +46,13 @@ def peak(precision, raw, quantize=False):
     b, length, h, d = SHAPE
     qkv = torch.empty(3, *SHAPE, dtype=torch.bfloat16, device="meta")
     weight, bias = torch.empty(d, d, device="meta"), torch.empty(d, device="meta")
-    form = sla_kernels.NO_RAW
+    form = fast.NO_RAW
     if raw:
         turn = torch.empty(length, d // 2, device="meta")
         norm = torch.empty(h * d, device="meta")
         form = torch.empty(2, h, b * length, device="meta"), norm, norm, 1e-6, turn, turn
     with Peak() as seen, torch.no_grad():
-        out = sla_kernels.attend(*qkv, weight, bias, 0.1, None, precision, form, quantize)
+        out = fast.attend(*qkv, weight, bias, 0.1, None, precision, form, quantize)
     result = sum(x.untyped_storage().nbytes() for x in (out if quantize else (out,)))
     return seen.most - result, seen.largest
 
@@ -75,7 +75,7 @@ def test_peak_at_14b_720p_is_what_is_stated(precision, raw, quantize, low, high)
             maps.update(x.nbytes for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.int32)
 
     nothing = patch.object(launch, "_launch", launched)
-    with nothing, patch.object(sla_kernels, "has_fp8", lambda device: True):
+    with nothing, patch.object(fast, "has_fp8", lambda device: True):
         extra, largest = peak(precision, raw, quantize)
     print(f"{precision} raw {raw} quantize {quantize}: {extra / 1e6:.0f} MB")
     assert low < extra / 1e6 < high

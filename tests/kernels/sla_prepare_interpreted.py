@@ -9,11 +9,12 @@ from tests.triton_cpu.interpreter import repair
 
 repair()
 
+from turbo_core.kernels.sla_pool import pool_means  # noqa: E402
+from turbo_core.kernels.sla_prepare import prepare  # noqa: E402
+
 from kernels import sla_pool, sla_prepare  # noqa: E402
-from kernels.sla_pool import pool_means  # noqa: E402
-from kernels.sla_prepare import prepare  # noqa: E402
-from turbo_core import sla_torch  # noqa: E402
-from turbo_core.block_select import in_blocks, pool  # noqa: E402
+from turbo_core.sla import reference  # noqa: E402
+from turbo_core.sla.blocks import in_blocks, pool  # noqa: E402
 
 EPS = 1e-6
 # (L, B, H, D, layout): one token; around one key block; one query block less some; a ragged fourth key block; more
@@ -140,7 +141,7 @@ def test_low_bit_keys_and_values(length, b, h, d, layout):
     k_mean, v_amax = pool_means(q, k, v)[2:]
     k_out, k_scale, v_out, v_scale, kv, k_sum = prepare(k, v, k_mean, v_amax, linear=False)
     assert kv is None and k_sum is None
-    twin = sla_torch._fake_int8(in_blocks(k - k_mean[:, None], 64)).view(b, h, -1, d)[:, :, :length]
+    twin = reference._fake_int8(in_blocks(k - k_mean[:, None], 64)).view(b, h, -1, d)[:, :, :length]
     wrong = (prepared_k(k_out, k_scale) - twin).abs() > 1e-4 * k_scale.amax()
     assert wrong.double().mean() < 1e-3  # k - mean is rounded once in both; the quotient may land beside a tie
     centred = (k.double() - k_mean[:, None]).transpose(1, 2)
@@ -153,7 +154,7 @@ def test_low_bit_keys_and_values(length, b, h, d, layout):
     values = (v_out[..., :length].float() * v_scale[..., None]).transpose(-1, -2)
     assert ((values - exact).abs() <= 2**-4 * exact.abs() + 2**-10 * v_scale[:, :, None]).all()
     torch.testing.assert_close(v_scale, exact.abs().amax(2).clamp_min(1e-8) / 448)
-    twin = sla_torch._fake_fp8(v, v_amax[:, None] / 448).transpose(1, 2)
+    twin = reference._fake_fp8(v, v_amax[:, None] / 448).transpose(1, 2)
     assert ((values - twin).abs() > 1e-6 * exact.abs()).double().mean() < 1e-3
 
 

@@ -2,16 +2,20 @@
 
 import pytest
 
-from kernels import launch
+from kernels import int8_configs
 from tests.triton_cpu.interpreter import repair
-from turbo_core import tune
+from turbo_core.bench import tune
 
 repair()
 
 
-@pytest.mark.parametrize("form", launch.FORMS)
+@pytest.mark.parametrize("form", int8_configs.FORMS)
 def test_every_form_is_measured_with_kernels(form, tmp_path, monkeypatch):
-    some = [launch.DEFAULT, launch.DEFAULT._replace(depth=64), launch.DEFAULT._replace(variant="persistent")]
+    some = [
+        int8_configs.DEFAULT,
+        int8_configs.DEFAULT._replace(depth=64),
+        int8_configs.DEFAULT._replace(variant="persistent"),
+    ]
     monkeypatch.setattr(tune, "candidates", lambda form, kind: some)
     monkeypatch.setattr(tune, "WARMUP", 0)
     monkeypatch.setattr(tune, "ROUNDS", 1)
@@ -21,4 +25,4 @@ def test_every_form_is_measured_with_kernels(form, tmp_path, monkeypatch):
     report = tune.tune("cpu", [tune.Case(form, "short", 5, 64, 128)], out=path)
     assert len(tried) == len(some)  # all of them run and agree
     assert report["launches"] == {f"{form} short": some[0]}
-    assert launch.read_table(path, "cpu") == report["launches"]
+    assert int8_configs.read_table(path, "cpu") == report["launches"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from .. import workflow_api
-from ..host import server as host
-from ..host.conftest import find_comfyui
-from . import stub
+from tests import workflow_api
+from tests.host import server as host
+from tests.host.conftest import find_comfyui
+from tests.page import stub
 
 ARGUMENTS = (
     "--no-sandbox",
@@ -83,7 +83,7 @@ def host_page(browser, tmp_path_factory):
     """The page of a real ComfyUI with one copy of the pack and every file the workflows ask for, only small."""
     if find_comfyui() is None or not find_spec("comfy_kitchen"):
         pytest.skip("no ComfyUI found, or this Python lacks its requirements: run `python run.py host`")
-    from turbo_core.tiny_family import make_tiny
+    from tests.helpers.tiny_family import make_tiny
 
     tiny, base = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("base")
     make_tiny(tiny)

@@ -5,8 +5,8 @@ import urllib.request
 
 import pytest
 
-from ..record_schemas import read
-from .conftest import READY
+from tests.page.conftest import READY
+from tests.record_schemas import read
 
 pytestmark = pytest.mark.page
 

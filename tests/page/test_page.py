@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-from .. import workflow_api
-from ..host import server as host
+from tests import workflow_api
+from tests.host import server as host
 
 pytestmark = pytest.mark.page
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..formats import PROJ_L
+from ..checkpoint.names import PROJ_L
+from ..pipeline.text import TEXT_LENGTH
 from ..sla import block_map
-from ..text import TEXT_LENGTH
 from ..wan import Block, WanModel, rope_angles, timestep_embedding
 
 _BLOCK_Q, _BLOCK_K = 128, 64

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import checkpoint
+from ..checkpoint.names import PROJ_L, is_delicate
+from ..checkpoint.write import stream_safetensors
 from ..errors import TurboError
-from ..formats import PROJ_L, is_delicate
-from ..stream_safetensors import stream_safetensors
 from . import engine
 from .dit import TrainWan, trainable
 from .experts import Experts

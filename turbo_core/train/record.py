@@ -1,21 +1,11 @@
 """Small text files beside weights: what a folder was made for and from, so that nothing else is taken for it."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from ..errors import TurboError
-from ..video import complete_or_nothing
+from ..files import write_whole
 from . import engine
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    try:
-        with complete_or_nothing(path) as part:
-            part.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error
 
 
 def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
@@ -43,13 +33,3 @@ def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
         raise TurboError(
             f"{work} belongs to a training with other settings ({', '.join(other)}). Take another folder, or remove it."
         )
-
-
-def digest(files) -> str:
-    """Tells the contents of files apart: SHA-256, shortened. A gigabyte takes some seconds."""
-    contents = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
-                contents.update(chunk)
-    return contents.hexdigest()[:16]

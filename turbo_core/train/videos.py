@@ -6,10 +6,10 @@ import torch
 
 from ..errors import TurboError, missing_library
 from ..pipeline import encode_image
-from ..sizes import latent_shape
-from ..text import load_text_encoder
-from ..vae import encode_video, load_vae
-from ..video import VIDEO_SUFFIXES, prepare_image
+from ..pipeline.sizes import latent_shape
+from ..pipeline.text import load_text_encoder
+from ..pipeline.vae import encode_video, load_vae
+from ..pipeline.video import VIDEO_SUFFIXES, prepare_image
 from .data import Data, encode_captions
 
 

@@ -1,0 +1,1 @@
+"""The insides of ComfyUI that the nodes work on."""

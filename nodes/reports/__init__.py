@@ -1,0 +1,1 @@
+"""What nodes say of models and runs."""

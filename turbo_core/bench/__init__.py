@@ -1,0 +1,1 @@
+"""Times and errors of the kernels on this machine, beside other contenders."""

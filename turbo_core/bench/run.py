@@ -1,0 +1,101 @@
+"""A whole benchmark: the machine's own rates, then the cases of each group, shown as they come and kept in files."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import TurboError
+from . import attention, block, harness, linear, machine, streaming
+from .report import SCHEMA, save, show, write
+
+GROUPS = {
+    "linear": (linear, 3),  # how many numbers its shapes have
+    "streaming": (streaming, 2),
+    "attention": (attention, 4),
+    "block": (block, 2),
+}
+FORMS = {"linear": "MxNxK", "streaming": "MxK", "attention": "BxHxLxD", "block": "LxDIM"}
+
+
+def parse_shapes(texts: list[str], groups) -> dict[str, list[tuple[int, ...]]]:
+    """{group: shapes} of texts such as 1024x1536x1536; how many numbers one has says which groups it is for."""
+    found = {name: [] for name in groups}
+    for text in texts:
+        try:
+            shape = tuple(int(part) for part in text.lower().split("x"))
+        except ValueError:
+            shape = ()
+        fitting = [name for name in groups if GROUPS[name][1] == len(shape)]
+        if not fitting or min(shape) < 1:
+            expected = ", ".join(f"{FORMS[name]} for {name}" for name in groups)
+            raise TurboError(f"--shapes takes {expected}; got {text!r}")
+        for name in fitting:
+            found[name].append(shape)
+    return found
+
+
+def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECONDS, tell=print, status=None) -> dict:
+    """Measure groups on a device and write their files to out/<machine>/. Returns {group: report}.
+
+    sizes: {group: shapes}; a group without is measured at its own, or left out where only others were given.
+    tell: called with the path of each file written. status: called with what is being done. A group's files are
+    replaced when it is complete; until then its finished cases are in <group>.partial.json, so that an interrupted
+    run loses nothing.
+    """
+    device = torch.device(device)
+    clock = harness.clock_of(device)
+    repeats, seconds = (5, 0.2) if quick else (harness.REPEATS, seconds)
+    notes = [f"times are {clock.name}"] if isinstance(clock, harness.ThreadClock) else []
+    facts, folder = machine.facts(device), out / machine.slug(device)
+
+    def timed(case, limits):
+        if status:
+            status(f"{case.name}: first runs")
+        tick = status and (lambda done, total: status(f"{case.name}: round {done} of {total}"))
+        measured = harness.measure(case, clock, limits, repeats, seconds, tick, machine.watch(device))
+        if status:
+            status("")
+        return measured
+
+    def rates():
+        measured = timed(machine.limits_case(device, quick), {})
+        return measured, machine.limits(measured)
+
+    first, limits = rates()
+    show(first)
+    reports = {}
+    for group in groups:
+        given = (sizes or {}).get(group)
+        if sizes and not given:
+            continue
+        report = {
+            "schema": SCHEMA,
+            "group": group,
+            "machine": facts,
+            "settings": {"repeats": repeats, "seconds": seconds, "quick": quick, "clock": clock.name},
+            "limits": limits,
+            "notes": notes + [note for note in (machine.busy(facts),) if note],
+            "cases": [first],
+        }
+        partial = folder / f"{group}.partial.json"
+        for make in GROUPS[group][0].cases(device, given, quick):
+            clock.release()
+            try:
+                case = make()
+            except Exception as error:  # out of memory, or a kernel's: the other cases go on
+                report["notes"].append(f"a case was left out: {harness.in_short(error)}")
+                print(report["notes"][-1])
+                continue
+            measured = timed(case, limits)
+            show(measured)
+            report["cases"].append(measured)
+            write(partial, json.dumps(report, indent=1).encode())
+        report["limits_after"] = rates()[1]
+        for path in save(report, folder):
+            tell(str(path))
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reports[group] = report
+    return reports

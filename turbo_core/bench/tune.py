@@ -1,0 +1,178 @@
+"""Measure how the int8 products are best cut up on this card, and keep the answer for it (`turbo-core tune`).
+
+The pack ships a table that was chosen without a card (kernels/launch.py). Every candidate is held to the result of the
+plainest launch before it is timed; candidates take turns, so that a card that slows down slows all of them.
+"""
+
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import dispatch
+from ..errors import TurboError
+
+WARMUP, ROUNDS = 2, 7
+# M of each length, (N, K) of each form: the 14B model's, see kernels.launch.LENGTHS
+ROWS = {"short": 512, "long": 32760}
+SIZES = {"plain": (5120, 5120), "quantize": (13824, 5120), "residual": (5120, 13824), "qkv": (5120, 5120)}
+TOLERANCE = 1e-2  # of the largest value: candidates add in the same order, their output type rounds
+
+
+class Case(NamedTuple):
+    """One entry of the table to be found."""
+
+    form: str  # of kernels.launch.FORMS
+    length: str
+    m: int
+    n: int
+    k: int
+
+
+def default_cases() -> list[Case]:
+    from ..kernels.int8_configs import FORMS
+
+    return [Case(form, length, m, *SIZES[form.split()[1]]) for form in FORMS for length, m in ROWS.items()]
+
+
+def candidates(form: str, kind: str | None) -> list:
+    """The launches to try for a form on a kind of card, kernels.launch.card_kind; the plainest first."""
+    from ..kernels.int8_configs import DEFAULT
+
+    plain = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4)]
+    plain += [DEFAULT._replace(group_m=4), DEFAULT._replace(group_m=16)]
+    if kind == "hip":
+        return [DEFAULT, *(c._replace(stages=2) for c in plain if c.stages == 3)]
+    if kind in ("sm_80", "sm_120"):
+        plain += [c._replace(depth=64) for c in plain]
+    if form != "block quantize":  # whose tile is one scale block
+        plain += [DEFAULT._replace(block_m=64, warps=4, stages=stages) for stages in (3, 4)]
+        plain += [DEFAULT._replace(block_n=256, stages=stages) for stages in (3, 4)] if form.startswith("row") else []
+    if kind in ("sm_90", "sm_100", "sm_120"):
+        plain += [DEFAULT._replace(variant="persistent", warps=warps) for warps in (8, 4)]
+    if kind == "sm_90" and form != "block quantize":  # Triton 3.9 fails on that one
+        plain += [DEFAULT._replace(variant="specialized", warps=4, stages=stages) for stages in (3, 4)]
+    if kind == "sm_100":
+        plain += [DEFAULT._replace(variant="flattened", stages=stages) for stages in (3, 4)]
+    return plain
+
+
+def tune(device=None, shapes=None, progress=None, out=None) -> dict:
+    """Find and write the launch table of one card.
+
+    shapes: list of Case, default the 14B model's. progress: called with (cases done, cases in all, text). out: the
+    file, default where the kernels look for it. Returns {"card", "file", "launches": {"form length": Config},
+    "microseconds": {"form length": {"best", "shipped"}}}.
+    Raises TurboError where the kernels cannot run.
+    """
+    device = torch.device("cuda" if device is None and torch.cuda.is_available() else device or "cpu")
+    reason = dispatch.why_not(device, "int8_mm")
+    if reason:
+        raise TurboError(
+            f"There is nothing to tune on {device}: {reason}. Tuning needs an NVIDIA or AMD card with Triton."
+        )
+    from ..kernels import int8_configs
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    path = Path(out) if out else int8_configs.table_path(name)
+    cases = default_cases() if shapes is None else shapes
+    launches, times = {}, {}
+    for done, case in enumerate(cases):
+        if progress:
+            progress(done, len(cases), f"{case.form}, {case.m} x {case.n} x {case.k}")
+        shipped = int8_configs.shipped(case.form, case.m, int8_configs.card_kind(device))
+        tried = list(
+            dict.fromkeys([int8_configs.DEFAULT, shipped, *candidates(case.form, int8_configs.card_kind(device))])
+        )
+        measured = _measure(case, tried, device)
+        key = f"{case.form} {case.length}"
+        launches[key] = min(measured, key=measured.get)
+        times[key] = {"best": 1e6 * measured[launches[key]], "shipped": 1e6 * measured.get(shipped, float("nan"))}
+    int8_configs.write_table(path, name, launches)
+    if progress:
+        progress(len(cases), len(cases), str(path))
+    return {"card": name, "file": str(path), "launches": launches, "microseconds": times}
+
+
+def _measure(case, configs, device) -> dict:
+    """{config: seconds} of those that run and compute what the first one does; median of interleaved rounds."""
+    call = _operands(case, device)
+    reference = _outputs(call(configs[0]))
+    able = [configs[0]]
+    for config in configs[1:]:
+        try:
+            outputs = _outputs(call(config))
+        except Exception as error:  # whatever a compiler or driver raises: the candidate is out
+            logging.info("%s %s: %s", case.form, config, type(error).__name__)
+            continue
+        if all(map(_near, outputs, reference)):
+            able.append(config)
+        else:
+            logging.warning("TurboWan: %s %s gives wrong results here and is left out", case.form, config)
+        del outputs
+    del reference
+    for _ in range(WARMUP):
+        for config in able:
+            call(config)
+    seconds = {config: [] for config in able}
+    for _ in range(ROUNDS):
+        for config in able:
+            seconds[config].append(_time(lambda config=config: call(config), device))
+    return {config: statistics.median(values) for config, values in seconds.items()}
+
+
+def _time(call, device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _outputs(result):
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+
+
+def _near(a, b):
+    a, b = a.flatten(), b.flatten()
+    worst = largest = torch.zeros((), device=a.device)
+    for part, other in zip(a.split(1 << 24), b.split(1 << 24)):  # float32 copies of the whole may not fit
+        worst = torch.maximum(worst, (part.float() - other.float()).abs().max())  # keeps a NaN, where max() drops it
+        largest = torch.maximum(largest, other.float().abs().max())
+    return bool(worst <= TOLERANCE * largest)
+
+
+def _operands(case, device):
+    """A function of a launch config that runs the case's form."""
+    from ..kernels import int8_mm
+
+    fmt, form = case.form.split()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def quantized(rows):
+        q = torch.randint(-128, 128, (rows, case.k), dtype=torch.int8, generator=generator, device=device)
+        shape = (rows, 1) if fmt == "row" else (-(-rows // 128), -(-case.k // 128))
+        return q, torch.rand(shape, generator=generator, device=device) / 128
+
+    x, w = quantized(case.m), quantized(case.n)
+    bias = torch.zeros(case.n, dtype=torch.bfloat16, device=device)
+    if form == "plain":
+        return lambda config: int8_mm.int8_mm(*x, *w, bias, config=config)
+    if form == "quantize":
+        return lambda config: int8_mm.int8_mm_quantize(*x, *w, bias, config=config)
+    if form == "residual":
+        residual = torch.ones(case.m, case.n, dtype=torch.bfloat16, device=device)
+        gate = torch.ones(1, case.n, device=device)
+        return lambda config: int8_mm.int8_mm_residual(*x, *w, bias, residual, gate, config=config)
+    (k, k_scale), (v, v_scale) = quantized(case.n), quantized(case.n)
+    weights, scales = (w[0], k, v), (w[1], k_scale, v_scale)
+    return lambda config: int8_mm.int8_mm_qkv(*x, weights, scales, [bias] * 3, config=config)

@@ -1,0 +1,140 @@
+"""Every checkpoint format in and out: inspect, load, convert, quantize.
+
+Reads the published .pth (quantized or not), safetensors, training dumps, stock Wan files in ComfyUI's naming and our
+own; writes safetensors. In memory a checkpoint is a flat dictionary of official names, where a quantized linear X is
+X.weight int8 [N, K] and X.weight_scale float32, [ceil(N/128), ceil(K/128)] in the block format or [N, 1] in the row
+format; on disk X.comfy_quant says which.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import TurboError
+from .describe import Description
+from .encode import Plan, on_disk, plan, rewritten, stored_formats
+from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
+from .loading import FILE_VERSION, WORLD, _open
+from .write import check_target, stream_safetensors
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
+_CHUNK = 1 << 24  # bytes hashed at once
+
+
+class Converted(NamedTuple):
+    """A finished conversion. warnings: what the reader of the new file should know, in sentences."""
+
+    path: str
+    bytes: int
+    warnings: list[str]
+
+
+def convert(source, target, format: str, progress: Progress | None = None) -> Converted:
+    """Write any readable checkpoint as safetensors in "int8_block", "int8_row", "bf16", "fp16", "fp32" or "fp8".
+
+    The int8 formats and fp8 quantize the ten linears of each block and leave everything else as it is stored; fp8 is
+    ComfyUI's own float8_e4m3fn with one scale per layer, which here is decoded when it is loaded. The float
+    formats cast all weights and biases, but never narrow proj_l, norms and modulation: where the source has those in
+    float32 (the published files have proj_l so), float32 they stay. A layer that already has the wanted format is
+    copied bit for bit; quantizing a quantized layer again rounds twice and is told in the warnings.
+    One tensor is in memory at a time. progress counts the bytes of the source (hashed first), then of the target.
+    Raises TurboError for an unreadable source, an unwritable target, a NaN or infinite weight (by name); a failed or
+    interrupted conversion leaves neither a part nor a changed target behind.
+    """
+    if format not in FORMATS:
+        raise TurboError(f"Unknown format {format!r}. Expected one of {', '.join(FORMATS)}.")
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and os.path.samefile(source, target):
+        raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
+    tensors, description = _open(source)
+    stored = stored_formats(tensors, source)
+    planned = plan(tensors, stored, format)
+    places = on_disk(planned, tensors)
+    metadata = file_metadata(description, format)
+    del tensors
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
+    count = _counter(progress, source.stat().st_size + size)
+    check_target(target, size)  # before the long part
+    metadata["turbowan.source_sha256"] = _sha256(source, count)
+    size = stream_safetensors(target, places, rewritten(source, planned, stored, count), metadata)
+    return Converted(str(target), size, _warnings(description, stored, planned))
+
+
+def quantize(source, target, format: str = "int8_block", progress: Progress | None = None) -> Converted:
+    """Quantize the ten linears per block of a float checkpoint, "int8_block" or "int8_row"; see convert.
+
+    Raises TurboError for a source that is quantized already: convert takes those.
+    """
+    if format not in INTEGERS:
+        raise TurboError(f"Cannot quantize to {format!r}. Expected {' or '.join(INTEGERS)}; convert writes floats.")
+    tensors, description = _open(source)
+    if not set(stored_formats(tensors, source).values()) <= set(FLOATS):
+        raise TurboError(
+            f"{source} is quantized already ({description.format}). Expected a bf16, fp16 or fp32 checkpoint: take the "
+            "unquantized file, or use convert, which rounds a second time."
+        )
+    del tensors
+    return convert(source, target, format, progress)
+
+
+def file_metadata(description: Description, format: str) -> dict[str, str]:
+    """The metadata of a file that holds what is described, in a given format."""
+    metadata = {
+        "format": "pt",
+        "turbowan.format": format,
+        "turbowan.family": description.family,
+        "turbowan.version": FILE_VERSION,
+    }
+    config = {"num_heads": description.num_heads, "text_dim": description.text_dim}
+    if config != {"num_heads": description.dim // 128, "text_dim": 4096}:
+        metadata["config"] = json.dumps({"transformer": config})  # where ComfyUI looks for sizes other than Wan's own
+    if WORLD in description.metadata:
+        metadata[WORLD] = description.metadata[WORLD]
+    return metadata
+
+
+def _counter(progress: Progress | None, total: int):
+    done = 0
+
+    def count(size: int):
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    return count
+
+
+def _sha256(path: Path, count) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            count(len(chunk))
+    return digest.hexdigest()
+
+
+def _warnings(description: Description, stored: dict[str, str], planned: Plan) -> list[str]:
+    result = list(description.notes)
+    changed = [name for name, kind in stored.items() if kind not in FLOATS and kind != planned[name]]
+    if changed:
+        kinds = ", ".join(sorted({stored[name] for name in changed}))
+        effect = "the file is larger, not more precise"
+        if any(planned[name] in QUANTIZED for name in changed):
+            effect = "their weights are rounded a second time"
+        result.append(
+            f"{len(changed)} layers were quantized already ({kinds}): {effect}. "
+            "The unquantized file is the better source."
+        )
+    if description.has_sla and "int8_block" not in planned.values():
+        result.append(
+            "Stock ComfyUI loaders read this file but drop proj_l, the trained half of its sparse-linear attention, "
+            "which makes it another model. Load it with TurboLoader, which keeps proj_l."
+        )
+    if description.has_sla and "fp8" in planned.values():
+        result.append("TurboLoader decodes fp8 to bf16: smaller on the disk only. int8_block is small in memory too.")
+    return result

@@ -1,0 +1,121 @@
+"""Key names and number formats of Wan checkpoints: any spelling in, official names out."""
+
+import json
+import math
+
+import torch
+
+from ..errors import TurboError
+from ..int8.quantize import block_scale_shape, dequantize
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INTEGERS = {"int8_block": "int8_block128", "int8_row": "int8_tensorwise"}  # to the name in X.comfy_quant
+QUANTIZED = {**INTEGERS, "fp8": "float8_e4m3fn"}
+FORMATS = (*INTEGERS, *FLOATS, "fp8")
+_FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+_STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(_FP8.values(), "fp8")
+_FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(_FP8, "fp8")
+_FP8_MAX = 448.0  # the largest float8_e4m3fn
+_SLAB = 512  # rows in float32 at a time
+
+
+def layer_format(name: str, tensors: dict, path) -> str:
+    """How the weight `name` is stored: int8_block, int8_row, fp8, bf16, fp16 or fp32.
+
+    Raises TurboError on a scale of the wrong shape (expected and got), a missing one, or an unknown dtype.
+    """
+    weight, scale = tensors[name], tensors.get(f"{name}_scale")
+    if weight.dtype != torch.int8 and weight.dtype not in _FLOAT_NAMES:
+        raise TurboError(
+            f"{path}: {name} is stored as {weight.dtype}, which is not read here. "
+            f"Expected int8, bf16, fp16, fp32 or fp8: use the bf16 version of this model."
+        )
+    if scale is None:
+        if weight.dtype == torch.int8:
+            raise TurboError(f"{path}: {name} is int8 but {name}_scale is missing. The file is incomplete.")
+        return _FLOAT_NAMES[weight.dtype]
+    shape = tuple(scale.shape)
+    if not scale.dtype.is_floating_point or scale.dtype in _FP8:
+        raise TurboError(f"{path}: {name}_scale is {scale.dtype}. Expected float32.")
+    if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in _FP8:
+        return "fp8"
+    if weight.ndim == 2 and weight.dtype == torch.int8:
+        if shape == block_scale_shape(*weight.shape) and shape != (weight.shape[0], 1):
+            return "int8_block"
+        if shape == (weight.shape[0], 1):
+            return "int8_row"
+    blocks = f"{list(block_scale_shape(*weight.shape))} (128x128 blocks) or " if weight.dtype == torch.int8 else ""
+    raise TurboError(
+        f"{path}: {name} is {weight.dtype} {list(weight.shape)} and {name}_scale has the shape {list(shape)}. "
+        f"Expected {blocks}[{weight.shape[0]}, 1] (rows). The file is damaged or in a format that is not read here."
+    )
+
+
+def declared_formats(tensors: dict, metadata: dict, path) -> dict[str, str]:
+    """{weight name: format} that the file states of its layers, in X.comfy_quant or `_quantization_metadata`.
+
+    Formats as layer_format names them. Raises TurboError for a quantization that is not read here.
+    """
+    layers = _json(metadata.get("_quantization_metadata", "{}"), "_quantization_metadata", path).get("layers")
+    stated = {f"{layer}.weight": _dict(config) for layer, config in _dict(layers).items()}
+    for name, tensor in tensors.items():
+        if name.endswith(".comfy_quant"):
+            text = bytes(tensor.flatten().to(torch.uint8).tolist()).decode("utf-8", "replace")
+            stated[name.removesuffix("comfy_quant") + "weight"] = _json(text, name, path)
+    for name, config in stated.items():
+        rotated = config.get("convrot") or _dict(config.get("params")).get("convrot")
+        if config.get("format") not in _STATED or rotated:
+            raise TurboError(
+                f"{path}: {name} is quantized as {config.get('format')!r}{' with convrot' if rotated else ''}, which "
+                f"is not read here. Expected {', '.join(_STATED)}: use the bf16 version of this model."
+            )
+    return {name: _STATED[config["format"]] for name, config in stated.items()}
+
+
+def transformer_config(metadata: dict, path) -> dict:
+    """The `transformer` part of ComfyUI's `config` metadata, {} when there is none."""
+    return _dict(_json(metadata.get("config", "{}"), "the metadata `config`", path).get("transformer"))
+
+
+def _json(text: str, where: str, path) -> dict:
+    try:
+        return _dict(json.loads(text))
+    except ValueError as error:
+        raise TurboError(f"{path}: {where} is not JSON ({text[:60]!r}). The file is damaged.") from error
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def decode(weight, scale=None, dtype=None):
+    """A weight as a float tensor: int8 and fp8 are multiplied by their scale, floats only cast. dtype: default bf16
+    for what was quantized, else as stored."""
+    if weight.dtype == torch.int8:
+        return dequantize(weight, scale.float(), dtype or torch.bfloat16)
+    if weight.dtype in _FP8:
+        weight = weight.float() if scale is None else weight.float().mul_(scale.float())
+        return weight.to(dtype or torch.bfloat16)
+    return weight.to(dtype or weight.dtype)
+
+
+def encode_fp8(weight):
+    """Float matrix [N, K] -> (float8_e4m3fn [N, K], float32 scale []) with one scale for the whole tensor.
+
+    The scale is the smallest power of two that brings the largest magnitude to 448 or less: multiplying by it is exact
+    in every float type, also in bf16, to which the reader rounds the scale.
+    """
+    fraction, exponent = math.frexp(max(abs(edge.item()) for edge in weight.aminmax()) / _FP8_MAX)
+    scale = 2.0 ** (exponent - (fraction == 0.5)) if fraction else 1.0
+    slabs = [(slab.float() / scale).to(torch.float8_e4m3fn) for slab in weight.split(_SLAB)]
+    return torch.cat(slabs), torch.tensor(scale)
+
+
+def _finite(tensor) -> bool:
+    return tensor.numel() == 0 or all(torch.isfinite(edge) for edge in tensor.aminmax())  # NaN shows in both
+
+
+def check_finite(name: str, tensor, path) -> None:
+    """Raise TurboError when a float tensor holds NaN or infinity."""
+    if not _finite(tensor):
+        raise TurboError(f"{path}: {name} holds NaN or infinity. Expected finite weights: the file is damaged.")

@@ -1,0 +1,143 @@
+"""turbo-core generate: prompt, and image, to video."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from ..errors import TurboError
+
+PRECISIONS = ("bf16", "int8")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _add_generate(command) -> None:
+    add = command.add_argument
+    add("--prompt", required=True, help="long English descriptions work best")
+    add("--image", type=Path, help="first frame, for image-to-video")
+    add("--dit", type=Path, required=True, help="TurboWan checkpoint; of an A14B pair the high-noise one")
+    add("--dit-low", type=Path, help="the low-noise expert of an A14B pair")
+    add("--vae", type=Path, required=True, help="Wan2.1_VAE.pth or wan_2.1_vae.safetensors")
+    add("--text-encoder", type=Path, required=True, help="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
+    add("--tokenizer", type=Path, help="spiece.model, tokenizer.json or their folder; needed when the file has none")
+    add("-o", "--output", type=Path, required=True, help="the video, *.mp4")
+    add("--contact-sheet", type=Path, metavar="PNG", help="also write a grid of frames")
+    add("--json", type=Path, metavar="FILE", help="also write settings, times and memory")
+    add("--size", default="832x480", help="WIDTHxHEIGHT, 480p, 720p-9:16 ...; default %(default)s")
+    add("--adaptive", action="store_true", help="keep the image's aspect ratio at the area of --size")
+    add("--frames", type=int, default=81, help="4n + 1, at 16 a second; default %(default)s")
+    add("--steps", type=int, default=4, help="1 to 4; default %(default)s")
+    add("--seed", type=int, default=0)
+    add("--sigma-max", type=float, help="default 80 for text-to-video, 200 for image-to-video")
+    attention = command.add_mutually_exclusive_group()
+    attention.add_argument("--topk", type=float, help="key blocks kept; default 0.1 where trained so, else dense")
+    attention.add_argument("--dense", action="store_true", help="dense self-attention")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of sparse attention; default %(default)s")
+    add("--ode", action="store_true", help="deterministic steps: sharper, less robust")
+    add("--boundary", type=float, default=0.9, help="sigma of the hand-over between experts; default %(default)s")
+    add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
+    add("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
+    add("--noise-device", default="cpu", help="cpu (default) gives the same video on every machine")
+    add("--tiled", action="store_true", help="decode in tiles: less memory")
+    command.set_defaults(run=generate)
+
+
+def generate(arguments) -> None:
+    import torch
+
+    from .. import pipeline
+    from ..pipeline.sizes import parse_size
+    from ..pipeline.video import check_sheet_path, check_video_path, write_contact_sheet, write_video
+    from .console import progress_bars
+
+    size = parse_size(arguments.size)
+    check_video_path(arguments.output)
+    if arguments.contact_sheet:
+        check_sheet_path(arguments.contact_sheet)
+    _tell_of_world(arguments)
+    start = time.perf_counter()
+    try:
+        with progress_bars() as progress:
+            result = pipeline.generate(
+                arguments.prompt,
+                arguments.dit,
+                arguments.vae,
+                arguments.text_encoder,
+                dit_low=arguments.dit_low,
+                tokenizer=arguments.tokenizer,
+                image=arguments.image,
+                size=size,
+                adaptive=arguments.adaptive,
+                frames=arguments.frames,
+                steps=arguments.steps,
+                seed=arguments.seed,
+                sigma_max=arguments.sigma_max,
+                topk=None if arguments.dense else "auto" if arguments.topk is None else arguments.topk,
+                precision=arguments.precision,
+                ode=arguments.ode,
+                boundary=arguments.boundary,
+                device=arguments.device,
+                dtype=arguments.dtype and getattr(torch, arguments.dtype),
+                noise_device=arguments.noise_device,
+                tiled=arguments.tiled,
+                progress=progress,
+            )
+            progress("write", 0, 1)
+            written = time.perf_counter()
+            write_video(arguments.output, result.frames)
+            if arguments.contact_sheet:
+                write_contact_sheet(arguments.contact_sheet, result.frames)
+            result.seconds["write"] = time.perf_counter() - written
+            progress("write", 1, 1)
+    except torch.OutOfMemoryError as error:
+        raise TurboError(
+            f"Out of device memory ({str(error).splitlines()[0]}). Use the -quant files, a smaller --size, fewer "
+            "--frames or --tiled."
+        ) from error
+    _report(arguments, result, time.perf_counter() - start)
+
+
+def _tell_of_world(arguments) -> None:
+    """Say so when TinyWan is asked for more than it has ever seen: it renders something all the same."""
+    from .. import checkpoint
+    from ..tinywan import world
+
+    trained_on = checkpoint.inspect(arguments.dit).metadata.get(checkpoint.WORLD)
+    if trained_on == world.WORLD and world.is_outside(arguments.prompt):
+        print(
+            "TinyWan knows only its small world, and this prompt is not of it. Name a colour "
+            f"({', '.join(world.COLOURS)}), a shape ({', '.join(world.SHAPES)}), a motion (moves left, right, up or "
+            f"down, bounces, orbits, grows, shrinks) and a background ({', '.join(world.BACKGROUNDS)}).",
+            file=sys.stderr,
+        )
+
+
+def _report(arguments, result, total: float) -> None:
+    from ..files import human_bytes
+    from .console import table
+
+    rows = [(name, str(value)) for name, value in result.settings.items() if value is not None]
+    if "topk" in result.settings and result.settings["topk"] is None:
+        rows.append(("attention", "dense"))
+    rows += [(f"time: {stage}", f"{seconds:.2f} s") for stage, seconds in result.seconds.items()]
+    rows.append(("time: each step", ", ".join(f"{seconds:.2f}" for seconds in result.step_seconds) + " s"))
+    rows.append(("time: total", f"{total:.2f} s"))
+    rows += [(f"peak memory: {where}", human_bytes(size)) for where, size in result.peak_memory.items()]
+    table(str(arguments.output), rows)
+    if arguments.json:
+        report = {
+            "output": str(arguments.output),
+            "settings": result.settings,
+            "seconds": result.seconds,
+            "step_seconds": result.step_seconds,
+            "total_seconds": total,
+            "peak_memory": result.peak_memory,
+        }
+        _write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder and its rights.") from error

@@ -1,0 +1,259 @@
+"""The verbs of turbo-core that train and evaluate: their arguments, and what they do with them."""
+
+from pathlib import Path
+
+from ..errors import TurboError
+from ..tinywan.presets import PRESETS
+
+
+def add_verbs(verbs, common) -> None:
+    """Add train and evaluate to the parser's verbs; common: the parent parser with what all verbs take."""
+    train = verbs.add_parser("train", parents=[common], help="distil or sparsify a Wan finetune; make TinyWan")
+    stages = train.add_subparsers(dest="stage", required=True, metavar="STAGE")
+
+    tiny = stages.add_parser("tiny", parents=[common], help="the whole small family from nothing; resumes")
+    tiny.add_argument("folder", type=Path, metavar="DIR")
+    tiny.add_argument(
+        "--preset", choices=PRESETS, default="cpu", help="default %(default)s; try: minutes, learns nothing"
+    )
+    tiny.add_argument("--pair", action="store_true", help="the image-to-video experts too")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--device", default="cpu", help="of the transformer; default %(default)s")
+    tiny.set_defaults(run=run_tiny)
+
+    encode = stages.add_parser("data", parents=[common], help="clips and their captions to one file of latents")
+    encode.add_argument("videos", type=Path, metavar="DIR", help="video files, each with a .txt of the same name")
+    encode.add_argument("--vae", type=Path, required=True)
+    encode.add_argument("--text-encoder", type=Path, required=True)
+    encode.add_argument("--tokenizer", type=Path)
+    encode.add_argument("--size", default="832x480", help="default %(default)s")
+    encode.add_argument("--frames", type=int, default=81, help="4n + 1; default %(default)s")
+    encode.add_argument("--image", action="store_true", help="their first frames too, for an image-to-video model")
+    encode.add_argument("--device", help="default the best there is")
+    encode.add_argument("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")
+    encode.set_defaults(run=run_data)
+
+    teacher = _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
+    distill = _add_stage(
+        stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
+    )
+    distill.add_argument(
+        "--alone", type=float, default=0.25, help="share of the steps with consistency only; default %(default)s"
+    )
+    distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
+    sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
+    sparsify.add_argument(
+        "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
+    )
+    for command, what in ((distill, "an earlier student of --model"), (sparsify, "sparse attention for --model")):
+        command.add_argument("--start", type=Path, metavar="FILE", help=f"{what} to go on from")
+        command.add_argument("--start-low", type=Path, metavar="FILE", help="the low-noise expert's")
+        command.add_argument("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
+    for command in (teacher, distill):
+        command.add_argument(
+            "--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p, experts: 5"
+        )
+
+    command = verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family")
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
+    command.add_argument("--prompts", type=int, default=160, help="default %(default)s")
+    command.add_argument("--again", action="store_true", help="measure rows of changed files again")
+    command.set_defaults(run=run_evaluate)
+
+
+def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
+    command = stages.add_parser(name, parents=[common], help=text)
+    add = command.add_argument
+    add("--model", type=Path, required=True, metavar="FILE", help="float weights to start from")
+    add("--model-low", type=Path, metavar="FILE", help="the low-noise expert's, where --model is the high-noise one's")
+    add("--boundary", type=float, default=0.9, help="time at which the experts change; default %(default)s")
+    add("--data", type=Path, required=True, metavar="DATA.safetensors", help="from turbo-core train data")
+    add("--work", type=Path, required=True, metavar="DIR", help="checkpoints; started again it resumes from there")
+    add("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    add("--output-low", type=Path, metavar="OUT.safetensors", help="for the low-noise expert")
+    add("--steps", type=int, default=1000, help="default %(default)s")
+    add("--batch", type=int, default=8, help="clips a step, of each process; default %(default)s")
+    add("--muon-lr", type=float, default=muon_lr, help="of the blocks' matrices; default %(default)s")
+    add("--lr", type=float, default=lr, help="of the rest, AdamW; default %(default)s")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="cpu or cuda; several processes by torchrun; default %(default)s")
+    add("--shard", action="store_true", help="FSDP2: the weights are spread over the processes")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
+    command.set_defaults(run=run_stage)
+    return command
+
+
+def run_tiny(arguments) -> None:
+    from ..tinywan import recipe
+    from ..train import engine, precision
+    from ..train.engine import keep_freed_memory
+
+    device, say = engine.start_processes(arguments.device), _say()
+    keep_freed_memory()  # VAE and text encoder learn on the CPU wherever the transformer does
+    for name in dict.fromkeys(["cpu", device.type]):
+        say(precision.described(name))
+    made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)
+    for path in made:
+        if engine.rank() == 0:
+            print(path)
+
+
+def run_data(arguments) -> None:
+    from ..devices import pick_device
+    from ..pipeline.sizes import parse_size
+    from ..train import data, videos
+
+    size, device = parse_size(arguments.size), pick_device(arguments.device)
+    made = videos.encode(
+        arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
+        arguments.image, log=_say(),
+    )  # fmt: skip
+    data.save(made, arguments.output)
+    print(f"{arguments.output}: {len(made.latents)} clips, latents {list(made.latents.shape[1:])}")
+
+
+def run_stage(arguments) -> None:
+    """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
+    from .. import checkpoint
+    from ..diagnostics import curves
+    from ..train import data, distill, engine, models, precision, sparsify, teacher
+
+    _check_numbers(arguments)
+    files, outputs = _files(arguments)
+    device = engine.start_processes(arguments.device)
+    known = data.load(arguments.data)
+    data.check_fits(known, *files)
+
+    def load(sla=False, files=files):
+        # a card need not hold a model whole that is to be spread
+        where = "cpu" if arguments.shard and engine.processes() > 1 else device
+        model = models.load_models(files, arguments.boundary, where, sla, arguments.checkpointing)
+        return engine.spread(model, arguments.shard)
+
+    sla = arguments.stage == "sparsify"
+    start = _start(arguments, known, files)
+    _claim(arguments, {"model": files, "start": start, "data": [arguments.data]})
+    model = load(sla, start or files)
+    # a teacher may learn new things, what is made of it does not
+    world = "" if arguments.stage == "teacher" else checkpoint.inspect(files[0]).metadata.get(checkpoint.WORLD, "")
+    _say()(precision.described(device))
+    names = ("steps", "batch", "muon_lr", "lr", "seed", "shard")
+    options = {name: getattr(arguments, name) for name in names} | {"device": device, "log": _say()}
+    # what only some of the stages take
+    options |= {
+        name: getattr(arguments, name)
+        for name in ("shift", "sigma_max", "guidance", "alone", "topk")
+        if name in arguments
+    }
+    if arguments.stage == "teacher":
+        average, history = teacher.train(model, known, arguments.work, **options)
+    elif sla:
+        if start and all(checkpoint.inspect(path).has_sla for path in start):
+            options["start"] = arguments.topk  # what is sparse already needs no ramp
+        average, history = sparsify.train(model, load(), known, arguments.work, **options)
+    else:
+        average, history = distill.train(model, load(), load(), known, arguments.work, **options)
+    models.save_models(average, outputs, world)
+    if engine.rank() == 0:
+        curves.draw(history, arguments.work / "curves.png")
+        print(*outputs, sep="\n")
+
+
+def _claim(arguments, made_from: dict[str, list[Path]]) -> None:
+    """Raise TurboError where the folder of checkpoints belongs to another training than this one."""
+    from ..files import digest
+    from ..train import engine, record
+
+    digests = [{name: digest(paths) for name, paths in made_from.items()}] if engine.rank() == 0 else []
+    # what a training that goes on may not change
+    names = ("stage", "seed", "batch", "boundary", "shift", "sigma_max", "guidance", "alone", "topk")
+    settings = {name: getattr(arguments, name) for name in names if name in arguments}
+    settings |= engine.gathered(digests)[0]
+    record.claim(arguments.work / "made_from.json", settings, arguments.work / engine.CHECKPOINT)
+
+
+def _files(arguments) -> tuple[list[Path], list[Path]]:
+    """(models to read, files to write): one of each, or both experts'."""
+    from ..checkpoint.write import check_target
+
+    if (arguments.model_low is None) != (arguments.output_low is None):
+        raise TurboError("--model-low and --output-low belong together: give both for two experts, or neither.")
+    files = [path for path in (arguments.model, arguments.model_low) if path is not None]
+    outputs = [path for path in (arguments.output, arguments.output_low) if path is not None]
+    for path in outputs:
+        check_target(path, 0)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise TurboError(f"--output and --output-low are the same file, {arguments.output}. Give each expert its own.")
+    return files, outputs
+
+
+def _start(arguments, known, files: list[Path]) -> list[Path]:
+    """Models to go on from, one or both experts'; none where training begins with --model itself."""
+    from .. import checkpoint
+    from ..train import data
+
+    given = [getattr(arguments, name, None) for name in ("start", "start_low")]
+    start = [path for path in given if path is not None]
+    if start and [path is None for path in given] != [False, arguments.model_low is None]:
+        raise TurboError("--start goes with --model, and --start-low with --model-low: give one for each expert.")
+    if start:
+        data.check_fits(known, *start)
+    for path, model in zip(start, files):
+        one, other = checkpoint.inspect(path), checkpoint.inspect(model)
+        if arguments.stage == "distill" and one.has_sla != other.has_sla:
+            raise TurboError(
+                f"{path if one.has_sla else model} has sparse attention (proj_l) and the other file has not: distil "
+                "the dense model, then go on with sparsify --start."
+            )
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
+            here, there = getattr(one, name), getattr(other, name)
+            if here != there:
+                raise TurboError(
+                    f"{path} and {model} differ in {name}, {here} and {there}: --start goes on from what was made of "
+                    "--model."
+                )
+    return start
+
+
+def _check_numbers(arguments) -> None:
+    """Raise TurboError for numbers that no training can use."""
+    from ..schedule import MAX_STEPS, rcm_sigmas
+
+    for name in ("steps", "batch"):
+        if getattr(arguments, name) < 1:
+            raise TurboError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    for name in ("muon_lr", "lr"):
+        if not 0 < getattr(arguments, name) < 1:
+            raise TurboError(f"--{name.replace('_', '-')} must be above 0 and below 1, got {getattr(arguments, name)}.")
+    if getattr(arguments, "shift", 1.0) <= 0:
+        raise TurboError(f"--shift must be above 0, got {arguments.shift}.")
+    if getattr(arguments, "sigma_max", None) is not None:
+        rcm_sigmas(MAX_STEPS, arguments.sigma_max)
+    if not 0 < arguments.boundary < 1:
+        raise TurboError(f"--boundary is a time between 0 and 1, got {arguments.boundary}.")
+    if not 0 <= getattr(arguments, "alone", 0.0) <= 1:
+        raise TurboError(f"--alone is a share of the steps, 0 to 1, got {arguments.alone}.")
+    if not 0 < getattr(arguments, "topk", 1.0) <= 1:
+        raise TurboError(f"--topk is the share of key blocks to keep, above 0 and up to 1, got {arguments.topk}.")
+
+
+def run_evaluate(arguments) -> None:
+    from ..files import write_whole
+    from ..tinywan import evaluate, report
+    from ..train import engine
+    from .console import table
+
+    engine.start_processes("cpu")
+    found = evaluate.evaluate(arguments.folder, arguments.output, arguments.prompts, again=arguments.again, log=_say())
+    if engine.rank() == 0:
+        write_whole(arguments.output / "quality.md", report.markdown(found))
+        table("Quality", report.table(found))
+        report.picture(found, arguments.folder, arguments.output / "quality.png")
+
+
+def _say():
+    """Lines of progress from the first process, at once."""
+    from ..train import engine
+
+    return lambda line: engine.rank() == 0 and print(line, flush=True)

@@ -1,0 +1,1 @@
+"""What this machine can run, what a video needs, how two models differ."""

@@ -1,0 +1,202 @@
+"""The umT5 text encoder of Wan: prompts to [B, 512, text_dim] embeddings, computed by transformers."""
+
+import html
+import re
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.read import open_tensors
+from ..errors import TurboError, missing_library
+
+TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
+_PAD, _EOS = 0, 1
+_EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OFFICIAL_BLOCK_NAMES = {  # Wan-AI's name of a block's tensor -> Hugging Face's
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as the reference tokenizes it: mojibake mended (if ftfy is installed), HTML unescaped, one-spaced."""
+    try:
+        from ftfy import fix_text
+    except ImportError:  # it only repairs wrongly decoded text; a prompt typed by a person comes out the same
+        pass
+    else:
+        text = fix_text(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
+    """(model, tokenize) of a umT5 encoder file in Wan-AI's, ComfyUI's or Hugging Face's naming.
+
+    All sizes come from the tensors. tokenizer: a spiece.model, a tokenizer.json, or a folder with either; default is
+    the model inside the file, then google/umt5-xxl beside it. tokenize(text) -> list of ids ending in the end token.
+    float8 files (plain or scaled) are widened to dtype. Raises TurboError for anything else; never downloads.
+    """
+    state = open_tensors(path).tensors
+    embedded = state.pop(_EMBEDDED, None)
+    state = _canonical(state, path)
+    tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
+    config_class, model_class = _transformers()
+    config = config_class(**_infer_sizes(state, path))
+    with torch.device("meta"):
+        model = model_class(config)
+    tensors = {}
+    for name in model.state_dict():
+        # "embed_tokens" is the same table as "shared"
+        source = "shared.weight" if name == "encoder.embed_tokens.weight" else name
+        tensors[name] = tensors.get(source) if source in tensors else _widen(state, source, path).to(device, dtype)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False), tokenize
+
+
+@torch.inference_mode()
+def encode_text(model, tokenize, prompts: list[str], length: int = TEXT_LENGTH) -> torch.Tensor:
+    """Embeddings [B, length, text_dim] in the model's dtype; rows after a prompt's own tokens are zero.
+
+    Prompts are cleaned; one longer than length - 1 tokens is cut and still ends in the end token.
+    """
+    tokens = [tokenize(clean_prompt(prompt)) for prompt in prompts]
+    tokens = [ids if len(ids) <= length else ids[: length - 1] + ids[-1:] for ids in tokens]
+    # masked keys weigh exactly zero, so the padding up to `length` need not pass through the network
+    longest = max(len(ids) for ids in tokens)
+    ids = torch.full((len(tokens), longest), _PAD)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(tokens):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    mask = mask.to(model.device)
+    hidden = model(input_ids=ids.to(model.device), attention_mask=mask).last_hidden_state
+    hidden = hidden * mask.unsqueeze(-1).to(hidden.dtype)
+    return torch.nn.functional.pad(hidden, (0, 0, 0, length - longest))
+
+
+def _transformers():
+    try:
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError as error:
+        raise missing_library("transformers", "The text encoder") from error
+    return UMT5Config, UMT5EncoderModel
+
+
+def _canonical(state: dict, path) -> dict:
+    """The state dict under Hugging Face's names."""
+    if "token_embedding.weight" in state:
+        return {_huggingface_name(key): value for key, value in state.items()}
+    if "shared.weight" in state and "encoder.block.0.layer.0.SelfAttention.q.weight" in state:
+        return state
+    raise TurboError(
+        f"text encoder: {path} is not a umT5 encoder. TurboWan needs models_t5_umt5-xxl-enc-bf16.pth from Wan-AI or "
+        "umt5_xxl_*.safetensors from Comfy-Org (CLIP, t5xxl and llama files will not do)."
+    )
+
+
+def _huggingface_name(key: str) -> str:
+    if key == "token_embedding.weight":
+        return "shared.weight"
+    if key == "norm.weight":
+        return "encoder.final_layer_norm.weight"
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", key)
+    if match and match[2] in OFFICIAL_BLOCK_NAMES:
+        return f"encoder.block.{match[1]}.{OFFICIAL_BLOCK_NAMES[match[2]]}.weight"
+    return key
+
+
+def _infer_sizes(state: dict, path) -> dict:
+    block = "encoder.block.{}.layer.0.SelfAttention.{}.weight"
+    found = (re.fullmatch(r"encoder\.block\.(\d+)\..*\.q\.weight", key) for key in state)
+    numbers = sorted(int(match[1]) for match in found if match)
+    if numbers != list(range(len(numbers))):
+        raise TurboError(f"text encoder: {path} has blocks {numbers}, some between are missing. Download it again.")
+    last = block.format(numbers[-1], "relative_attention_bias")
+    if last not in state:
+        raise TurboError(
+            f"text encoder: {path} is a T5 encoder, not umT5: only its first block has position biases. "
+            "Use models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors."
+        )
+    ffn = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    query = state[block.format(0, "q")]
+    if ffn not in state:
+        raise TurboError(f"text encoder: {path} lacks {ffn}. Download it again.")
+    buckets, heads = state[last].shape
+    vocabulary, width = state["shared.weight"].shape
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": query.shape[0] // heads,
+        "d_ff": state[ffn].shape[0],
+        "num_layers": len(numbers),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _widen(state: dict, name: str, path) -> torch.Tensor:
+    """One weight as floats; float8 repacks keep a scale beside it."""
+    if name not in state:
+        raise TurboError(f"text encoder: {path} lacks {name}. Download it again.")
+    weight = state[name]
+    if weight.dtype not in _FLOAT8:
+        if not weight.is_floating_point():
+            raise TurboError(f"text encoder: {path}: {name} is {weight.dtype}, expected floats. Use a bf16 file.")
+        return weight
+    stem = name.removesuffix(".weight")
+    scale = state.get(f"{stem}.scale_weight", state.get(f"{stem}.weight_scale"))
+    return weight.float() if scale is None else weight.float() * scale.float()
+
+
+def _load_tokenizer(embedded, tokenizer, path: Path):
+    if tokenizer is None and embedded is not None:
+        return _sentencepiece(embedded.numpy().tobytes(), path)
+    place = Path(tokenizer) if tokenizer is not None else path.parent / "google" / "umt5-xxl"
+    found = [place] if place.is_file() else [place / name for name in ("spiece.model", "tokenizer.json")]
+    found = [file for file in found if file.is_file()]
+    if not found:
+        inside = "" if tokenizer is not None else f"{path.name} carries no tokenizer, and "
+        raise TurboError(
+            f"tokenizer: {inside}{place} holds no spiece.model or tokenizer.json. Pass --tokenizer with the "
+            "google/umt5-xxl folder of the Wan-AI download, or use ComfyUI's umt5_xxl_*.safetensors, which has its own."
+        )
+    if found[0].suffix == ".json":
+        return _tokenizer_json(found[0])
+    return _sentencepiece(found[0].read_bytes(), found[0])
+
+
+def _sentencepiece(proto: bytes, source: Path):
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise missing_library("sentencepiece", "The tokenizer") from error
+    try:
+        processor = SentencePieceProcessor(model_proto=proto, add_eos=True)
+    except RuntimeError as error:
+        raise TurboError(f"tokenizer: the sentencepiece model in {source} is damaged. Download it again.") from error
+    return lambda text: list(processor.encode(text))
+
+
+def _tokenizer_json(file: Path):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise missing_library("tokenizers", "The tokenizer") from error
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust library raises bare Exception for every malformed file
+        raise TurboError(f"tokenizer: {file} is not a tokenizer.json ({error}). Download it again.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    return lambda text: [*tokenizer.encode(text, add_special_tokens=False).ids, _EOS]

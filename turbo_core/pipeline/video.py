@@ -1,0 +1,130 @@
+"""Pictures and videos in and out: read an image, write an MP4 and a contact sheet."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import TurboError, missing_library
+from ..files import complete_or_nothing
+from .sizes import FPS
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+
+
+def read_image(path) -> torch.Tensor:
+    """An image file as uint8 [3, H, W], turned upright by its EXIF tag. Raises TurboError when it is none."""
+    image_module = _pillow()
+    from PIL import ImageOps
+
+    path = Path(path)
+    if not path.is_file():
+        raise TurboError(f"image: {path} is not a file. Check the path.")
+    try:
+        with image_module.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+        raise TurboError(f"image: {path} cannot be read ({error}). Save it as PNG or JPEG.") from error
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def prepare_image(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """uint8 [3, H, W] stretched to float32 [3, height, width] in [-1, 1] by antialiased bilinear resizing.
+
+    Resized as 8-bit pixels and normalized after that, as the reference does it with torchvision (same pixels);
+    the aspect ratio is not kept, see adaptive_size.
+    """
+    resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return (resized.float() / 255 - 0.5) / 0.5
+
+
+def to_frames(video: torch.Tensor) -> torch.Tensor:
+    """Video float [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3] on the CPU."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def write_video(path, frames: torch.Tensor, fps: int = FPS) -> None:
+    """Write uint8 frames [T, H, W, 3] as H.264, yuv420p. The file appears only when it is complete."""
+    check_video_path(path)
+    av = _pyav()
+    try:
+        with complete_or_nothing(path) as part, av.open(str(part), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in frames.numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except (av.error.FFmpegError, OSError) as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+
+
+def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: int = 1920) -> None:
+    """Write up to count evenly spaced frames of uint8 [T, H, W, 3] as one grid image, in reading order."""
+    check_sheet_path(path)
+    image_module = _pillow()
+    count = min(count, len(frames))
+    picks = torch.linspace(0, len(frames) - 1, count).round().long()
+    columns = min(3, count)
+    rows = -(-count // columns)
+    height, width = frames.shape[1:3]
+    sheet = torch.zeros(rows * height, columns * width, 3, dtype=torch.uint8)
+    for place, frame in enumerate(frames[picks]):
+        y, x = place // columns * height, place % columns * width
+        sheet[y : y + height, x : x + width] = frame
+    image = image_module.fromarray(sheet.numpy())
+    if image.width > max_width:
+        image = image.resize((max_width, max(1, round(image.height * max_width / image.width))))
+    try:
+        with complete_or_nothing(path) as part:
+            image.save(part)
+    except OSError as error:
+        raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+
+
+def check_video_path(path) -> None:
+    """Raise TurboError, before any work, when no video could be written there; makes the folder."""
+    known = ", ".join(VIDEO_SUFFIXES)
+    if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
+        raise TurboError(f"The output must end in {known}, got {Path(path).name!r}: name it {Path(path).stem}.mp4.")
+    _pyav()
+    _check_folder(path)
+
+
+def check_sheet_path(path) -> None:
+    """The same for a contact sheet."""
+    image_module = _pillow()
+    if Path(path).suffix.lower() not in image_module.registered_extensions():
+        raise TurboError(f"The contact sheet {path} is of no known image format: name it {Path(path).stem}.png.")
+    _check_folder(path)
+
+
+def _check_folder(path) -> None:
+    path = Path(path)
+    if path.is_dir():
+        raise TurboError(f"The output {path} is a folder: name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TurboError(f"Could not make the folder {path.parent} ({error}). Choose another one.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise TurboError(f"There is no right to write to the folder {path.parent}. Choose another one.")
+
+
+def _pillow():
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing_library("pillow", "Reading or writing images") from error
+    return Image
+
+
+def _pyav():
+    try:
+        import av
+    except ImportError as error:
+        raise missing_library("av", "Writing a video") from error
+    return av

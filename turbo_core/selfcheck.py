@@ -1,0 +1,241 @@
+"""A small trial of each kernel family against its torch twins, on the device it is to run on, before its first result.
+
+On a card: the launches of a Wan block with bfloat16 activations, one video at a time, and of the other forms one each.
+That is 40 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15 (counted by tests/kernels/probes_compiled.py),
+which somebody waits for. Through the interpreter, every form at a small ragged size. The twin computes on the CPU:
+there its integer products are exact and nothing depends on what the card's libraries round. Rounding is allowed, a
+wrong block, row or value is not.
+"""
+
+import torch
+
+from .dispatch import without_kernels
+from .int8 import matmul as mm
+from .int8 import norm as norms
+from .int8.quantize import dequantize_block, quantize_block, quantize_rows
+from .sla import sla_from_qkv, sparse_linear_attention
+
+BF16, FP16 = HALVES = (torch.bfloat16, torch.float16)
+# norm of the difference to that of the twin's result
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-4}
+SPARSE = {"bf16": 2e-2, "int8": 6e-2}  # scores and probabilities are rounded at other places
+CHANGED = 0.01  # share of int8 values that may be the neighbour of the twin's
+STATS = (1e-3, 1e-2)  # of a span's deviation, of its sum of squares: one bfloat16 rounded the other way is a tenth
+WORST = 10  # so much more is allowed in a single row: one bad row must not hide behind many good ones
+
+
+def _difference(ours, theirs, tolerance):
+    """What is wrong with a result, in a few words, or None."""
+    if isinstance(theirs, (tuple, list)):
+        return next(filter(None, (_difference(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))), None)
+    if theirs is None:
+        return None if ours is None else "a result too many"
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"{ours.dtype} {list(ours.shape)} in place of {theirs.dtype} {list(theirs.shape)}"
+    if theirs.dtype == torch.float32 and theirs.ndim == 3 and theirs.shape[-1] == 2:
+        return _stats_difference(ours.double(), theirs.double())
+    rows = theirs.double().view(-1, theirs.shape[-1])
+    away = (ours.double().view(rows.shape) - rows).abs()
+    if theirs.dtype == torch.int8:
+        worst, changed = away.max().item(), (away != 0).double()
+        share, most = changed.mean().item(), changed.mean(1).max().item()
+        good = worst <= 1 and share <= CHANGED and most <= WORST * CHANGED
+        return None if good else f"{share:.1%} of the int8 values differ, {most:.1%} of a row, by up to {worst:.0f}"
+    tolerance = tolerance or TOLERANCE[theirs.dtype]
+    error = (away.norm() / rows.norm()).item()
+    largest = rows.abs().amax(1)
+    worst = (away.amax(1) / largest.clamp_min(1e-4 * largest.max())).max().item()  # a row may be zeros
+    good = error <= tolerance and worst <= WORST * tolerance  # comparisons with NaN are false
+    return None if good else f"relative error {error:.1e}, {worst:.1e} in the worst row"
+
+
+def _stats_difference(ours, theirs):
+    """The same for row statistics [spans, M, 2]; means by each span's deviation, beside which they may be nothing."""
+    (mean, m2), (mean_there, m2_there) = ours.unbind(-1), theirs.unbind(-1)
+    tiny = 1e-6 * (theirs[..., 0].square() + m2_there).max()  # a span may be constant
+    deviation = (m2_there / 128 + tiny).sqrt()
+    means = ((mean - mean_there).abs() / deviation).max().item()
+    squares = ((m2 - m2_there).abs() / (m2_there + tiny)).max().item()
+    if means <= STATS[0] and squares <= STATS[1]:
+        return None
+    return f"means wrong by {means:.1e} of a deviation, sums of squares by {squares:.1e}"
+
+
+def _moved(operands, device):
+    """The same operands with every tensor on the device; tuples and lists of them too."""
+    if isinstance(operands, torch.Tensor):
+        return operands.to(device)
+    if isinstance(operands, (tuple, list)):
+        return type(operands)(_moved(x, device) for x in operands)
+    return operands
+
+
+def _first_difference(device, cases):
+    """cases: (function, operands, named operands, tolerance or None for that of the dtype), operands on the CPU."""
+    for function, operands, named, tolerance in cases:
+        named_there = {name: _moved(x, device) for name, x in named.items()}
+        ours = _moved(function(*_moved(operands, device), **named_there), "cpu")
+        with without_kernels():
+            theirs = function(*operands, **named)
+        reason = _difference(ours, theirs, tolerance)
+        if reason:
+            return f"{function.__name__} is not what PyTorch computes: {reason}"
+    return None
+
+
+def _draw(*shape, dtype=torch.float32, seed=0):
+    """Normal values; a matrix has a row of zeros, a row of large ones and a row with a far mean."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    if x.ndim == 2 and len(x) > 4:
+        x[1], x[2], x[3] = 0, 30 * x[2], x[3] + 5
+    return x.to(dtype)
+
+
+def _all_or(device, forms, on_card):
+    """Operands of every form through the interpreter; on a card of those that are named there."""
+    return list(forms.values()) if device.type == "cpu" else [forms[name] for name in on_card]
+
+
+def quantize(device):
+    """quantize_block and quantize_rows."""
+    cases = []
+    both = ("block", "rows")
+    sizes = [(BF16, 300, 5120, both), (BF16, 300, 1536, ("rows",))]  # rows are cut by their width, blocks are not
+    if device.type == "cpu":
+        sizes = [(dtype, 134, 200, both) for dtype in HALVES]
+    for dtype, rows, columns, on_card in sizes:
+        x = _draw(rows, columns, dtype=dtype)
+        forms = {"block": (quantize_block, (x,), {}, None), "rows": (quantize_rows, (x,), {}, None)}
+        cases += _all_or(device, forms, on_card)
+    return _first_difference(device, cases)
+
+
+def norm(device):
+    """row_stats, rms_norm, layer_norm_quantize in both formats and forms."""
+    cases = []
+    for dtype, rows, columns, on_card in (
+        [(dtype, 134, 200, None) for dtype in HALVES]
+        if device.type == "cpu"
+        else [
+            (BF16, 300, 5120, ("stats", "rms", "affine", "first", "modulated", "groups", "modulated rows")),
+            (BF16, 300, 1536, ("affine rows",)),
+            (FP16, 300, 5008, ("affine",)),  # ragged
+        ]
+    ):
+        x = _draw(rows, columns, dtype=dtype)
+        cases += _all_or(device, _norm_forms(x), on_card)
+    return _first_difference(device, cases)
+
+
+def _norm_forms(x):
+    weight, bias = (1 + 0.1 * _draw(2, x.shape[1], seed=1)).to(x.dtype)
+    affine = {"weight": weight, "bias": bias}
+    shift, scale = 0.5 * _draw(2, 2, x.shape[1], seed=2)
+    groups = {"shift": shift, "scale": scale}  # a batch, or timesteps per frame
+    modulated = {name: t[:1] for name, t in groups.items()}  # a video: one row for all tokens
+    with without_kernels():
+        stats = {"stats": norms.row_stats(x)}
+    cases = {"stats": (norms.row_stats, (x,), {}, None), "rms": (norms.rms_norm, (x, weight, 1e-6), {}, None)}
+    for name, given in (
+        ("first", modulated),
+        ("affine", affine | stats),
+        ("modulated", modulated | stats),
+        ("groups", groups | stats),
+        ("affine rows", affine | {"rows": True}),
+        ("modulated rows", modulated | {"rows": True}),
+        ("groups rows", groups | {"rows": True}),
+    ):
+        cases[name] = (norms.layer_norm_quantize, (x, 1e-6), given, None)
+    return cases
+
+
+def int8_mm(device):
+    """Every form of the product, in both formats."""
+    block, row = quantize_block, quantize_rows
+    large = (1402, 2176, 384)  # more tiles than any card has processors
+    cases = []
+    for quantized, (m, n, k), on_card in (
+        [(quantized, (134, 136, 200), None) for quantized in (block, row)]
+        if device.type == "cpu"
+        else [
+            (block, large, ("qkv", "self o", "cross q", "cross o", "up", "down", "groups")),
+            (row, large, ("qkv", "self o", "up")),  # the rest differs where the formats do not
+            (block, (134, *large[1:]), ("cross q",)),  # k and v of a text: other launch parameters
+            (row, (134, *large[1:]), ("cross q",)),
+            (block, (134, 136, 208), ("half",)),  # ragged
+        ]
+    ):
+        with without_kernels():
+            x = quantized(_draw(m, k))
+            weights = [quantized(_draw(n, k, seed=seed) / k**0.5) for seed in (1, 2, 3)]
+        cases += _all_or(device, _int8_mm_forms(x, weights, quantized is block), on_card)
+    return _first_difference(device, cases)
+
+
+def _int8_mm_forms(x, weights, block):
+    """By the linears of turbo_core.fused that launch them."""
+    m, n = len(x[0]), len(weights[0][0])
+    biases = [_draw(1, n, dtype=BF16, seed=seed)[0] for seed in (4, 5, 6)]
+    residual, gates = _draw(m, n, dtype=BF16, seed=7), _draw(2, n, seed=8)
+    gate = gates[:1]
+    layer = (*x, *weights[0], biases[0])
+    return {
+        "qkv": (mm.int8_mm_qkv, (*x, *zip(*weights), biases), {}, None),
+        "self o": (mm.int8_mm_residual, (*layer, residual, gate), {}, None),
+        "cross q": (mm.int8_mm, layer, {}, None),
+        "cross o": (mm.int8_mm_residual, (*layer, residual), {}, None),
+        "up": (mm.int8_mm_quantize, layer, {}, None) if block else (mm.int8_mm, layer, {"gelu": True}, None),
+        "down": (mm.int8_mm_residual, (*layer, residual, gate), {"stats": False}, None),
+        "groups": (mm.int8_mm_residual, (*layer, residual, gates), {}, None),
+        "half": (mm.int8_mm, layer, {"out_dtype": FP16}, None),
+    }
+
+
+def sla(device):
+    """Block means, block map, preparation and attention in both precisions, with norms and rotation and without."""
+    on_cpu = device.type == "cpu"
+    # On a card so many heads and blocks that a program prepares several blocks of keys, as it does for a video. The
+    # best 7 of 18 blocks, and the best 1 of 3, score far above the rest.
+    topk = 0.4
+    heads, lengths = (2, (150, 90)) if on_cpu else (40, (1100, 450))
+    cases = []
+    qkv, raw, proj = _attention_inputs(BF16, heads, 128, 1, lengths[0])
+    for precision in ("bf16", "int8"):
+        given, tolerance = (qkv, *raw, *proj), SPARSE[precision]
+        forms = {
+            "fused": (sla_to_int8, (*given, topk, precision), {}, tolerance),
+            "floats": (sla_from_qkv, (*given, topk, precision), {}, tolerance),
+            "dense": (sla_from_qkv, (*given, 1.0, precision), {}, tolerance),
+        }
+        cases += _all_or(device, forms, ("fused",))
+    head_dim = 64 if on_cpu else 128  # no published model has heads of 64
+    qkv, raw, proj = _attention_inputs(FP16, heads, head_dim, 2, lengths[1])
+    for precision in ("bf16", "int8") if on_cpu else ("int8",):
+        tolerance, untrained = SPARSE[precision], (*qkv, None, None, topk)
+        forms = {
+            "raw": (sla_from_qkv, (qkv, *raw, *proj, topk, precision), {}, tolerance),
+            "plain": (sparse_linear_attention, untrained, {"precision": precision}, tolerance),
+            "cover": (sparse_linear_attention, untrained, {"precision": precision, "coverage": 0.6}, tolerance),
+        }
+        cases += _all_or(device, forms, ("cover",))
+    return _first_difference(device, cases)
+
+
+def sla_to_int8(*operands):
+    return dequantize_block(*sla_from_qkv(*operands, quantize=True))
+
+
+def _attention_inputs(dtype, heads, head_dim, batch, length):
+    """q, k, v whose key blocks score far apart, so that rounding cannot choose other ones; norms and turns; proj_l."""
+    qkv = _draw(3, batch, length, heads, head_dim)
+    qkv[0] += 1.0
+    qkv[1] += 0.4 * (torch.arange(length) // 64 * 5 % 7)[:, None, None]  # the best blocks are not the first
+    qkv = qkv.to(dtype)
+    sums = qkv[:2].float().square().sum((-1, -2)).view(2, 1, -1)
+    weights = 1 + 0.1 * _draw(2, heads * head_dim, seed=1)
+    angles = 0.3 * _draw(length, head_dim // 2, seed=2)  # small turns keep the order of the blocks
+    proj = _draw(head_dim, head_dim, seed=3) / head_dim**0.5, _draw(1, head_dim, seed=4)[0]
+    return qkv, (sums, *weights, 1e-6, angles.cos(), angles.sin()), proj
+
+
+PROBES = {"quantize": quantize, "norm": norm, "int8_mm": int8_mm, "sla": sla}

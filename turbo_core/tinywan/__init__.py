@@ -1,0 +1,50 @@
+"""TinyWan, the small trained family in models/tinywan of this repository, and its way into a ComfyUI."""
+
+import shutil
+from pathlib import Path
+
+from ..errors import TurboError
+from ..files import complete_or_nothing
+
+FOLDER = Path(__file__).resolve().parents[2] / "models" / "tinywan"
+FILES = {
+    "teacher": "TinyWan2.1-T2V-teacher.safetensors",
+    "student": "TinyWan2.1-T2V-rCM.safetensors",
+    "turbo": "TinyWan2.1-T2V.safetensors",
+    "vae": "TinyWan2.1_VAE.safetensors",
+    "text": "TinyWan_umt5.safetensors",
+}
+PAIR = {"high": "TinyWan2.2-I2V-high.safetensors", "low": "TinyWan2.2-I2V-low.safetensors"}
+_PLACES = {"vae": "vae", "text": "text_encoders"}  # the others: diffusion_models
+
+
+def install(models, progress=None) -> list[Path]:
+    """Copy the family into the sub-folders of a ComfyUI's models folder; returns the copies.
+
+    progress: callable (path), after each file. Raises TurboError when models is no folder or cannot be written, and
+    where the family is missing.
+    """
+    models, copies = Path(models), []
+    if not models.is_dir():
+        raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
+    files = FILES | PAIR
+    missing = [name for name in files.values() if not (FOLDER / name).is_file()]
+    if missing:
+        raise TurboError(
+            f"This copy of TurboWan comes without {FOLDER / missing[0]}. Clone the repository, or reinstall the pack."
+        )
+    for kind, name in files.items():
+        target = models / _PLACES.get(kind, "diffusion_models") / name
+        try:
+            target.parent.mkdir(exist_ok=True)
+            with complete_or_nothing(target) as part:
+                shutil.copyfile(FOLDER / name, part)
+        except OSError as error:
+            raise TurboError(
+                f"Could not write {target} ({error}). Check its rights and the free space, and stop a ComfyUI that has "
+                "the file open."
+            ) from error
+        copies.append(target)
+        if progress is not None:
+            progress(target)
+    return copies

@@ -1,0 +1,70 @@
+"""TinyWan's training data: clips of its world through the VAE, captions beside them."""
+
+import torch
+import torch.nn.functional as F
+
+from ..pipeline.vae import LATENT_MEAN, LATENT_STD
+from ..train import precision
+from ..train.data import Data, encode_captions
+from . import world
+
+
+def joined(parts: list[Data]) -> Data:
+    """One data set of several, all with the empty caption in row 0."""
+    longest = max(part.text.shape[1] for part in parts)
+    starts = torch.tensor([0, *(len(part.text) for part in parts[:-1])]).cumsum(0)
+    return Data(
+        torch.cat([part.latents for part in parts]),
+        torch.cat([F.pad(part.text, (0, 0, 0, longest - part.text.shape[1])) for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        torch.cat([part.captions_of + start for part, start in zip(parts, starts)]),
+        None if parts[0].images is None else torch.cat([part.images for part in parts]),
+    )
+
+
+@torch.no_grad()
+def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
+    """Normalized latents of clips [B, 3, T, H, W] by a train.wan_vae.WanVAE."""
+    mean, std = _statistics(video.device)
+    return (precision.some_at_a_time(lambda clips: vae.encode(clips)[0], video) - mean) / std
+
+
+@torch.no_grad()
+def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
+    """Clips float32 of normalized latents [B, 16, T, H, W]."""
+    mean, std = _statistics(latent.device)
+    return precision.some_at_a_time(vae.decode, latent.float() * std + mean)
+
+
+def _statistics(device):
+    return (torch.tensor(row, device=device).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
+
+
+def images_of(vae, video: torch.Tensor) -> torch.Tensor:
+    """What an image-to-video model is given of clips [B, 3, T, H, W]: [B, 20, T', H/8, W/8] as pipeline.encode_image
+    makes it, by a train.wan_vae.WanVAE."""
+    first = torch.zeros_like(video)
+    first[:, :, 0] = video[:, :, 0]
+    latents = encode_latents(vae, first)
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)
+
+
+def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, images=False, seed=0) -> Data:
+    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each; images:
+    with what an image-to-video model is given of them."""
+    random = torch.Generator().manual_seed(seed)
+    scenes = world.random_scenes(count, random)
+    latents, given = [], []
+    for some in scenes.split(4):
+        video = world.render(some, frames, side, side, random)
+        latents.append(encode_latents(vae, video).to(torch.bfloat16))
+        if images:
+            given.append(images_of(vae, video).to(torch.bfloat16))
+    words = [
+        world.caption(scene, seed * count + i * wordings + w) for i, scene in enumerate(scenes) for w in range(wordings)
+    ]
+    text, lengths = encode_captions(encoder, tokenize, ["", *words])
+    captions_of = 1 + torch.arange(count * wordings).view(count, wordings)
+    return Data(torch.cat(latents), text, lengths, captions_of, torch.cat(given) if images else None)

@@ -1,0 +1,160 @@
+"""The whole of TinyWan from nothing: VAE, text encoder, data, teacher, student, sparse attention, in this order; and on
+request an image-to-video pair, two experts like those of Wan 2.2 A14B.
+
+Every stage keeps a checkpoint in its own folder and writes one file when it is done: started again after a kill, the
+recipe goes on where it was.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..diagnostics import curves
+from ..errors import TurboError
+from ..pipeline.text import load_text_encoder
+from ..train import distill, engine, models, record, sparsify, teacher
+from ..train.data import Data
+from ..train.data import load as load_data
+from ..train.data import save as save_data
+from ..train.experts import BOUNDARY, Experts
+from . import FILES, PAIR, data, text, vae, world
+from .presets import PRESETS
+
+_PART = 100  # clips encoded into one file
+
+
+class _Run(NamedTuple):
+    """What every stage is told."""
+
+    work: Path
+    seed: int
+    device: Any
+    log: Any
+
+    def stage(self, folder: str, name: str, seed: int = 0) -> dict:
+        """Arguments of a stage's train: its folder, its seed, and its name in the log."""
+        log = self.log
+        options = {"seed": self.seed + seed, "log": lambda line: log(f"{name}: {line}")}
+        return {"folder": self.work / folder, **options}
+
+
+def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool = False, log=print) -> list[Path]:
+    """Make the family in a folder and return its files; folder/work keeps checkpoints, data and loss curves.
+
+    device: of the transformer's stages. pair: the image-to-video experts too, from the teacher; a family that is
+    there gets them added. Raises TurboError for an unknown preset, or a folder made with another one.
+    """
+    if preset not in PRESETS:
+        raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
+    folder, settings = Path(folder), PRESETS[preset]
+    run = _Run(folder / "work", seed, device, log)
+    plain = {name: value for name, value in settings.items() if name != "pair"}
+    record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain})
+    files = {name: folder / file for name, file in FILES.items()}
+
+    if not files["vae"].exists():
+        model, history = vae.train(**settings["vae"], **run.stage("vae", "VAE"))
+        vae.finish(model, seed)
+        options = {"model": model, "fixed_latents": True, **run.stage("decoder", "VAE decoder", 1)}
+        model, more = vae.train(**settings["decoder"], **options)
+        _write(lambda path: vae.save(model, path), files["vae"], history + more)
+    if not files["text"].exists():
+        state, history = text.train(**settings["text"], **run.stage("text", "text encoder"))
+        _write(lambda path: text.save(state, path), files["text"], history)
+    transformers = [files[name] for name in ("teacher", "student", "turbo")]
+    known = None if _all_there(transformers) else _data(run, files, "data", settings["data"], seed)
+    if not files["teacher"].exists():
+        _teacher(run, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]])
+    if not files["student"].exists():
+        _student(run, "distill", [files["teacher"]], known, settings["distill"], [files["student"]])
+    if not files["turbo"].exists():
+        _sparse(run, "sparsify", [files["student"]], known, settings["sparsify"], [files["turbo"]])
+    return [*files.values(), *(_pair(run, folder, files, settings["pair"]) if pair else [])]
+
+
+def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
+    """The image-to-video experts: both begin as the text-to-video teacher, blind to the image."""
+    made = [folder / name for name in PAIR.values()]
+    if _all_there(made):
+        return made
+    taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
+    record.claim(run.work / "pair.json", {"seed": run.seed, **settings})
+    known = _data(run, files, "images", settings["data"] | {"images": True}, run.seed + 1)
+    if not _all_there(taught):
+        both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
+        _teacher(run, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
+    if not _all_there(distilled):
+        _student(run, "pair-distill", taught, known, settings["distill"], distilled)
+    _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
+    return made
+
+
+def _all_there(files) -> bool:
+    return all(file.exists() for file in files)
+
+
+def _teacher(run: _Run, name: str, model, known, stages: list[dict], outputs) -> None:
+    for i, options in enumerate(stages):
+        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
+        model, history = teacher.train(model.train().requires_grad_(True), known, **options, **stage, device=run.device)
+    _write_models(run, model, outputs, history)
+
+
+def _student(run: _Run, name: str, teachers, known, stages: list[dict], outputs) -> None:
+    student, guide, fake = (models.load_models(teachers, BOUNDARY, run.device) for _ in range(3))
+    for i, options in enumerate(stages):
+        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
+        student, history = distill.train(
+            student.train().requires_grad_(True), guide, fake, known, **options, **stage, device=run.device
+        )
+    _write_models(run, student, outputs, history)
+
+
+def _sparse(run: _Run, name: str, students, known, options: dict, outputs) -> None:
+    sparse, dense = (models.load_models(students, BOUNDARY, run.device, sla) for sla in (True, False))
+    sparse, history = sparsify.train(sparse, dense, known, **options, **run.stage(name, name), device=run.device)
+    _write_models(run, sparse, outputs, history)
+
+
+def _data(run: _Run, files: dict, name: str, sizes: dict, seed: int) -> Data:
+    """The clips of a stage, encoded where they are not yet."""
+    encoded = run.work / f"{name}.safetensors"
+    if not encoded.exists():
+        _encode(files, encoded, sizes, seed, run.log)
+    return load_data(encoded)
+
+
+def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
+    """Encode clips for the transformer, some at a time: what is done survives a kill, and any number of processes
+    makes the same data."""
+    count = sizes["count"]
+    parts = [target.with_name(f"{target.stem}{i:04d}.safetensors") for i in range(-(-count // _PART))]
+    todo = [i for i, part in enumerate(parts) if i % engine.processes() == engine.rank() and not part.exists()]
+    if todo:
+        codec, (encoder, tokenize) = vae.load(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
+        for i in todo:
+            options = sizes | {"count": min(_PART, count - i * _PART), "seed": seed * 10_000 + i}
+            save_data(data.make_clips(codec, encoder, tokenize, **options), parts[i])
+            log(f"{target.stem}: part {i + 1} of {len(parts)}")
+    engine.wait()
+    if engine.rank() == 0:
+        save_data(data.joined([load_data(part) for part in parts]), target)
+        for part in parts:
+            part.unlink()
+    engine.wait()
+
+
+def _write(write, path: Path, history: list[dict]) -> None:
+    """Write a file of the family and the curves of its training, from the first process."""
+    if engine.rank() == 0:
+        curves.draw(history, path.parent / "work" / f"{path.stem}.png")
+        write(path)
+    engine.wait()
+
+
+def _write_models(run: _Run, model, paths, history: list[dict]) -> None:
+    if engine.rank() == 0:
+        curves.draw(history, run.work / f"{paths[0].stem}.png")
+    models.save_models(model, paths, world.WORLD)
+    engine.wait()

@@ -1,0 +1,141 @@
+"""Stage 1: the VAE, on crops of clips: pictures first, then short clips."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.read import open_tensors
+from ..checkpoint.write import write_safetensors
+from ..errors import TurboError
+from ..pipeline.vae import LATENT_MEAN, LATENT_STD
+from ..train import engine, optim, precision
+from . import world
+from .wan_vae import WanVAE
+
+SIDE, FRAMES = 128, 33
+# frames and side of the crops, in turn: short ones show space, long ones what adds up over time
+WINDOWS = (33, 48), (9, 64), (17, 64)
+
+
+def train(
+    folder,
+    dim=8,
+    steps=3000,
+    image_steps=1000,
+    batch=8,
+    muon_lr=0.02,
+    lr=2e-3,
+    kl=1e-5,
+    pool=192,
+    model=None,
+    fixed_latents=False,
+    seed=0,
+    seconds=None,
+    log=print,
+):
+    """Train a Wan 2.1 VAE of base width dim and return it; folder keeps the checkpoint.
+
+    model: a WanVAE to go on from. fixed_latents: train the decoder alone, for which latents need not be made again.
+    image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of the sizes in WINDOWS.
+    """
+    if model is None:
+        torch.manual_seed(seed)
+        model = WanVAE(dim)
+    model.train().requires_grad_(True)
+    for part in (model.encoder, model.conv1) if fixed_latents else ():
+        part.requires_grad_(False)
+    optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
+    wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
+    clips_of = _pool(pool, seed)
+
+    def step_of(step):
+        random = engine.generator(seed, step)
+        still = step < image_steps
+        frames, side = (1, 64) if still else WINDOWS[step % len(WINDOWS)]
+        video = _crops(clips_of, batch if still else max(1, batch // 4), frames, side, random)
+        noise = torch.randn(len(video), 16, (frames - 1) // 4 + 1, side // 8, side // 8, generator=random)
+        video = precision.conv_layout(video)
+        with precision.autocast(video.device):
+            shown, mean, log_variance = wrapped(video, noise)
+        mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+        error = (shown.float() - video).square().mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        (error + kl * divergence).backward()
+        norm = optimizer.step(optim.schedule(step, steps))
+        return {"psnr": 10 * math.log10(4 / error.item()), "kl": divergence.item(), "gradient": norm}
+
+    history = engine.run(step_of, {"model": model, "optimizer": optimizer}, folder, steps, seconds, log=log)
+    return model, history
+
+
+def _is_kernel(name: str, tensor) -> bool:
+    inner = name.split(".", 2)[1] in ("downsamples", "middle", "upsamples")
+    return inner and tensor.ndim > 3
+
+
+def _pool(count: int, seed: int) -> torch.Tensor:
+    """Clips to take crops from: uint8 [count, 3, FRAMES, SIDE, SIDE]."""
+    random = engine.generator(seed, 0, stream=1)
+    scenes = world.random_scenes(count, random, held_out=None)
+    parts = [world.render(some, FRAMES, SIDE, SIDE, random) for some in scenes.split(16)]
+    return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
+
+
+def _crops(pool, count: int, frames: int, side: int, random) -> torch.Tensor:
+    """Random windows of time and space: float32 [count, 3, frames, side, side] in [-1, 1]."""
+
+    def pick(high):
+        return int(torch.randint(high, (), generator=random))
+
+    out = []
+    for _ in range(count):
+        clip, t, y, x = pick(len(pool)), pick(FRAMES - frames + 1), *(8 * pick((SIDE - side) // 8 + 1) for _ in "yx")
+        out.append(pool[clip, :, t : t + frames, y : y + side, x : x + side])
+    return torch.stack(out).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
+    """Give the latents the mean and deviation that the DiT's side of Wan 2.1 expects; reconstructions stay the same.
+
+    The last layer of the encoder and the first of the decoder are 1x1x1 convolutions, which take the change up.
+    """
+    latent = model.encode(video)[0].float()
+    axes = (0, 2, 3, 4)
+    scale = torch.tensor(LATENT_STD) / latent.std(axes).clamp_min(1e-3)
+    shift = torch.tensor(LATENT_MEAN) - latent.mean(axes) * scale
+    last, first = model.conv1, model.conv2
+    last.weight[:16] *= scale.view(-1, 1, 1, 1, 1)
+    last.bias[:16] = last.bias[:16] * scale + shift
+    last.bias[16:] += 2 * scale.log()
+    first.bias -= (first.weight[:, :, 0, 0, 0] / scale) @ shift
+    first.weight /= scale.view(1, -1, 1, 1, 1)
+
+
+def finish(model: WanVAE, seed: int = 0) -> None:
+    """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips."""
+    random = engine.generator(seed, 0, stream=2)
+    match_statistics(model, world.render(world.random_scenes(8, random), FRAMES, SIDE, SIDE, random))
+    model.eval().requires_grad_(False)
+
+
+def save(model: WanVAE, path) -> Path:
+    """The VAE as ComfyUI and the pipeline read it, bfloat16."""
+    state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    write_safetensors(path, state, {"format": "pt"})
+    return Path(path)
+
+
+def load(path) -> WanVAE:
+    """A Wan 2.1 VAE of any base width under its official names, in float32. Raises TurboError for anything else."""
+    state = open_tensors(path).tensors
+    mark = "encoder.conv1.weight"
+    if mark not in state:
+        raise TurboError(f"VAE: {path} has no {mark}, expected a Wan 2.1 VAE under its official names.")
+    model = WanVAE(state[mark].shape[0])
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    except RuntimeError as error:
+        raise TurboError(f"VAE: {path} is no Wan 2.1 VAE ({str(error).splitlines()[-1].strip()}).") from error
+    return model.eval().requires_grad_(False)
