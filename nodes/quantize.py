@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
-from ..turbo_core.int8.quantize import quantize_block, quantize_rows
+from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .host.blocks import network_of, wan_network
 from .host.inputs import check_choice, parse_blocks

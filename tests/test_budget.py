@@ -14,7 +14,7 @@ from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.cli import main
 from turbo_core.diagnostics import plan
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import block_scale_shape
+from turbo_core.int8 import block_scale_shape
 from turbo_core.pipeline import sizes
 from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel
 

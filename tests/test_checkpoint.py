@@ -17,7 +17,7 @@ from turbo_core.checkpoint.formats import FLOATS
 from turbo_core.checkpoint.names import PROJ_L, looks_like
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import block_scale_shape, dequantize_block, quantize_rows
+from turbo_core.int8 import block_scale_shape, dequantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
 T2V_14B = Sizes(5120, 16, 16, 13824, 4096, 256, 128)

@@ -21,7 +21,7 @@ from turbo_core.checkpoint.formats import FORMATS
 from turbo_core.checkpoint.names import PROJ_L
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import dequantize_block, dequantize_rows, quantize_block, quantize_rows
+from turbo_core.int8 import dequantize_block, dequantize_rows, quantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
 RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)

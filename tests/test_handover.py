@@ -8,7 +8,7 @@ import torch
 
 from turbo_core import pipeline
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import quantize_block
 from turbo_core.pipeline import handover
 from turbo_core.pipeline.handover import Handover, _CardLane, can_follow
 from turbo_core.schedule import rcm_sigmas

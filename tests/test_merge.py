@@ -13,7 +13,7 @@ from turbo_core.checkpoint.merging import merge
 from turbo_core.checkpoint.names import PROJ_L, is_quantizable
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import quantize_block
 
 Q, NORM, PATCHES = "blocks.1.self_attn.q.weight", "blocks.0.norm3.weight", "patch_embedding.weight"
 

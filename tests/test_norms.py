@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from turbo_core.errors import TurboError
-from turbo_core.int8 import norm, reference
-from turbo_core.int8.quantize import dequantize
+from turbo_core.int8 import dequantize, norm, reference
 
 EPS = 1e-6
 

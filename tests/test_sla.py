@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turbo_core import sla
 from turbo_core.diagnostics.compare import key_block_mass
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import quantize_block
 from turbo_core.sla import blocks, reference
 
 BLOCKS = [(64, 64), (128, 64), (128, 128)]

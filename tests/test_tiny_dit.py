@@ -10,7 +10,7 @@ from tests.helpers.tiny_dits import STOCK, make_tiny_dits
 from turbo_core import checkpoint
 from turbo_core.checkpoint.names import PROJ_L
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import quantize_block
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel
 
 PUBLISHED = ["TinyWan2.1-T2V", "TinyWan2.2-I2V-high", "TinyWan2.2-I2V-low"]

@@ -1,19 +1,24 @@
-"""A small trial of each kernel family against its torch twins, on the device it is to run on, before its first result.
+"""The kernels of this device held to their torch references, once, before anything is computed with them.
 
-On a card: the launches of a Wan block with bfloat16 activations, one video at a time, and of the other forms one each.
-That is 40 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15 (counted by tests/kernels/probes_compiled.py),
-which somebody waits for. Through the interpreter, every form at a small ragged size. The twin computes on the CPU:
-there its integer products are exact and nothing depends on what the card's libraries round. Rounding is allowed, a
-wrong block, row or value is not.
+prove(device) is called when a model is loaded or kernels are brought to one; its verdicts stand in turbo_core.dispatch.
+On a card it launches what a Wan block launches with bfloat16 activations, one video at a time, and one of each other
+form. That is 40 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15 (counted by a test), which somebody waits
+for, once per Triton version. Through the interpreter: every form at a small ragged size. The reference computes on the
+CPU: there its integer products are exact and nothing depends on what the card's libraries round. Rounding is allowed, a
+wrong block, row or value is not. What no proof can survive is a kernel that reads or writes where it must not: CUDA
+then refuses everything else in this process.
 """
+
+import logging
 
 import torch
 
-from .dispatch import without_kernels
-from .int8 import matmul as mm
-from .int8 import norm as norms
-from .int8.quantize import dequantize_block, quantize_block, quantize_rows
-from .sla import sla_from_qkv, sparse_linear_attention
+from . import dispatch
+from .dispatch import FAMILIES, SWITCH
+from .errors import TurboError
+from .int8 import dequantize_block
+from .int8 import reference as int8_reference
+from .sla import reference as sla_reference
 
 BF16, FP16 = HALVES = (torch.bfloat16, torch.float16)
 # norm of the difference to that of the twin's result
@@ -61,6 +66,69 @@ def _stats_difference(ours, theirs):
     return f"means wrong by {means:.1e} of a deviation, sums of squares by {squares:.1e}"
 
 
+def prove(device, families=FAMILIES) -> dict[str, str | None]:
+    """Hold the kernels to their references on a device, those that have no verdict yet; cheap when all have one.
+
+    Returns {family: None where its kernels compute there from now on, else why not, in a few words}. A card without
+    the memory to try them is tried again by the next call. Raises TurboError where a kernel broke the connection to
+    the card.
+    """
+    device = dispatch.whole_name(device)
+    if dispatch.cannot_run(device) is None:
+        for family in families:
+            if not dispatch.is_decided(device, family) or dispatch.why_not(device, family) == _NO_MEMORY:
+                _prove(device, family)
+    return {family: dispatch.why_not(device, family) for family in families}
+
+
+_NO_MEMORY = "the card has no memory left to try them"
+_told = set()
+
+
+def _prove(device, family):
+    if "first" not in _told:
+        _told.add("first")
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        once = "once per Triton version; this takes a while the first time"
+        logging.info("TurboWan: compiling and testing kernels for %s, %s.", card, once)
+    reason = _reason_against(device, family)
+    dispatch.record(device, family, reason)
+    if reason and (device, family) not in _told:
+        _told.add((device, family))
+        logging.warning(
+            "TurboWan: %s kernels are not used on %s: %s. PyTorch computes instead, slower.", family, device, reason
+        )
+
+
+def _reason_against(device, family):
+    try:
+        with torch.no_grad():
+            return CHECKS[family](device)
+    except Exception as error:  # whatever a compiler or driver raises: the torch path is always there
+        if _out_of_memory(error):
+            return _NO_MEMORY
+        if not answers(device):
+            raise TurboError(
+                f"A {family} kernel broke the connection to {device}, and nothing runs there until a restart. "
+                f"Restart with the environment variable {SWITCH}=torch, and report this with your card and driver."
+            ) from error
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"the kernel failed ({type(error).__name__}: {first_line})"
+
+
+def _out_of_memory(error) -> bool:
+    """True also where Triton or the driver says so, in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def answers(device) -> bool:
+    """False once an illegal access has made CUDA refuse this process; a full card answers."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError as error:
+        return _out_of_memory(error)
+
+
 def _moved(operands, device):
     """The same operands with every tensor on the device; tuples and lists of them too."""
     if isinstance(operands, torch.Tensor):
@@ -70,16 +138,20 @@ def _moved(operands, device):
     return operands
 
 
-def _first_difference(device, cases):
-    """cases: (function, operands, named operands, tolerance or None for that of the dtype), operands on the CPU."""
-    for function, operands, named, tolerance in cases:
-        named_there = {name: _moved(x, device) for name, x in named.items()}
-        ours = _moved(function(*_moved(operands, device), **named_there), "cpu")
-        with without_kernels():
-            theirs = function(*operands, **named)
+def _first_difference(device, fast, reference, cases):
+    """What is wrong with the first operation of fast that is not what reference computes, or None.
+
+    cases: (name, operands, named operands, tolerance or None for that of the dtype), operands on the CPU.
+    """
+    for name, operands, named, tolerance in cases:
+        named_there = {key: _moved(x, device) for key, x in named.items()}
+        ours = _moved(getattr(fast, name)(*_moved(operands, device), **named_there), "cpu")
+        theirs = getattr(reference, name)(*operands, **named)
+        if name.endswith("_quantized"):  # a value that rounding moves takes the scale of its block along
+            ours, theirs = dequantize_block(*ours), dequantize_block(*theirs)
         reason = _difference(ours, theirs, tolerance)
         if reason:
-            return f"{function.__name__} is not what PyTorch computes: {reason}"
+            return f"{name} is not what PyTorch computes: {reason}"
     return None
 
 
@@ -98,6 +170,8 @@ def _all_or(device, forms, on_card):
 
 def quantize(device):
     """quantize_block and quantize_rows."""
+    from .int8 import fast
+
     cases = []
     both = ("block", "rows")
     sizes = [(BF16, 300, 5120, both), (BF16, 300, 1536, ("rows",))]  # rows are cut by their width, blocks are not
@@ -105,13 +179,15 @@ def quantize(device):
         sizes = [(dtype, 134, 200, both) for dtype in HALVES]
     for dtype, rows, columns, on_card in sizes:
         x = _draw(rows, columns, dtype=dtype)
-        forms = {"block": (quantize_block, (x,), {}, None), "rows": (quantize_rows, (x,), {}, None)}
+        forms = {"block": ("quantize_block", (x,), {}, None), "rows": ("quantize_rows", (x,), {}, None)}
         cases += _all_or(device, forms, on_card)
-    return _first_difference(device, cases)
+    return _first_difference(device, fast, int8_reference, cases)
 
 
 def norm(device):
     """row_stats, rms_norm, layer_norm_quantize in both formats and forms."""
+    from .int8 import fast
+
     cases = []
     for dtype, rows, columns, on_card in (
         [(dtype, 134, 200, None) for dtype in HALVES]
@@ -124,7 +200,7 @@ def norm(device):
     ):
         x = _draw(rows, columns, dtype=dtype)
         cases += _all_or(device, _norm_forms(x), on_card)
-    return _first_difference(device, cases)
+    return _first_difference(device, fast, int8_reference, cases)
 
 
 def _norm_forms(x):
@@ -133,9 +209,8 @@ def _norm_forms(x):
     shift, scale = 0.5 * _draw(2, 2, x.shape[1], seed=2)
     groups = {"shift": shift, "scale": scale}  # a batch, or timesteps per frame
     modulated = {name: t[:1] for name, t in groups.items()}  # a video: one row for all tokens
-    with without_kernels():
-        stats = {"stats": norms.row_stats(x)}
-    cases = {"stats": (norms.row_stats, (x,), {}, None), "rms": (norms.rms_norm, (x, weight, 1e-6), {}, None)}
+    stats = {"stats": int8_reference.row_stats(x)}
+    cases = {"stats": ("row_stats", (x,), {}, None), "rms": ("rms_norm", (x, weight, 1e-6), {}, None)}
     for name, given in (
         ("first", modulated),
         ("affine", affine | stats),
@@ -145,13 +220,15 @@ def _norm_forms(x):
         ("modulated rows", modulated | {"rows": True}),
         ("groups rows", groups | {"rows": True}),
     ):
-        cases[name] = (norms.layer_norm_quantize, (x, 1e-6), given, None)
+        cases[name] = ("layer_norm_quantize", (x, 1e-6), given, None)
     return cases
 
 
 def int8_mm(device):
     """Every form of the product, in both formats."""
-    block, row = quantize_block, quantize_rows
+    from .int8 import fast
+
+    block, row = int8_reference.quantize_block, int8_reference.quantize_rows
     large = (1402, 2176, 384)  # more tiles than any card has processors
     cases = []
     for quantized, (m, n, k), on_card in (
@@ -165,34 +242,35 @@ def int8_mm(device):
             (block, (134, 136, 208), ("half",)),  # ragged
         ]
     ):
-        with without_kernels():
-            x = quantized(_draw(m, k))
-            weights = [quantized(_draw(n, k, seed=seed) / k**0.5) for seed in (1, 2, 3)]
+        x = quantized(_draw(m, k))
+        weights = [quantized(_draw(n, k, seed=seed) / k**0.5) for seed in (1, 2, 3)]
         cases += _all_or(device, _int8_mm_forms(x, weights, quantized is block), on_card)
-    return _first_difference(device, cases)
+    return _first_difference(device, fast, int8_reference, cases)
 
 
 def _int8_mm_forms(x, weights, block):
-    """By the linears of turbo_core.fused that launch them."""
+    """By the linears of turbo_core.wan_fused that launch them."""
     m, n = len(x[0]), len(weights[0][0])
     biases = [_draw(1, n, dtype=BF16, seed=seed)[0] for seed in (4, 5, 6)]
     residual, gates = _draw(m, n, dtype=BF16, seed=7), _draw(2, n, seed=8)
     gate = gates[:1]
     layer = (*x, *weights[0], biases[0])
     return {
-        "qkv": (mm.int8_mm_qkv, (*x, *zip(*weights), biases), {}, None),
-        "self o": (mm.int8_mm_residual, (*layer, residual, gate), {}, None),
-        "cross q": (mm.int8_mm, layer, {}, None),
-        "cross o": (mm.int8_mm_residual, (*layer, residual), {}, None),
-        "up": (mm.int8_mm_quantize, layer, {}, None) if block else (mm.int8_mm, layer, {"gelu": True}, None),
-        "down": (mm.int8_mm_residual, (*layer, residual, gate), {"stats": False}, None),
-        "groups": (mm.int8_mm_residual, (*layer, residual, gates), {}, None),
-        "half": (mm.int8_mm, layer, {"out_dtype": FP16}, None),
+        "qkv": ("int8_mm_qkv", (*x, *map(list, zip(*weights)), biases), {}, None),
+        "self o": ("int8_mm_residual", (*layer, residual, gate), {}, None),
+        "cross q": ("int8_mm", layer, {}, None),
+        "cross o": ("int8_mm_residual", (*layer, residual), {}, None),
+        "up": ("int8_mm_quantize", layer, {}, None) if block else ("int8_mm", layer, {"gelu": True}, None),
+        "down": ("int8_mm_residual", (*layer, residual, gate), {"stats": False}, None),
+        "groups": ("int8_mm_residual", (*layer, residual, gates), {}, None),
+        "half": ("int8_mm", layer, {"out_dtype": FP16}, None),
     }
 
 
 def sla(device):
     """Block means, block map, preparation and attention in both precisions, with norms and rotation and without."""
+    from .sla import fast
+
     on_cpu = device.type == "cpu"
     # On a card so many heads and blocks that a program prepares several blocks of keys, as it does for a video. The
     # best 7 of 18 blocks, and the best 1 of 3, score far above the rest.
@@ -203,26 +281,23 @@ def sla(device):
     for precision in ("bf16", "int8"):
         given, tolerance = (qkv, *raw, *proj), SPARSE[precision]
         forms = {
-            "fused": (sla_to_int8, (*given, topk, precision), {}, tolerance),
-            "floats": (sla_from_qkv, (*given, topk, precision), {}, tolerance),
-            "dense": (sla_from_qkv, (*given, 1.0, precision), {}, tolerance),
+            "fused": ("sla_from_qkv_quantized", (*given, topk, None, precision), {}, tolerance),
+            "floats": ("sla_from_qkv", (*given, topk, None, precision), {}, tolerance),
+            "dense": ("sla_from_qkv", (*given, 1.0, None, precision), {}, tolerance),
         }
         cases += _all_or(device, forms, ("fused",))
     head_dim = 64 if on_cpu else 128  # no published model has heads of 64
     qkv, raw, proj = _attention_inputs(FP16, heads, head_dim, 2, lengths[1])
     for precision in ("bf16", "int8") if on_cpu else ("int8",):
         tolerance, untrained = SPARSE[precision], (*qkv, None, None, topk)
+        blocks = (128, 64, precision)
         forms = {
-            "raw": (sla_from_qkv, (qkv, *raw, *proj, topk, precision), {}, tolerance),
-            "plain": (sparse_linear_attention, untrained, {"precision": precision}, tolerance),
-            "cover": (sparse_linear_attention, untrained, {"precision": precision, "coverage": 0.6}, tolerance),
+            "raw": ("sla_from_qkv", (qkv, *raw, *proj, topk, None, precision), {}, tolerance),
+            "plain": ("sparse_linear_attention", (*untrained, None, *blocks), {}, tolerance),
+            "cover": ("sparse_linear_attention", (*untrained, 0.6, *blocks), {}, tolerance),
         }
         cases += _all_or(device, forms, ("cover",))
-    return _first_difference(device, cases)
-
-
-def sla_to_int8(*operands):
-    return dequantize_block(*sla_from_qkv(*operands, quantize=True))
+    return _first_difference(device, fast, sla_reference, cases)
 
 
 def _attention_inputs(dtype, heads, head_dim, batch, length):
@@ -238,4 +313,4 @@ def _attention_inputs(dtype, heads, head_dim, batch, length):
     return qkv, (sums, *weights, 1e-6, angles.cos(), angles.sin()), proj
 
 
-PROBES = {"quantize": quantize, "norm": norm, "int8_mm": int8_mm, "sla": sla}
+CHECKS = {"quantize": quantize, "norm": norm, "int8_mm": int8_mm, "sla": sla}

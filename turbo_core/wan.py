@@ -16,11 +16,9 @@ from torch import nn
 
 from . import wan_fused
 from .devices import widest_float
-from .dispatch import learning, use_triton
+from .dispatch import FLOATS, explained, learning, use_triton
 from .errors import TurboError
-from .int8.matmul import int8_linear
-from .int8.norm import rms_norm
-from .int8.quantize import check_scale, is_row_scale
+from .int8 import check_scale, int8_linear, is_row_scale, operations
 from .sla import sla_from_qkv, sparse_linear_attention
 
 PATCH = (1, 2, 2)
@@ -71,8 +69,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if not learning(x, self.weight) and use_triton(x.device, "norm"):
-            return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+        if use_triton(x.device, "norm") and x.dtype in FLOATS and not learning(x, self.weight):
+            with explained:
+                rows = x.reshape(-1, x.shape[-1])
+                return operations(x.device, ("norm",)).rms_norm(rows, self.weight, self.eps).view(x.shape)
         weight = self.weight.float()
         return _by_slices(lambda x: F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), x)
 

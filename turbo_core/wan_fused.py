@@ -5,22 +5,17 @@ that is made of layers rounds them to their dtype in between. Plain functions: w
 or the nodes, lends them layer by layer and brings the two attentions along.
 """
 
-from .dispatch import use_triton
-from .int8.matmul import int8_mm, int8_mm_qkv, int8_mm_quantize, int8_mm_residual
-from .int8.norm import layer_norm_quantize
-from .int8.quantize import BLOCK, is_row_scale, quantize_block, quantize_rows
+import torch
+
+from .dispatch import explained, use_triton
+from .int8 import BLOCK, is_row_scale, operations
+
+FAMILIES = ("quantize", "norm", "int8_mm")
 
 
 def pays(device) -> bool:
     """True where kernels compute these operations; elsewhere the layers one by one are as good, and the reference."""
-    return use_triton(device, "int8_mm") and use_triton(device, "norm") and use_triton(device, "quantize")
-
-
-def quantize(x, rows: bool):
-    """x [..., K] as int8 [M, K] with its scales, in the row or the block format; a pair of these stays as it is."""
-    if isinstance(x, tuple):
-        return x
-    return (quantize_rows if rows else quantize_block)(x.reshape(-1, x.shape[-1]))
+    return all(use_triton(device, family) for family in FAMILIES)
 
 
 def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads: int, eps: float):
@@ -34,50 +29,69 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     squares that int8_mm_qkv gives; returns [B, L, dim], or where quantized is True it may return that as int8 [B * L,
     dim] with block scales. attend_text(q, k, v): cross-attention, q [B, L, dim], k and v [B, keys, dim] before their
     norms; returns [B, L, dim]. norm3: (weight, bias) of the norm before cross-attention.
+    Who computes is asked once; operands were checked when the weights were loaded. Raises TurboError where a kernel
+    cannot start.
     """
+    with explained:
+        run = operations(x.device)
+        return _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps)
+
+
+def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps):
     shape, dtype = x.shape, x.dtype
     batch, length, dim = shape
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    shift1, scale1, gate1, shift2, scale2, gate2 = (part.contiguous() for part in modulation)
     x = x.contiguous().view(-1, dim)
     with borrow("self_attn.q", "self_attn.k", "self_attn.v") as layers:
         rows = is_row_scale(*layers[0][:2])
-        y = layer_norm_quantize(x, eps, shift=shift1, scale=scale1, rows=rows)
-        qkv, sums = int8_mm_qkv(*y, *zip(*layers), out_dtype=dtype)
+        y = run.layer_norm_quantize(x, eps, shift=shift1, scale=scale1, rows=rows)
+        weights, scales, biases = map(list, zip(*layers))
+        qkv, sums = run.int8_mm_qkv(*y, weights, scales, None if biases[0] is None else biases, out_dtype=dtype)
     del y
     # one head of 128 queries is one block of the next product's scales, unless a block spans two samples
     quantized = not rows and dim == num_heads * BLOCK and (batch == 1 or length % BLOCK == 0)
     y = attend(qkv.view(3, *shape), sums, quantized)
     del qkv, sums
-    y = quantize(y, rows)
+    y = _quantize(run, y, rows)
     with borrow("self_attn.o") as (o,):
-        x, stats = int8_mm_residual(*y, *o, x, gate1)
-    y = layer_norm_quantize(x, eps, *norm3, stats=stats, rows=rows)
+        x, stats = run.int8_mm_residual(*y, *o, x, gate1)
+    y = run.layer_norm_quantize(x, eps, *norm3, stats=None if rows else stats, rows=rows)
     with borrow("cross_attn.q") as (q,):
-        y = int8_mm(*y, *q, out_dtype=dtype)
-    text = quantize(context, rows)
+        y = run.int8_mm(*y, *q, out_dtype=dtype)
+    text = _quantize(run, context, rows)
     with borrow("cross_attn.k", "cross_attn.v") as (k, v):
-        k, v = (int8_mm(*text, *layer, out_dtype=dtype).view(context.shape) for layer in (k, v))
-    y = quantize(attend_text(y.view(shape), k, v), rows)
+        k, v = (run.int8_mm(*text, *layer, out_dtype=dtype).view(context.shape) for layer in (k, v))
+    y = _quantize(run, attend_text(y.view(shape), k, v), rows)
     with borrow("cross_attn.o") as (o,):
-        x, stats = int8_mm_residual(*y, *o, x)
-    y = layer_norm_quantize(x, eps, shift=shift2, scale=scale2, stats=stats, rows=rows)
+        x, stats = run.int8_mm_residual(*y, *o, x)
+    y = run.layer_norm_quantize(x, eps, shift=shift2, scale=scale2, stats=None if rows else stats, rows=rows)
     with borrow("ffn.0") as (up,):
-        y = _inner(*y, up, rows, dtype)
+        y = _inner(run, *y, up, rows, dtype)
     with borrow("ffn.2") as (down,):
-        x, _ = int8_mm_residual(*y, *down, x, gate2, stats=False)
+        x, _ = run.int8_mm_residual(*y, *down, x, gate2, stats=False)
     return x.view(shape)
 
 
-def _inner(x_q, x_scale, up, rows, dtype):
+def _quantize(run, x, rows: bool):
+    """x [..., K] as int8 [M, K] with its scales, in the row or the block format; a pair of these stays as it is."""
+    if isinstance(x, tuple):
+        return x
+    return (run.quantize_rows if rows else run.quantize_block)(x.reshape(-1, x.shape[-1]))
+
+
+def _inner(run, x_q, x_scale, up, rows, dtype):
     """The feed-forward part up to its second product: int8 [M, ffn_dim] and its scales."""
     if not rows:
-        return int8_mm_quantize(x_q, x_scale, *up, gelu=True)
+        return run.int8_mm_quantize(x_q, x_scale, *up, gelu=True)
     m, n = len(x_q), len(up[0])
     # as floats at most as large as the tokens: rows are independent
     step = max(1, m * x_q.shape[1] // n // BLOCK) * BLOCK
     y, scale = x_q.new_empty(m, n), x_scale.new_empty(m, 1)
     for start in range(0, m, step):
         part = slice(start, start + step)
-        inner = int8_mm(x_q[part], x_scale[part], *up, out_dtype=dtype, gelu=True)
-        quantize_rows(inner, out=(y[part], scale[part]))
+        inner = run.int8_mm(x_q[part], x_scale[part], *up, out_dtype=dtype, gelu=True)
+        if torch.compiler.is_compiling():  # an operator makes its results itself
+            y[part], scale[part] = run.quantize_rows(inner)
+        else:
+            run.quantize_rows(inner, (y[part], scale[part]))
     return y, scale

@@ -16,8 +16,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...turbo_core import wan_fused
 from ...turbo_core.dispatch import FLOATS, learning
-from ...turbo_core.int8 import layout
-from ...turbo_core.int8.quantize import is_row_scale
+from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 
 _ROW = "TensorWiseINT8Layout"

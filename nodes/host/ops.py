@@ -7,9 +7,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 
 from ...turbo_core.errors import TurboError
-from ...turbo_core.int8 import layout
-from ...turbo_core.int8.matmul import int8_linear
-from ...turbo_core.int8.quantize import block_scale_shape, is_row_scale
+from ...turbo_core.int8 import block_scale_shape, int8_linear, is_row_scale, layout
 
 QUANT_ALGOS[layout.FORMAT] = {
     "storage_t": torch.int8,

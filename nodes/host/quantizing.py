@@ -15,8 +15,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...turbo_core.errors import TurboError
-from ...turbo_core.int8 import layout
-from ...turbo_core.int8.quantize import quantize_block, quantize_rows
+from ...turbo_core.int8 import layout, quantize_block, quantize_rows
 from .fused import FusedWanBlock
 from .loading import mark_sigma_max
 from .ops import quant_entry, quantized_ops

@@ -12,7 +12,7 @@ from turbo_core.checkpoint.names import PROJ_L, is_delicate, is_quantizable
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.errors import TurboError
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import quantize_block
 
 # heads of 128, so that ComfyUI counts them right by itself; text_dim fits the tiny umT5
 TINY = Sizes(dim=256, in_dim=16, out_dim=16, ffn_dim=512, text_dim=64, freq_dim=256, head_dim=128)

@@ -5,9 +5,7 @@ import torch
 
 pytest.importorskip("comfy_kitchen", reason="comfy_kitchen is not installed")
 
-from turbo_core.int8 import layout
-from turbo_core.int8.matmul import int8_linear
-from turbo_core.int8.quantize import dequantize_block, quantize_block, quantize_rows
+from turbo_core.int8 import dequantize_block, int8_linear, layout, quantize_block, quantize_rows
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turbo_core import checkpoint
-from turbo_core.int8.quantize import quantize_block, quantize_rows
+from turbo_core.int8 import quantize_block, quantize_rows
 
 LAYER = "blocks.0.ffn.0"
 KEY = f"diffusion_model.{LAYER}"

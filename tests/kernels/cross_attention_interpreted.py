@@ -12,7 +12,7 @@ repair()
 from turbo_core.cross import cross_attention  # noqa: E402
 
 from turbo_core.dispatch import without_kernels  # noqa: E402
-from turbo_core.int8.quantize import dequantize_block  # noqa: E402
+from turbo_core.int8 import dequantize_block  # noqa: E402
 from turbo_core.kernels import cross_attention, sla_attention  # noqa: E402
 
 EPS = 1e-6

@@ -24,7 +24,7 @@ from tests.kernels.sla_attention_cases import (
     relative,
     some_map,
 )
-from turbo_core.int8.quantize import dequantize_block, quantize_block  # noqa: E402
+from turbo_core.int8 import dequantize_block, quantize_block  # noqa: E402
 from turbo_core.sla import reference  # noqa: E402
 
 # (L, B, H, D, raw): one token; less than a block of keys; two query blocks, the second of 2 rows, and a third key block

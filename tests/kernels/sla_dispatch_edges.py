@@ -14,7 +14,7 @@ repair()
 from tests.kernels.sla_attends import recorded  # noqa: E402
 from turbo_core import sla  # noqa: E402
 from turbo_core.errors import TurboError  # noqa: E402
-from turbo_core.int8.quantize import dequantize_block  # noqa: E402
+from turbo_core.int8 import dequantize_block  # noqa: E402
 from turbo_core.kernels import block_map, launch  # noqa: E402
 from turbo_core.sla import blocks, fast  # noqa: E402
 

@@ -10,7 +10,7 @@ repair()
 
 from tests.kernels.sla_attends import recorded  # noqa: E402
 from turbo_core import sla  # noqa: E402
-from turbo_core.int8.quantize import dequantize_block  # noqa: E402
+from turbo_core.int8 import dequantize_block  # noqa: E402
 from turbo_core.sla import fast, reference  # noqa: E402
 from turbo_core.wan import WanModel  # noqa: E402
 

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 
 from tests.parity import cuda_ops
 from turbo_core import sla, wan
-from turbo_core.int8.matmul import int8_linear
-from turbo_core.int8.quantize import quantize_block
+from turbo_core.int8 import int8_linear, quantize_block
 
 
 def attention_figures(theirs, error):

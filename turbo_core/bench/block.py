@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..devices import widest_float
 from ..dispatch import why_not
 from ..errors import TurboError
-from ..int8.quantize import quantize_block, quantize_rows
+from ..int8 import quantize_block, quantize_rows
 from ..sla import reference
 from ..wan import QUANTIZED_LINEARS, Block, Int8Linear, rope_angles
 from .attention import TEXT, TOPK
@@ -101,7 +101,7 @@ class _Operands:
 
     def sparse(self, q, k, v):
         proj = self.block.self_attn.proj_l
-        return reference.sparse_linear(q, k, v, proj.weight, proj.bias, TOPK, None, 128, 64, "bf16")
+        return reference.sparse_linear_attention(q, k, v, proj.weight, proj.bias, TOPK, None, 128, 64, "bf16")
 
     def reference(self, sparse):
         """What the block adds to x, in plain operations, as wide as the device can."""

@@ -5,8 +5,9 @@ Shapes are those that kernels trip over: one row, a few, 120 of 128, ragged colu
 
 import torch
 
-from ..dispatch import FAMILIES, FLOATS, why_not
-from ..int8.quantize import quantize_block, quantize_rows
+from ..dispatch import FLOATS
+from ..int8 import quantize_block, quantize_rows
+from ..selfcheck import prove
 from . import attention, harness, linear, streaming
 
 LINEAR = ((1, 128, 128), (5, 200, 320), (120, 384, 128), (248, 130, 1536), (300, 384, 320))  # (M, N, K)
@@ -49,8 +50,7 @@ def check(device, tell=print, status=None) -> list[dict]:
         if not ok:
             tell(f"WRONG: {what}: {said}")
 
-    for family in FAMILIES:
-        reason = why_not(device, family)
+    for family, reason in prove(device).items():
         add(f"{family} kernels", reason is None or device.type != "cuda", reason or "in use")
     for quantize in (quantize_block, quantize_rows):
         for m, k in STREAMING:

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ..devices import has_int_mm
-from ..dispatch import why_not, without_kernels
-from ..int8 import matmul
-from ..int8.matmul import int8_linear
-from ..int8.quantize import dequantize_block, quantize_block, quantize_rows
+from ..dispatch import why_not
+from ..int8 import dequantize_block, int8_linear, operations, quantize_block, quantize_rows, reference
 from .harness import Case, Contender, Missing, exact, relative_error
 
 TOKENS_480P, TOKENS_720P = 32760, 75600
@@ -127,21 +125,16 @@ def _ours(o, quantize):
     return lambda: int8_linear(o.x, *weight, o.bias)
 
 
-def by_torch(run, device, family):
-    """A function of turbo-core as it computes without kernels, where it has some to leave out."""
+def where_kernels_compute(device, family, run):
+    """run, what turbo-core computes without kernels; Missing where it has none to leave out."""
     if why_not(device, family) is not None:
         raise Missing("it is what turbo-core itself does here")
-
-    def plain():
-        with without_kernels():
-            return run()
-
-    return plain
+    return run
 
 
 def _ours_alone(o, quantize):
     x, weight = quantize(o.x), quantize(o.weight)
-    return lambda: matmul.int8_mm(*x, *weight, o.bias, o.x.dtype)
+    return lambda: operations(o.x.device).int8_mm(*x, *weight, o.bias, o.x.dtype)
 
 
 def _kitchen(o):
@@ -178,7 +171,8 @@ def linear_case(device, m, n, k, quick=False) -> Case:
         return o.error(y.float() * x_scale * w_scale.t() + o.bias.float())
 
     def plain(quantize):
-        return by_torch(_ours(o, quantize), device, "int8_mm")
+        weight = quantize(o.weight)
+        return where_kernels_compute(device, "int8_mm", lambda: reference.int8_linear(o.x, *weight, o.bias))
 
     add = [
         (f"{name_of(dtype)}, F.linear", _float(o, dtype), o.error, FLOAT[dtype]),
@@ -218,7 +212,7 @@ class _Gelu(_Operands):
         return quantize(self.weight)
 
     def product(self, x, weight):
-        return matmul.int8_mm_quantize(*x, *weight, self.bias)
+        return operations(self.x.device).int8_mm_quantize(*x, *weight, self.bias)
 
     def read(self, result):
         return dequantize_block(*result)
@@ -237,7 +231,9 @@ class _Residual(_Gelu):
         return torch.addcmul(self.residual, F.linear(self.x, self.weight, self.bias), self.gate)
 
     def product(self, x, weight):
-        return matmul.int8_mm_residual(*x, *weight, self.bias, self.residual, self.gate.float()[None])
+        return operations(self.x.device).int8_mm_residual(
+            *x, *weight, self.bias, self.residual, self.gate.float()[None]
+        )
 
     def read(self, result):
         return result[0]
@@ -255,10 +251,10 @@ class _Qkv(_Residual):
         return F.linear(self.x, self.weight, self.bias)
 
     def quantized_weight(self, quantize):
-        return tuple(zip(*map(quantize, self.weight.chunk(3))))
+        return tuple(map(list, zip(*map(quantize, self.weight.chunk(3)))))
 
     def product(self, x, weight):
-        return matmul.int8_mm_qkv(*x, *weight, self.bias.chunk(3), self.x.dtype)
+        return operations(self.x.device).int8_mm_qkv(*x, *weight, self.bias.chunk(3), self.x.dtype)
 
     def read(self, result):
         return torch.cat(result[0].unbind(0), 1)

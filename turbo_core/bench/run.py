@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TurboError
+from ..selfcheck import prove
 from . import attention, block, harness, linear, machine, streaming
 from .report import SCHEMA, save, show, write
 
@@ -45,6 +46,7 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECO
     run loses nothing.
     """
     device = torch.device(device)
+    prove(device)
     clock = harness.clock_of(device)
     repeats, seconds = (5, 0.2) if quick else (harness.REPEATS, seconds)
     notes = [f"times are {clock.name}"] if isinstance(clock, harness.ThreadClock) else []

@@ -6,7 +6,7 @@ Shapes are M x K: M tokens of K channels. Bytes are those of one read and one wr
 import torch
 import torch.nn.functional as F
 
-from ..int8.quantize import dequantize, quantize_block, quantize_rows
+from ..int8 import dequantize, operations, quantize_block, quantize_rows
 from .harness import Case, Contender, Missing, exact, relative_error
 from .linear import SAMPLE, TOKENS_480P, TOKENS_720P, block_chain, compiled, dtype_of, row_chain
 
@@ -53,14 +53,6 @@ class _Operands:
 def _modulate_chain(x, shift, scale):
     """LayerNorm and modulation as the reference and wan.py have them."""
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=EPS), 1 + scale).to(x.dtype)
-
-
-def _norms():
-    try:
-        from ..int8 import norm
-    except ImportError as error:
-        raise Missing(f"not in this version ({error})") from None
-    return norm
 
 
 def _kitchen():
@@ -110,9 +102,9 @@ def modulate_case(device, m, k, rows, quick=False) -> Case:
         return lambda: run(o.x, o.shift, o.scale)
 
     def own(given):
-        norm = _norms()
-        stats = norm.row_stats(o.x) if given else None
-        return lambda: norm.layer_norm_quantize(o.x, EPS, shift=o.shift, scale=o.scale, stats=stats, rows=rows)
+        run = operations(o.x.device)
+        stats = run.row_stats(o.x) if given else None
+        return lambda: run.layer_norm_quantize(o.x, EPS, shift=o.shift, scale=o.scale, stats=stats, rows=rows)
 
     def kitchen():
         library = _kitchen()
@@ -145,8 +137,8 @@ def rms_case(device, m, k, quick=False) -> Case:
         return lambda: run(o.x, o.weight)
 
     def own():
-        norm = _norms()
-        return lambda: norm.rms_norm(o.x, o.weight, EPS)
+        run = operations(o.x.device)
+        return lambda: run.rms_norm(o.x, o.weight, EPS)
 
     contenders = [
         Contender("eager chain", lambda: plain(chain), error, bound),

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import dispatch
 from ..errors import TurboError
+from ..selfcheck import prove
 
 WARMUP, ROUNDS = 2, 7
 # M of each length, (N, K) of each form: the 14B model's, see kernels.launch.LENGTHS
@@ -69,7 +69,7 @@ def tune(device=None, shapes=None, progress=None, out=None) -> dict:
     Raises TurboError where the kernels cannot run.
     """
     device = torch.device("cuda" if device is None and torch.cuda.is_available() else device or "cpu")
-    reason = dispatch.why_not(device, "int8_mm")
+    reason = prove(device, ("int8_mm",))["int8_mm"]
     if reason:
         raise TurboError(
             f"There is nothing to tune on {device}: {reason}. Tuning needs an NVIDIA or AMD card with Triton."

@@ -5,7 +5,7 @@ import json
 import torch
 
 from ..errors import TurboError
-from ..int8.quantize import block_scale_shape, quantize_block, quantize_rows
+from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, _finite, check_finite, decode, encode_fp8, layer_format
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
 from .read import open_tensors

@@ -6,7 +6,7 @@ import math
 import torch
 
 from ..errors import TurboError
-from ..int8.quantize import block_scale_shape, dequantize
+from ..int8 import block_scale_shape, dequantize
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {"int8_block": "int8_block128", "int8_row": "int8_tensorwise"}  # to the name in X.comfy_quant

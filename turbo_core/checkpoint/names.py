@@ -3,7 +3,7 @@
 import re
 
 from ..errors import TurboError
-from ..int8.quantize import block_scale_shape
+from ..int8 import block_scale_shape
 from ..wan import QUANTIZED_LINEARS
 from .formats import _FP8
 

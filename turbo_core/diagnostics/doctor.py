@@ -7,11 +7,12 @@ import shutil
 
 import torch
 
-from .. import __version__, dispatch, wan_fused
+from .. import __version__, wan_fused
 from ..devices import available_memory, has_int_mm, int_mm_pays, pick_device
-from ..dispatch import why_not
+from ..dispatch import whole_name, why_not
 from ..files import human_bytes
-from ..int8.matmul import kitchen
+from ..int8.linear import kitchen
+from ..selfcheck import prove
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
@@ -79,7 +80,8 @@ def _version(name: str, distributions) -> str:
 
 
 def _paths():
-    device = pick_device()
+    device = whole_name(pick_device())
+    prove(device)
     bf16 = device.type != "cpu"
     missing = [name for name in PIPELINE if importlib.util.find_spec(name) is None]
     cure = 'pip install "comfyui-turbowan[pipeline]"'
@@ -117,7 +119,7 @@ def _library_path(name: str, device: torch.device) -> str:
 def int8_path(device, format: str) -> str:
     """Which path int8_linear takes on a device for "block" or "row" weights, and why, in words (turbo-core doctor)."""
     device = torch.device(device)
-    reason = dispatch.why_not(device, "quantize") or dispatch.why_not(device, "int8_mm")
+    reason = why_not(device, "quantize") or why_not(device, "int8_mm")
     if reason is None:
         return "Triton kernels"
     if device.type == "cpu":

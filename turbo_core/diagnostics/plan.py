@@ -19,7 +19,7 @@ from ..checkpoint.formats import FLOATS, FORMATS, INTEGERS
 from ..checkpoint.names import is_delicate, is_quantizable
 from ..checkpoint.shapes import Sizes, expected_shapes
 from ..errors import TurboError
-from ..int8.quantize import block_scale_shape
+from ..int8 import block_scale_shape
 from ..int8.reference import SLICE as INT8_SLICE
 from ..pipeline.sizes import latent_shape
 from ..sla import PRECISIONS

@@ -4,9 +4,7 @@ Weights are [N, K], activations [..., K]. Two formats, told apart by the shape o
 block, scale [ceil(M/128), ceil(K/128)] (the published *-quant.pth); row, scale [M, 1] (ComfyUI's int8_tensorwise).
 """
 
-from .matmul import int8_linear, int8_mm, int8_mm_qkv, int8_mm_quantize, int8_mm_residual
-from .norm import layer_norm_quantize, rms_norm, row_stats
-from .quantize import (
+from .formats import (
     BLOCK,
     block_scale_shape,
     check_scale,
@@ -14,12 +12,12 @@ from .quantize import (
     dequantize_block,
     dequantize_rows,
     is_row_scale,
-    quantize_block,
-    quantize_rows,
 )
+from .linear import int8_linear
+from .paths import operations
+from .quantize import quantize_block, quantize_rows
 
 __all__ = [
     "BLOCK", "block_scale_shape", "check_scale", "dequantize", "dequantize_block", "dequantize_rows", "int8_linear",
-    "int8_mm", "int8_mm_qkv", "int8_mm_quantize", "int8_mm_residual", "is_row_scale", "layer_norm_quantize",
-    "quantize_block", "quantize_rows", "rms_norm", "row_stats",
+    "is_row_scale", "operations", "quantize_block", "quantize_rows",
 ]  # fmt: skip

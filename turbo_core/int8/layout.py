@@ -11,8 +11,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 
-from .matmul import int8_linear
-from .quantize import dequantize_block, quantize_block
+from .formats import dequantize_block
+from .linear import int8_linear
+from .quantize import quantize_block
 
 NAME = "TurboBlockInt8Layout"
 FORMAT = "int8_block128"  # the name in a file's comfy_quant entries

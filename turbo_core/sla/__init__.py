@@ -3,21 +3,18 @@
 q, k, v are [B, L, H, D] after q/k RMSNorm and RoPE. Three parts: a block map that keeps the best key blocks per query
 block, softmax attention over the kept blocks, and a linear branch over all keys with the trained projection proj_l.
 Source: SLA, arXiv 2509.24006; SageSLA, TurboDiffusion, arXiv 2512.16093. Blocks are 128 queries x 64 keys everywhere.
-Triton kernels compute where they can (sla_kernels), plain torch everywhere else (sla_torch).
+Triton kernels compute where they were proved (fast), plain torch everywhere else (reference).
 
 Memory by the kernels beside q, k, v and the result, at (B, L, H, D) = (1, 75600, 40, 128) in bf16, top-k 0.1: 18 MB
 for precision bf16 where norm and RoPE are done, else 0.8 GB: k after them, or k in int8 and v in fp8. Nothing grows
 with L x L but the block map, 11 MB here; by cumulative score up to 0.11 GB, 0.2 GB while it is made.
 """
 
-import torch
-
-from ..dispatch import explained, learning, use_triton
+from ..dispatch import FLOATS, explained
 from ..errors import TurboError
-from ..int8.quantize import block_scale_shape, quantize_block
-from . import reference
 from .blocks import covering_map as _covering_map
 from .blocks import kept_blocks, pool, top_map
+from .paths import operations
 from .reference import GATHERED, SLICE, linear_branch, sparse_attention
 
 __all__ = [
@@ -26,7 +23,6 @@ __all__ = [
 ]  # fmt: skip
 HEAD_DIMS = (64, 128)
 PRECISIONS = ("bf16", "int8")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(q, k, v, topk, precision="bf16", coverage=None):
@@ -39,7 +35,7 @@ def _check(q, k, v, topk, precision="bf16", coverage=None):
         raise TurboError(f"sparse attention needs at least one token, got {list(q.shape)} and {list(k.shape)}")
     if q.shape[-1] not in HEAD_DIMS:
         raise TurboError(f"sparse attention supports head_dim 64 and 128, got {q.shape[-1]}: use dense attention")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TurboError(
             "q, k, v must all be float32, float16 or bfloat16, got "
             f"{', '.join(str(x.dtype).removeprefix('torch.') for x in (q, k, v))}: convert them"
@@ -105,28 +101,10 @@ def sparse_linear_attention(
     _check_projection(proj_weight, proj_bias, q.shape[-1])
     if coverage == 1.0:
         topk, coverage = 1.0, None
-    if learning(q, k, v, proj_weight, proj_bias):
-        attend = reference.sparse_linear  # also under torch.compile: the operator has no gradient
-    else:
-        attend = torch.ops.turbowan.sparse_linear_attention if torch.compiler.is_compiling() else _attend
-    return attend(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision)
-
-
-@explained
-def _attend(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision):
-    dense = topk == 1.0 and coverage is None and precision == "bf16" and proj_weight is None  # torch has kernels
-    if (block_q, block_k) == (128, 64) and not dense and _by_kernels(q):
-        from .fast import attend
-
-        return attend(q, k, v, proj_weight, proj_bias, topk, coverage, precision)
-    return reference.sparse_linear(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision)
-
-
-def _by_kernels(q):
-    # tiles of float32 do not fit the registers of any card: the kernels would wait for the memory they spill to. The
-    # interpreter keeps them, to show what the kernels do differently from the twin without the inputs' rounding.
-    slow = q.dtype == torch.float32 and q.device.type == "cuda"
-    return not slow and use_triton(q.device, "sla")
+    operands = q, k, v, proj_weight, proj_bias
+    with explained:
+        run = operations(q, *operands[1:])
+        return run.sparse_linear_attention(*operands, topk, coverage, block_q, block_k, precision)
 
 
 def sla_from_qkv(
@@ -172,67 +150,8 @@ def sla_from_qkv(
         raise TurboError(f"eps of RMSNorm must be above 0, got {eps}: use 1e-6")
     if coverage == 1.0:
         topk, coverage = 1.0, None
-    raw = sums, norm_q_weight, norm_k_weight, eps, cos, sin
-    attend = _from_qkv_quantized if quantize else _from_qkv
-    if learning(qkv, sums, norm_q_weight, norm_k_weight, cos, sin, proj_weight, proj_bias):
-        attend = _quantized_by_torch if quantize else _by_torch
-    elif torch.compiler.is_compiling():
-        attend = torch.ops.turbowan.sla_from_qkv_quantized if quantize else torch.ops.turbowan.sla_from_qkv
-    return attend(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
-
-
-@explained
-def _from_qkv(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
-    raw = sums, norm_q, norm_k, eps, cos, sin
-    if _by_kernels(qkv):
-        from .fast import attend
-
-        return attend(*qkv, proj_weight, proj_bias, topk, coverage, precision, raw)
-    return _by_torch(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
-
-
-@explained
-def _from_qkv_quantized(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
-    raw = sums, norm_q, norm_k, eps, cos, sin
-    if _by_kernels(qkv):
-        from .fast import attend
-
-        return attend(*qkv, proj_weight, proj_bias, topk, coverage, precision, raw, quantize=True)
-    return _quantized_by_torch(qkv, *raw, proj_weight, proj_bias, topk, coverage, precision)
-
-
-def _by_torch(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
-    q_sums, k_sums = (None, None) if sums is None else sums
-    q, k = (
-        reference.normed(x, part, weight, eps, cos, sin)
-        for x, part, weight in ((qkv[0], q_sums, norm_q), (qkv[1], k_sums, norm_k))
-    )
-    return reference.sparse_linear(q, k, qkv[2], proj_weight, proj_bias, topk, coverage, 128, 64, precision)
-
-
-def _quantized_by_torch(qkv, *given):
-    return quantize_block(_by_torch(qkv, *given).view(-1, qkv.shape[3] * qkv.shape[4]))
-
-
-# torch.compile gets one node instead of the loops unrolled
-def _register(name, function, schema, fake):
-    torch.library.custom_op(f"turbowan::{name}", function, mutates_args=(), schema=schema).register_fake(fake)
-
-
-def _quantized_shape(qkv, *_):
-    rows, cols = qkv.shape[1] * qkv.shape[2], qkv.shape[3] * qkv.shape[4]
-    scale = qkv.new_empty(block_scale_shape(rows, cols), dtype=torch.float32)
-    return qkv.new_empty(rows, cols, dtype=torch.int8), scale
-
-
-_ATTEND = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? proj_weight, Tensor? proj_bias, float topk, float? coverage, "
-    "int block_q, int block_k, str precision) -> Tensor"
-)
-_QKV = (
-    "(Tensor qkv, Tensor? sums, Tensor? norm_q, Tensor? norm_k, float eps, Tensor? cos, Tensor? sin, "
-    "Tensor? proj_weight, Tensor? proj_bias, float topk, float? coverage, str precision) -> "
-)
-_register("sparse_linear_attention", _attend, _ATTEND, lambda q, *_: q.new_empty(q.shape))
-_register("sla_from_qkv", _from_qkv, _QKV + "Tensor", lambda qkv, *_: qkv.new_empty(qkv.shape[1:]))
-_register("sla_from_qkv_quantized", _from_qkv_quantized, _QKV + "(Tensor, Tensor)", _quantized_shape)
+    operands = qkv, sums, norm_q_weight, norm_k_weight, eps, cos, sin, proj_weight, proj_bias
+    with explained:
+        run = operations(*operands[:4], *operands[5:])
+        attend = run.sla_from_qkv_quantized if quantize else run.sla_from_qkv
+        return attend(*operands, topk, coverage, precision)

@@ -1,8 +1,9 @@
-"""The torch twin of the sparse-linear attention kernels: reference, test oracle, and the path without Triton."""
+"""Sparse-linear attention in plain torch: the oracle of the kernels, and the path of every machine without them."""
 
 import torch
 import torch.nn.functional as F
 
+from ..int8 import quantize_block
 from .blocks import covering_map, in_blocks, nan_unless_finite, top_map
 
 GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
@@ -100,7 +101,7 @@ def linear_branch(q, k, v, proj_weight, proj_bias, fold: bool = True):
     return out.transpose(1, 2).to(dtype)
 
 
-def sparse_linear(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision):
+def sparse_linear_attention(q, k, v, proj_weight, proj_bias, topk, coverage, block_q, block_k, precision):
     """Both branches, some heads at a time; arguments as of turbo_core.sla.sparse_linear_attention."""
     out = q.new_empty(q.shape)
     b, _, h, d = q.shape
@@ -121,6 +122,18 @@ def _select(q, k, topk, coverage, block_q, block_k):
     if coverage is None:
         return top_map(q, k, topk, block_q, block_k), None
     return covering_map(q, k, coverage, block_q, block_k)
+
+
+def sla_from_qkv(qkv, sums, norm_q, norm_k, eps, cos, sin, proj_weight, proj_bias, topk, coverage, precision):
+    """The same of q, k, v as their projections left them; arguments as of turbo_core.sla.sla_from_qkv."""
+    q_sums, k_sums = (None, None) if sums is None else sums
+    q, k = normed(qkv[0], q_sums, norm_q, eps, cos, sin), normed(qkv[1], k_sums, norm_k, eps, cos, sin)
+    return sparse_linear_attention(q, k, qkv[2], proj_weight, proj_bias, topk, coverage, 128, 64, precision)
+
+
+def sla_from_qkv_quantized(qkv, *given):
+    """The same as int8 in the block format: (int8 [B * L, H * D], float32 scale)."""
+    return quantize_block(sla_from_qkv(qkv, *given).view(-1, qkv.shape[3] * qkv.shape[4]))
 
 
 def normed(x, sums, weight, eps, cos, sin):
