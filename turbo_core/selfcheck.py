@@ -249,7 +249,7 @@ def int8_mm(device):
 
 
 def _int8_mm_forms(x, weights, block):
-    """By the linears of turbo_core.wan_fused that launch them."""
+    """By the linears of turbo_core.wan.fused that launch them."""
     m, n = len(x[0]), len(weights[0][0])
     biases = [_draw(1, n, dtype=BF16, seed=seed)[0] for seed in (4, 5, 6)]
     residual, gates = _draw(m, n, dtype=BF16, seed=7), _draw(2, n, seed=8)

@@ -14,10 +14,10 @@ from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.quant_ops import QuantizedTensor
 
-from ...turbo_core import wan_fused
 from ...turbo_core.dispatch import FLOATS, learning
 from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
+from ...turbo_core.wan import fused as wan_fused
 
 _ROW = "TensorWiseINT8Layout"
 _BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make

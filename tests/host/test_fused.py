@@ -17,7 +17,7 @@ ROUNDING = 0.01  # of x0; int8 against floats is 0.02 to 0.1 of it
 
 @pytest.fixture
 def core(pack):
-    return importlib.import_module(f"{pack.name}.turbo_core.wan_fused")
+    return importlib.import_module(f"{pack.name}.turbo_core.wan.fused")
 
 
 @pytest.fixture

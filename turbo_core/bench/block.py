@@ -14,8 +14,9 @@ from ..devices import widest_float
 from ..dispatch import why_not
 from ..errors import TurboError
 from ..int8 import quantize_block, quantize_rows
+from ..rope import rope_angles
 from ..sla import reference
-from ..wan import QUANTIZED_LINEARS, Block, Int8Linear, rope_angles
+from ..wan import QUANTIZED_LINEARS, Block, Int8Linear
 from .attention import TEXT, TOPK
 from .harness import Case, Contender, relative_error
 from .linear import TOKENS_480P, TOKENS_720P, compiled, dtype_of, name_of

@@ -7,12 +7,13 @@ import shutil
 
 import torch
 
-from .. import __version__, wan_fused
+from .. import __version__
 from ..devices import available_memory, has_int_mm, int_mm_pays, pick_device
 from ..dispatch import whole_name, why_not
 from ..files import human_bytes
 from ..int8.linear import kitchen
 from ..selfcheck import prove
+from ..wan import fused
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
@@ -91,7 +92,7 @@ def _paths():
         ("int8 linear", _int8_linear(device)),
         ("int8 activations", _kernels(device, "quantize", "PyTorch")),
         ("norms", _kernels(device, "norm", "PyTorch, in float32")),
-        ("int8 Wan block", "fused, kernel to kernel" if wan_fused.pays(device) else "layer by layer"),
+        ("int8 Wan block", "fused, kernel to kernel" if fused.pays(device) else "layer by layer"),
         ("sparse attention", _kernels(device, "sla", "PyTorch, block by block; int8 precision is emulated")),
         ("dense attention", "torch scaled_dot_product_attention"),
         ("text encoder", _library_path("transformers", device)),

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..int8 import quantize_block
+from ..rope import rotate
 from .blocks import covering_map, in_blocks, nan_unless_finite, top_map
 
 GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
@@ -153,8 +154,6 @@ def normed(x, sums, weight, eps, cos, sin):
             total = y.square().sum((2, 3), keepdim=True) if squares is None else squares[:, part]
             y = y * torch.rsqrt(total / (h * d) + eps) * weight.float().view(h, d)
         if cos is not None:
-            c, s = cos[part, None].float(), sin[part, None].float()
-            even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-            y = torch.stack([even * c - odd * s, even * s + odd * c], -1).flatten(-2)
+            y = rotate(y, cos[part, None].float(), sin[part, None].float())
         out[:, part] = y
     return out

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.names import PROJ_L
 from ..pipeline.text import TEXT_LENGTH
+from ..rope import rope_angles
 from ..sla import block_map
-from ..wan import Block, WanModel, rope_angles, timestep_embedding
+from ..wan import Block, WanModel, timestep_embedding
 
 _BLOCK_Q, _BLOCK_K = 128, 64
 

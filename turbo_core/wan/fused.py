@@ -1,14 +1,14 @@
 """One Wan block over the int8 operations: every pass over the tokens but attention's own belongs to a matrix product.
 
-The maths of turbo_core.wan.Block.forward up to rounding: activations go from float32 straight to int8, where the block
+The maths of Block.forward up to rounding: activations go from float32 straight to int8, where the block
 that is made of layers rounds them to their dtype in between. Plain functions: whoever holds the weights, turbo_core.wan
 or the nodes, lends them layer by layer and brings the two attentions along.
 """
 
 import torch
 
-from .dispatch import explained, use_triton
-from .int8 import BLOCK, is_row_scale, operations
+from ..dispatch import explained, use_triton
+from ..int8 import BLOCK, is_row_scale, operations
 
 FAMILIES = ("quantize", "norm", "int8_mm")
 

@@ -1,0 +1,132 @@
+"""One block of Wan's transformer: self-attention, dense or sparse-linear, cross-attention, and the feed-forward part.
+
+Where kernels compute, a block whose ten linears are int8 runs as fused.block.
+"""
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..dispatch import learning
+from ..int8 import is_row_scale
+from ..sla import sla_from_qkv, sparse_linear_attention
+from . import fused
+from .layers import Int8Linear, RMSNorm, apply_rope, by_slices, layer_norm, token_slices
+
+# the ten linears of a block that W8A8 replaces
+QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name."""
+
+    def __init__(self, dim, num_heads, eps, sla=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if sla:
+            head_dim = dim // num_heads
+            proj_l = nn.Linear(head_dim, head_dim)
+            self.attn_op = nn.ModuleDict({"local_attn": nn.ModuleDict({"proj_l": proj_l})})
+
+    @property
+    def proj_l(self):
+        return self.attn_op["local_attn"]["proj_l"] if hasattr(self, "attn_op") else None
+
+    def forward(self, x, context=None, angles=None, topk=None, precision="bf16"):
+        """x [B, L, dim]; context [B, keys, dim] makes it cross-attention; angles [L, head_dim / 2] are RoPE's."""
+        source = x if context is None else context
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k = self.norm_k(self.k(source)).unflatten(-1, heads)
+        v = self.v(source).unflatten(-1, heads)
+        if angles is not None:
+            q = apply_rope(q, angles)
+            k = apply_rope(k, angles)
+        if topk is None:
+            out = _attend(q, k, v)
+        else:
+            out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
+        del q, k, v  # three times the size of what o is about to make
+        return self.o(out)
+
+    def _projection(self):
+        return (None, None) if self.proj_l is None else (self.proj_l.weight, self.proj_l.bias)
+
+    def attend_self(self, qkv, sums, quantized, angles, topk=None, precision="bf16"):
+        """Self-attention between the products, see fused.block. Overwrites qkv."""
+        qkv = qkv.unflatten(-1, (self.num_heads, -1))
+        if topk is not None:
+            weights = self.norm_q.weight, self.norm_k.weight, self.norm_q.eps
+            turn = angles.cos(), angles.sin()
+            out = sla_from_qkv(qkv, sums, *weights, *turn, *self._projection(), topk, precision, quantized)
+            return out if isinstance(out, tuple) else out.flatten(2)
+        q, k, v = qkv
+        for x, norm in ((q, self.norm_q), (k, self.norm_k)):
+            for part in token_slices(x):  # in place: no copies of q and k beside them
+                x[:, part] = apply_rope(norm(x[:, part].flatten(2)).view_as(x[:, part]), angles[part])
+        return _attend(q, k, v)
+
+    def attend_text(self, q, k, v):
+        """Cross-attention between the products, see fused.block."""
+        heads = (self.num_heads, -1)
+        return _attend(*(t.unflatten(-1, heads) for t in (self.norm_q(q), self.norm_k(k), v)))
+
+
+def _attend(q, k, v):
+    """Dense attention of [B, L, H, D] -> [B, L, H * D]."""
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, ffn_dim, num_heads, eps, sla):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(dim, num_heads, eps, sla)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = Attention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
+        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
+        modulation = (self.modulation.float() + modulation).chunk(6, 1)
+        if fused.pays(x.device) and self.is_int8() and not learning(x, context, *modulation, *self.parameters()):
+            return self.fused(x, modulation, context, angles, topk, precision)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+
+        def modulated(x, shift, scale):
+            return by_slices(lambda x: torch.addcmul(shift, layer_norm(x, self.eps), 1 + scale).to(x.dtype), x)
+
+        def normed(x):
+            return layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
+
+        attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision)
+        x = torch.addcmul(x, attend(modulated(x, shift1, scale1)), gate1.to(x.dtype))
+        x = x + self.cross_attn(by_slices(normed, x), context)
+        y = modulated(x, shift2, scale2)
+        y = by_slices(self.ffn, y.view(1, -1, y.shape[-1])).view_as(x)  # one batch: int8 blocks run through samples
+        return torch.addcmul(x, y, gate2.to(x.dtype))
+
+    def is_int8(self) -> bool:
+        """True where the ten linears are int8 in one format."""
+        layers = [self.get_submodule(name) for name in QUANTIZED_LINEARS]
+        return all(isinstance(layer, Int8Linear) for layer in layers) and (
+            len({is_row_scale(layer.weight, layer.weight_scale) for layer in layers}) == 1
+        )
+
+    def fused(self, x, modulation, context, angles, topk=None, precision="bf16"):
+        """The same by fused.block; modulation: six float32 [B, 1, dim]."""
+
+        def borrow(*names):
+            layers = [self.get_submodule(name) for name in names]
+            return contextlib.nullcontext([(layer.weight, layer.weight_scale, layer.bias) for layer in layers])
+
+        attend = functools.partial(self.self_attn.attend_self, angles=angles, topk=topk, precision=precision)
+        heads, norm3 = self.self_attn.num_heads, (self.norm3.weight, self.norm3.bias)
+        modulation = [part.flatten(0, 1) for part in modulation]
+        return fused.block(x, context, modulation, borrow, attend, self.cross_attn.attend_text, norm3, heads, self.eps)
