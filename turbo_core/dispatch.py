@@ -113,7 +113,7 @@ def learning(*tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class _Explained:
+class explained:
     """A context in which a kernel's failure to compile or to start is told as a TurboError that names the cure."""
 
     def __enter__(self):
@@ -127,6 +127,3 @@ class _Explained:
                 f"{error}. Cure: set the environment variable {SWITCH}=torch, then PyTorch computes instead, slower; "
                 "and report this with your card and driver."
             ) from error
-
-
-explained = _Explained()

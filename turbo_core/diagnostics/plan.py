@@ -13,7 +13,6 @@ workspaces of libraries take on top is the allowance RESERVED.
 import math
 from typing import NamedTuple
 
-from ..wan import layers
 from ..checkpoint.describe import Description
 from ..checkpoint.formats import FLOATS, FORMATS, INTEGERS
 from ..checkpoint.names import is_delicate, is_quantizable
@@ -25,6 +24,7 @@ from ..pipeline.sizes import latent_shape
 from ..sla import PRECISIONS
 from ..sla.blocks import kept_blocks
 from ..sla.reference import GATHERED, SLICE
+from ..wan.layers import SLICE as WAN_SLICE
 
 GIB = 2**30
 RESERVED = GIB  # driver, desktop, workspaces: an allowance, not a measurement
@@ -101,7 +101,7 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
     """
     size = model.sizes
     e = tokens * size.dim
-    part = min(tokens, max(1, layers.SLICE // size.dim // 128) * 128)  # tokens of a slice
+    part = min(tokens, max(1, WAN_SLICE // size.dim // 128) * 128)  # tokens of a slice
     s = part * size.dim
     everywhere = {
         "latents and their conditioning, float32": 16 * tokens * (size.in_dim + size.out_dim),

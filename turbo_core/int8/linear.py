@@ -36,7 +36,7 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     if bias is not None:
         check_float(name, "bias", bias, (n,), x.device)
     operands = x.reshape(-1, x.shape[-1]), weight_q, weight_scale.float(), bias
-    with explained:
+    with explained():
         y = (_by_kitchen if _takes_kitchen(*operands) else _operations(*operands).int8_linear)(*operands)
     return y.view(*x.shape[:-1], n)
 

@@ -36,7 +36,7 @@ def _operator(name, families, arguments, results, empty):
     """turbowan::name. empty: the same arguments -> results of the right shapes and dtypes."""
 
     def run(*given):
-        with explained:
+        with explained():
             out = getattr(_eager(given[0].device, families), name)(*given)
         # an operator returns tensors only: the statistics that were not asked for are empty
         return tuple(given[0].new_empty(0) if t is None else t for t in out) if isinstance(out, tuple) else out

@@ -19,7 +19,7 @@ def quantize_block(x, seed: int = 0):
     _check_matrix(x, "quantize_block")
     if seed > 0:
         return reference.quantize_block(x, seed)
-    with explained:
+    with explained():
         return _operations(x).quantize_block(x)
 
 
@@ -33,7 +33,7 @@ def quantize_rows(x, out=None):
     for t, shape, dtype in zip(out or (), (x.shape, (x.shape[0], 1)), (torch.int8, torch.float32)):
         if t.shape != shape or t.dtype != dtype or t.device != x.device or not t.is_contiguous():
             refuse("quantize_rows", "out", f"contiguous {dtype} {list(shape)} beside x", f"{t.dtype} {list(t.shape)}")
-    with explained:
+    with explained():
         if out is None:
             return _operations(x).quantize_rows(x)
         if not torch.compiler.is_compiling():

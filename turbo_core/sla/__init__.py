@@ -102,7 +102,7 @@ def sparse_linear_attention(
     if coverage == 1.0:
         topk, coverage = 1.0, None
     operands = q, k, v, proj_weight, proj_bias
-    with explained:
+    with explained():
         run = operations(q, *operands[1:])
         return run.sparse_linear_attention(*operands, topk, coverage, block_q, block_k, precision)
 
@@ -151,7 +151,7 @@ def sla_from_qkv(
     if coverage == 1.0:
         topk, coverage = 1.0, None
     operands = qkv, sums, norm_q_weight, norm_k_weight, eps, cos, sin, proj_weight, proj_bias
-    with explained:
+    with explained():
         run = operations(*operands[:4], *operands[5:])
         attend = run.sla_from_qkv_quantized if quantize else run.sla_from_qkv
         return attend(*operands, topk, coverage, precision)

@@ -36,7 +36,7 @@ def _operator(name, arguments, results, empty):
     """turbowan::name. empty: the same arguments -> results of the right shapes and dtypes."""
 
     def run(*given):
-        with explained:
+        with explained():
             return getattr(_eager(given[0]), name)(*given)
 
     schema = f"({arguments}) -> {results}"

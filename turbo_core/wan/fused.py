@@ -32,7 +32,7 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     Who computes is asked once; operands were checked when the weights were loaded. Raises TurboError where a kernel
     cannot start.
     """
-    with explained:
+    with explained():
         run = operations(x.device)
         return _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps)
 

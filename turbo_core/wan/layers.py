@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if use_triton(x.device, "norm") and x.dtype in FLOATS and not learning(x, self.weight):
-            with explained:
+            with explained():
                 rows = x.reshape(-1, x.shape[-1])
                 return operations(x.device, ("norm",)).rms_norm(rows, self.weight, self.eps).view(x.shape)
         weight = self.weight.float()
