@@ -1,4 +1,9 @@
-"""Launch parameters of the int8 matrix products: the shipped table, and a card's own measured one."""
+"""Launch parameters of the int8 products, by card and form: a table that comes with the pack, and one tuned here.
+
+The shipped table is not measured. It was chosen from what the compiler makes for each card: no spills, the fewest
+instructions for each 128 products, two programs on a multiprocessor where registers allow. `turbo-core tune` measures
+and writes a table of this machine, which then takes its place.
+"""
 
 import functools
 import json
@@ -24,8 +29,8 @@ class Config(NamedTuple):
 
 
 # one program a tile; or as many programs as multiprocessors, with the tensor memory accelerator (sm_90 on), then with
-# warps of their own for loads and products, then with the loops over tiles and over K made one
-VARIANTS = ("pointers", "persistent", "specialized", "flattened")
+# warps of their own for loads and products
+VARIANTS = ("pointers", "persistent", "specialized")
 FORMS = ("block plain", "block quantize", "block residual", "block qkv", "row plain", "row residual", "row qkv")
 LENGTHS = ("short", "long")
 SHORT = 1024  # rows: text, single frames; tiles of half the height fill the card better

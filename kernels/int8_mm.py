@@ -2,7 +2,7 @@
 
 x [M, K] and w [N, K]. Block format: one scale for each 128 x 128 block, [ceil(M/128), ceil(K/128)] and [ceil(N/128),
 ceil(K/128)]; the sums of each 128 products become float32, exactly, and are scaled and added. Row format: [M, 1] and
-[N, 1]; one int32 sum, scaled once. y is [M, N], everything contiguous. Twins: turbo_core/int8_twins.py.
+[N, 1]; one int32 sum, scaled once. y is [M, N], everything contiguous. Its reference: turbo_core/int8/reference.py.
 """
 
 import torch
@@ -122,8 +122,9 @@ def int8_mm_kernel(
 def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=None, card=None, **epilogue):
     """(kernel, grid, arguments, options) of a launch; launch.run runs it.
 
-    form: "plain", "quantize", "residual" or "qkv". config: a launch.Config, default from the table. card: the kind to
-    prepare for, see launch.card_kind, default that of x's device. epilogue: further operands of finish_tile by name.
+    form: "plain", "quantize", "residual" or "qkv". config: an int8_configs.Config, default from the table. card: the
+    kind to prepare for, see int8_configs.card_kind, default that of x's device. epilogue: further operands of
+    finish_tile by name.
     """
     (m, k), n = x_q.shape, weights[0].shape[0]
     blocks = -(-k // SPAN)
@@ -158,7 +159,7 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
         return int8_mm_kernel, (tiles,), arguments, options | {"EVEN_K": k % SPAN == 0, "DEPTH": config.depth}
     if config.depth != SPAN:
         raise ValueError(f"the dots of this variant are {SPAN} deep, got {config}")
-    options |= {"SPECIALIZE": config.variant != "persistent", "FLATTEN": config.variant == "flattened"}
+    options |= {"SPECIALIZE": config.variant == "specialized"}
     return int8_mm_persistent_kernel, (min(tiles, launch.processors(x_q.device)),), arguments, options
 
 

@@ -1,7 +1,7 @@
 """The int8 product with as many programs as the card has multiprocessors, fed by the tensor memory accelerator.
 
 For cards from sm_90 on. Same operands and results as int8_mm_kernel; K a multiple of 16, addresses of 16 bytes.
-Beyond the matrix the accelerator reads zeros.
+Beyond the matrix the accelerator reads zeros. No shipped row selects it; `turbo-core tune` can, on sm_90 and sm_120.
 """
 
 import triton
@@ -41,7 +41,6 @@ def int8_mm_persistent_kernel(
     GROUP_M: tl.constexpr,
     SPAN: tl.constexpr,
     SPECIALIZE: tl.constexpr,  # warps of their own for loads and products
-    FLATTEN: tl.constexpr,  # the loops over tiles and over K into one
 ):
     # one program owns every num_programs-th tile of y
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -51,7 +50,7 @@ def int8_mm_persistent_kernel(
     if weights == 1:
         w_tiles = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, SPAN])
     tiles = tiles_m * tiles_n * weights
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZE, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         row, column = tile_place(tile, tiles_m, weights * tiles_n, GROUP_M)
         which = column // tiles_n
         column = column % tiles_n

@@ -1,9 +1,4 @@
-"""Launch parameters of the int8 products, by card and form: a table that comes with the pack, and one tuned here.
-
-The shipped table is not measured. It was chosen from what the compiler makes for each card: no spills, the fewest
-instructions for each 128 products, two programs on a multiprocessor where registers allow. `turbo-core tune` measures
-and writes a table of this machine, which then takes its place.
-"""
+"""Launching a kernel: on the device of its operands, with one error for all that can go wrong."""
 
 import contextlib
 import contextvars

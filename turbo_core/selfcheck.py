@@ -21,10 +21,10 @@ from .int8 import reference as int8_reference
 from .sla import reference as sla_reference
 
 BF16, FP16 = HALVES = (torch.bfloat16, torch.float16)
-# norm of the difference to that of the twin's result
+# norm of the difference to that of the reference's result
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-4}
 SPARSE = {"bf16": 2e-2, "int8": 6e-2}  # scores and probabilities are rounded at other places
-CHANGED = 0.01  # share of int8 values that may be the neighbour of the twin's
+CHANGED = 0.01  # share of int8 values that may be the neighbour of the reference's
 STATS = (1e-3, 1e-2)  # of a span's deviation, of its sum of squares: one bfloat16 rounded the other way is a tenth
 WORST = 10  # so much more is allowed in a single row: one bad row must not hide behind many good ones
 

@@ -1,7 +1,7 @@
 """Measure how the int8 products are best cut up on this card, and keep the answer for it (`turbo-core tune`).
 
-The pack ships a table that was chosen without a card (kernels/launch.py). Every candidate is held to the result of the
-plainest launch before it is timed; candidates take turns, so that a card that slows down slows all of them.
+The pack ships a table that was chosen without a card (kernels/int8_configs.py). Every candidate is held to the result
+of the plainest launch before it is timed; candidates take turns, so that a card that slows down slows all of them.
 """
 
 import logging
@@ -16,7 +16,7 @@ from ..errors import TurboError
 from ..selfcheck import prove
 
 WARMUP, ROUNDS = 2, 7
-# M of each length, (N, K) of each form: the 14B model's, see kernels.launch.LENGTHS
+# M of each length, (N, K) of each form: the 14B model's, see kernels.int8_configs.LENGTHS
 ROWS = {"short": 512, "long": 32760}
 SIZES = {"plain": (5120, 5120), "quantize": (13824, 5120), "residual": (5120, 13824), "qkv": (5120, 5120)}
 TOLERANCE = 1e-2  # of the largest value: candidates add in the same order, their output type rounds
@@ -25,7 +25,7 @@ TOLERANCE = 1e-2  # of the largest value: candidates add in the same order, thei
 class Case(NamedTuple):
     """One entry of the table to be found."""
 
-    form: str  # of kernels.launch.FORMS
+    form: str  # of kernels.int8_configs.FORMS
     length: str
     m: int
     n: int
@@ -39,7 +39,7 @@ def default_cases() -> list[Case]:
 
 
 def candidates(form: str, kind: str | None) -> list:
-    """The launches to try for a form on a kind of card, kernels.launch.card_kind; the plainest first."""
+    """The launches to try for a form on a kind of card, kernels.int8_configs.card_kind; the plainest first."""
     from ..kernels.int8_configs import DEFAULT
 
     plain = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4)]
@@ -55,8 +55,6 @@ def candidates(form: str, kind: str | None) -> list:
         plain += [DEFAULT._replace(variant="persistent", warps=warps) for warps in (8, 4)]
     if kind == "sm_90" and form != "block quantize":  # Triton 3.9 fails on that one
         plain += [DEFAULT._replace(variant="specialized", warps=4, stages=stages) for stages in (3, 4)]
-    if kind == "sm_100":
-        plain += [DEFAULT._replace(variant="flattened", stages=stages) for stages in (3, 4)]
     return plain
 
 
