@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.write import write_safetensors
 from ..errors import TurboError
 from ..pipeline.inputs import check_experts, check_model
-from ..pipeline.text import clean_prompt, encode_text
+from ..pipeline.text import TEXT_LENGTH, clean_prompt, encode_text
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
 _SMALL = ("latents", "text", "images")  # in bfloat16
@@ -72,18 +73,17 @@ def check_fits(data: Data, model, low=None) -> None:
 
 
 def batch(data: Data, count: int, random: torch.Generator, dropout=0.0, kept_frames: int | None = None, device="cpu"):
-    """(latents, what a TrainWan is told about them) of random clips.
+    """(latents, what a WanModel is told about them) of random clips.
 
-    They are told, by name: context and lengths of one of the clip's captions, or with the probability dropout of the
-    empty one; frames, the places of the kept_frames latent frames that the batch shows; y, where there are images.
+    They are told, by name: context and context_bias of one of the clip's captions, or with the probability dropout of
+    the empty one; frames, the places of the kept_frames latent frames that the batch shows; y, where there are images.
     """
     rows = torch.randint(len(data.latents), (count,), generator=random)
     wording = torch.randint(data.captions_of.shape[1], (count,), generator=random)
     empty = torch.rand(count, generator=random) < dropout
     captions = data.captions_of[rows, wording].masked_fill(empty, 0)
     frames = frames_of(data.latents.shape[2], kept_frames, random)
-    context, lengths = text_rows(data, captions, device)
-    told = {"context": context, "lengths": lengths, "frames": frames.to(device)}
+    told = text_rows(data, captions, device) | {"frames": frames}
     if data.images is not None:
         told["y"] = data.images[rows][:, :, frames].float().to(device)
     return data.latents[rows][:, :, frames].float().to(device), told
@@ -99,13 +99,22 @@ def frames_of(total: int, kept: int | None, random: torch.Generator):
 
 
 def text_rows(data: Data, rows: torch.Tensor, device="cpu"):
-    """(context float32, lengths) of rows of text."""
-    return data.text[rows].float().to(device), data.lengths[rows].to(device)
+    """{"context": [rows, tokens + 1, text_dim], "context_bias": [rows, tokens + 1]} of rows of text, as a WanModel is
+    told them.
+
+    In a video's making a prompt is padded with zeros to 512 tokens. All of those are the same key: it is given once,
+    with the logarithm of their number as its bias, and what else lies behind the prompt has no weight.
+    """
+    lengths, place = data.lengths[rows, None], torch.arange(data.text.shape[1] + 1)
+    pads = (TEXT_LENGTH - lengths).clamp_min(0).log()
+    bias = torch.where(place < lengths, 0.0, torch.where(place == lengths, pads, -torch.inf))
+    context = F.pad(data.text[rows].float(), (0, 0, 0, 1)) * (place < lengths)[..., None]
+    return {"context": context.to(device), "context_bias": bias.to(device)}
 
 
 def encode_captions(encoder, tokenize, captions: list[str]):
     """(text [M, tokens, text_dim], lengths [M]): no longer than the longest of them."""
     lengths = torch.tensor([len(tokenize(clean_prompt(caption))) for caption in captions])
-    longest = int(lengths.max())
+    longest = min(TEXT_LENGTH, int(lengths.max()))
     parts = [encode_text(encoder, tokenize, captions[i : i + 64], longest) for i in range(0, len(captions), 64)]
     return torch.cat(parts).clone(), lengths.clamp_max(longest)

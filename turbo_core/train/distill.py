@@ -11,7 +11,7 @@ import torch
 from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
 from . import engine, optim, precision
-from .dit import train_dense
+from .models import train_dense
 from .teacher import GUIDANCE, SHIFT, guided, mix, shifted, times
 
 GRID = 24  # finite steps from noise to clip
@@ -22,7 +22,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
           device="cpu", shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
-    student, teacher, fake: TrainWan models, or Experts; the teacher is not changed. The fake score should begin with
+    student, teacher, fake: WanModels, or Experts; the teacher is not changed. The fake score should begin with
     the teacher's weights, and the student with those or an earlier student's. alone: share of the steps with
     consistency only, in which the fake score already learns what the student makes. weight: of distribution matching.
     ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate and grow a

@@ -1,32 +1,62 @@
 """Transformers in and out of training: float32 copies to train, bfloat16 files that every loader takes."""
 
+import functools
 import json
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from .. import checkpoint
 from ..checkpoint.names import PROJ_L, is_delicate
 from ..checkpoint.write import stream_safetensors
 from ..errors import TurboError
+from ..wan import WanModel
 from . import engine
-from .dit import TrainWan, trainable
 from .experts import Experts
 from .optim import whole
 
 TINY = {"dim": 128, "ffn_dim": 512, "num_heads": 2, "num_layers": 6, "text_dim": 64}
 
 
-def new_model(seed: int = 0, **sizes) -> TrainWan:
+def new_model(seed: int = 0, **sizes) -> WanModel:
     """A transformer with random weights, of TinyWan's sizes unless others are given; its last layer is zero."""
     torch.manual_seed(seed)
-    model = TrainWan(**(TINY | sizes))
+    model = WanModel(**(TINY | sizes))
     torch.nn.init.zeros_(model.head.head.weight)
     torch.nn.init.zeros_(model.head.head.bias)
     return model
 
 
-def with_image(model: TrainWan) -> TrainWan:
+def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> WanModel:
+    """A model in float32 with the weights of a canonical state dict; sla adds proj_l, all zeros, where it lacks."""
+    model = WanModel.from_state_dict(state, torch.float32, device, num_heads)
+    if sla and not model.has_sla:
+        size = model.dim // model.num_heads
+        blank = {"weight": torch.zeros(size, size), "bias": torch.zeros(size)}
+        proj_l = [f"blocks.{index}.{PROJ_L}" for index in range(len(model.blocks))]
+        state = state | {f"{name}.{part}": tensor for name in proj_l for part, tensor in blank.items()}
+        model = WanModel.from_state_dict(state, torch.float32, device, model.num_heads)
+    # the weights are mapped to their file: copies may be written to
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.train().requires_grad_(True)
+
+
+def train_dense(model: torch.nn.Module) -> None:
+    """Leave proj_l alone: dense attention does not use it, and processes wait for every gradient that is due."""
+    for name, parameter in model.named_parameters():
+        if PROJ_L in name:
+            parameter.requires_grad_(False)
+
+
+def recompute_blocks(model: WanModel) -> None:
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    for block in model.blocks:
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def with_image(model: WanModel) -> WanModel:
     """A text-to-video model that also takes the 20 channels of an image, see pipeline.encode_image, and is blind to
     them so far."""
     state = model.state_dict()
@@ -34,7 +64,7 @@ def with_image(model: TrainWan) -> TrainWan:
     return trainable(state | {"patch_embedding.weight": blind}, model.num_heads, blind.device)
 
 
-def load_model(path, device="cpu", sla: bool = False) -> TrainWan:
+def load_model(path, device="cpu", sla: bool = False) -> WanModel:
     """A checkpoint of any readable format to train on; sla adds proj_l where it has none.
 
     Raises TurboError for a quantized file: its rounding is no start for training.
@@ -47,21 +77,21 @@ def load_model(path, device="cpu", sla: bool = False) -> TrainWan:
     return trainable(state, description.num_heads, device, sla)
 
 
-def load_models(paths, boundary: float, device="cpu", sla=False, checkpointing=False) -> TrainWan | Experts:
+def load_models(paths, boundary: float, device="cpu", sla=False, checkpointing=False) -> WanModel | Experts:
     """One checkpoint, or the high- and the low-noise expert's, to train on; see load_model."""
     loaded = [load_model(path, device, sla) for path in paths]
-    for model in loaded:
-        model.checkpointing = checkpointing
+    for model in loaded if checkpointing else ():
+        recompute_blocks(model)
     return Experts(*loaded, boundary) if loaded[1:] else loaded[0]
 
 
-def save_models(model: TrainWan | Experts, paths, world: str = "") -> None:
+def save_models(model: WanModel | Experts, paths, world: str = "") -> None:
     """Write a model to its path, or experts to theirs, high noise first; see save_model."""
     for part, path in zip(model.parts if isinstance(model, Experts) else [model], paths):
         save_model(part, path, world)
 
 
-def save_model(model: TrainWan, path, world: str = "") -> None:
+def save_model(model: WanModel, path, world: str = "") -> None:
     """Write bfloat16 safetensors under the official names; norms, modulation and proj_l stay float32.
 
     Where processes share the weights all of them must call it; the first one writes. world: kept in the metadata as

@@ -2,10 +2,11 @@
 
 import torch
 
+from ..wan import WanModel
 from . import data as data_module
 from . import engine, optim, precision
-from .dit import TrainWan, train_dense
 from .experts import Experts
+from .models import train_dense
 
 SHIFT = 3.0  # of the time, as Wan is sampled
 GUIDANCE = 3.0
@@ -29,7 +30,7 @@ def mix(clean, noise, t):
     return (1 - t) * clean + t * noise
 
 
-def train(model: TrainWan | Experts, data, folder, steps, batch=16, kept_frames=None, muon_lr=2e-3, lr=1e-3,
+def train(model: WanModel | Experts, data, folder, steps, batch=16, kept_frames=None, muon_lr=2e-3, lr=1e-3,
           decay=0.998, dropout=0.1, shift=SHIFT, seed=0, seconds=None, device="cpu", shard=False,
           log=print):  # fmt: skip
     """Train model by flow matching on a Data; returns (moving average of the weights, history).
@@ -62,15 +63,10 @@ def train(model: TrainWan | Experts, data, folder, steps, batch=16, kept_frames=
 
 @torch.no_grad()
 def guided(model, x, t, told, empty, guidance: float):
-    """Velocity float32 with classifier-free guidance; t [B] in 0 to 1; told: see data.batch; empty: (context, lengths)
-    of the empty caption."""
+    """Velocity float32 with classifier-free guidance; t [B] in 0 to 1; told: see data.batch; empty: see data.text_rows."""
     if guidance == 1.0:
         return model(x, 1000 * t, **told).float()
-    context = told["context"]
-    blank, blank_lengths = (part.expand(len(x), *part.shape[1:]) for part in empty)
-    width = context.shape[1] - blank.shape[1]
-    blank = torch.nn.functional.pad(blank, (0, 0, 0, width)) if width > 0 else blank[:, : context.shape[1]]
-    both = {"context": torch.cat([context, blank]), "lengths": torch.cat([told["lengths"], blank_lengths])}
+    both = {name: torch.cat([told[name], part.expand_as(told[name])]) for name, part in empty.items()}
     if "y" in told:
         both["y"] = torch.cat([told["y"], told["y"]])
     velocity = model(torch.cat([x, x]), 1000 * torch.cat([t, t]), **(told | both))

@@ -37,8 +37,9 @@ class Attention(nn.Module):
     def proj_l(self):
         return self.attn_op["local_attn"]["proj_l"] if hasattr(self, "attn_op") else None
 
-    def forward(self, x, context=None, angles=None, topk=None, precision="bf16"):
-        """x [B, L, dim]; context [B, keys, dim] makes it cross-attention; angles [L, head_dim / 2] are RoPE's."""
+    def forward(self, x, context=None, angles=None, topk=None, precision="bf16", bias=None):
+        """x [B, L, dim]; context [B, keys, dim] makes it cross-attention; angles [L, head_dim / 2] are RoPE's; bias
+        [B, keys] is added to the scores of dense attention."""
         source = x if context is None else context
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)
@@ -48,7 +49,7 @@ class Attention(nn.Module):
             q = apply_rope(q, angles)
             k = apply_rope(k, angles)
         if topk is None:
-            out = _attend(q, k, v)
+            out = _attend(q, k, v, bias)
         else:
             out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
         del q, k, v  # three times the size of what o is about to make
@@ -77,9 +78,10 @@ class Attention(nn.Module):
         return _attend(*(t.unflatten(-1, heads) for t in (self.norm_q(q), self.norm_k(k), v)))
 
 
-def _attend(q, k, v):
-    """Dense attention of [B, L, H, D] -> [B, L, H * D]."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+def _attend(q, k, v, bias=None):
+    """Dense attention of [B, L, H, D] -> [B, L, H * D]; bias [B, keys] is added to the scores."""
+    bias = None if bias is None else bias[:, None, None].to(q.dtype)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), bias).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -92,10 +94,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, modulation, context, angles, topk=None, precision="bf16"):
-        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]."""
+    def forward(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None):
+        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]; context_bias [B, keys] or None."""
         modulation = (self.modulation.float() + modulation).chunk(6, 1)
-        if fused.pays(x.device) and self.is_int8() and not learning(x, context, *modulation, *self.parameters()):
+        runs_fused = context_bias is None and fused.pays(x.device) and self.is_int8()
+        if runs_fused and not learning(x, context, *modulation, *self.parameters()):
             return self.fused(x, modulation, context, angles, topk, precision)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
@@ -107,7 +110,7 @@ class Block(nn.Module):
 
         attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision)
         x = torch.addcmul(x, attend(modulated(x, shift1, scale1)), gate1.to(x.dtype))
-        x = x + self.cross_attn(by_slices(normed, x), context)
+        x = x + self.cross_attn(by_slices(normed, x), context, bias=context_bias)
         y = modulated(x, shift2, scale2)
         y = by_slices(self.ffn, y.view(1, -1, y.shape[-1])).view_as(x)  # one batch: int8 blocks run through samples
         return torch.addcmul(x, y, gate2.to(x.dtype))

@@ -138,12 +138,14 @@ class WanModel(nn.Module):
         model.load_state_dict({k: place(k, v) for k, v in sd.items()}, assign=True)
         return model.eval().requires_grad_(False)
 
-    def forward(self, x, timestep, context, y=None, topk=None, precision="bf16"):
+    def forward(self, x, timestep, context, y=None, topk=None, precision="bf16", frames=None, context_bias=None):
         """Velocity of the rectified flow.
 
         x [B, 16, T, H, W] latent (H and W even); timestep [B], 0 to 1000; context [B, tokens, text_dim];
         y [B, in_dim - 16, T, H, W] for image-to-video: 4 mask channels, then the 16 of the encoded clip.
         topk None: dense attention; else sparse-linear attention, see turbo_core.sla.
+        frames: int64 [T], the places in time of x's latent frames, default 0 to T - 1. context_bias [B, tokens]: what
+        is added to the score of each token of the context, for one that stands for many or is to be ignored.
         Returns [B, 16, T, H, W] in x's dtype.
         """
         if y is not None:
@@ -161,9 +163,9 @@ class WanModel(nn.Module):
         time = float_linear(project, silu(float_linear(embed, timestep_embedding(timestep, self.freq_dim))))
         modulation = float_linear(self.time_projection[1], F.silu(time)).unflatten(1, (6, self.dim))
         context = self.text_embedding(context.to(dtype))
-        angles = rope_angles(grid, self.dim // self.num_heads, tokens.device)
+        angles = rope_angles(grid, self.dim // self.num_heads, tokens.device, frames)
         for block in self.blocks:
-            tokens = block(tokens, modulation, context, angles, topk, precision)
+            tokens = block(tokens, modulation, context, angles, topk, precision, context_bias)
         out = self.head(tokens, time)
         b, (t, h, w) = out.shape[0], grid
         out = out.view(b, t, h, w, *PATCH, self.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
