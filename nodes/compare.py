@@ -1,9 +1,10 @@
 """TurboCompare: two MODELs on the same states, block by block and step by step, as a picture and a table."""
 
+import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..turbo_core.diagnostics.charts import draw
+from ..turbo_core.diagnostics.charts import heat_map, sheet
 from ..turbo_core.diagnostics.compare import error_of, panels, table
 from ..turbo_core.errors import TurboError
 from ..turbo_core.schedule import MAX_STEPS
@@ -100,7 +101,8 @@ class TurboCompare(io.ComfyNode):
         errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]
         figures = sigmas.tolist(), errors, denoised, trial.recalls(*size)
         head = [f"A: {summary(model_a)}", f"B: {summary(model_b)}"]
-        picture = torch.from_numpy(draw(TITLE, head, panels(*figures))).float()[None] / 255
+        drawn = sheet(TITLE, head, [heat_map(panel) for panel in panels(*figures)])
+        picture = torch.from_numpy(np.array(drawn)).float()[None] / 255
         text = table([TITLE, *head], *figures)
         show(cls, text)
         return io.NodeOutput(picture, text, a, b, ui=ui.PreviewImage(picture, cls=cls))

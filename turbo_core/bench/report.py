@@ -1,11 +1,10 @@
 """What a benchmark found: a table in the terminal, Markdown for a page, JSON for machines."""
 
-import contextlib
 import json
-import os
 from pathlib import Path
 
 from ..errors import TurboError
+from ..files import complete_or_nothing
 
 SCHEMA = 1
 HEADER = ("contender", "ms", "p10-p90", "rate", "of machine", "x base", "error")
@@ -104,34 +103,19 @@ def markdown(report: dict) -> str:
 
 def write(path: Path, content: bytes) -> None:
     """Write aside and rename, so that nobody reads half a file and an interruption leaves the old one."""
-    aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        with complete_or_nothing(path) as part:
+            part.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise TurboError(f"{path} could not be written ({error}). Check the folder and its rights.") from error
 
 
-def save(report: dict, folder: Path) -> list[Path]:
-    """Write <group>.json, <group>.md and, where Pillow is, <group>.png to a folder; returns what was written."""
-    written = []
-    for suffix, make in (("json", _json), ("md", lambda r: markdown(r).encode()), ("png", _picture)):
-        content = make(report)
-        if content is not None:
-            path = folder / f"{report['group']}.{suffix}"
-            write(path, content)
-            written.append(path)
-    return written
-
-
-def _json(report):
-    return (json.dumps(report, indent=1) + "\n").encode()
-
-
-def _picture(report):
-    from ..diagnostics.bench_plot import draw
-
-    return draw(report)
+def save(report: dict, folder: Path, picture: bytes | None = None) -> list[Path]:
+    """Write <group>.json, <group>.md and, where there is a picture, <group>.png to a folder; returns what was
+    written."""
+    files = {"json": (json.dumps(report, indent=1) + "\n").encode(), "md": markdown(report).encode(), "png": picture}
+    paths = {folder / f"{report['group']}.{suffix}": content for suffix, content in files.items() if content}
+    for path, content in paths.items():
+        write(path, content)
+    return list(paths)

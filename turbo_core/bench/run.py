@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from ..diagnostics import charts
 from ..errors import TurboError
 from ..selfcheck import prove
 from . import attention, block, harness, linear, machine, streaming
-from .report import SCHEMA, save, show, write
+from .report import SCHEMA, describe, rate, save, show, write
 
 GROUPS = {
     "linear": (linear, 3),  # how many numbers its shapes have
@@ -95,9 +96,39 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECO
             report["cases"].append(measured)
             write(partial, json.dumps(report, indent=1).encode())
         report["limits_after"] = rates()[1]
-        for path in save(report, folder):
+        for path in save(report, folder, picture(report)):
             tell(str(path))
         with contextlib.suppress(OSError):
             partial.unlink()
         reports[group] = report
     return reports
+
+
+def picture(report: dict) -> bytes | None:
+    """The PNG of a report: one group of bars for each case, how many times as fast as its baseline, which stands at
+    the line. None without Pillow or a time; parts of a contender are left to the table."""
+    shown = [(case, [row for row in case["rows"] if _is_bar(row)]) for case in report["cases"][1:]]
+    shown = [(case, rows) for case, rows in shown if rows]
+    if not shown or not charts.available():
+        return None
+    limits = report["limits"]
+    units = {"copy": "gb_s", "product": "tflops"}
+    rates = [f"{name} {rate(limits, unit)}" for name, unit in units.items() if unit in limits]
+    lines = [describe(report["machine"]), "; ".join([*rates, *report["notes"]])]
+    parts = [_bars(case["name"], rows, case["baseline"]) for case, rows in shown]
+    return charts.png(charts.sheet(f"turbo-core bench {report['group']}", lines, parts), colours=64)
+
+
+def _is_bar(row):
+    return "speedup" in row and not (row["alone"] and row["error"] is None)
+
+
+def _bars(name, rows, baseline):
+    longest, bars = max(row["speedup"] for row in rows), []
+    for row in rows:
+        colour = charts.OURS if "turbo-core" in row["name"] else charts.OTHERS
+        colour = charts.BASE if row["name"] == baseline else colour
+        error = f"   error {row['error']:.0e}" if row.get("error") else ""
+        text = f"{row['speedup']:.2f}x   {row['ms']:.4g} ms{error}"
+        bars.append(charts.Bar(row["name"], row["speedup"] / longest, text, colour))
+    return charts.bars(name, bars, line=1 / longest)

@@ -116,7 +116,7 @@ def run_data(arguments) -> None:
 def run_stage(arguments) -> None:
     """teacher, distill or sparsify: a model, or two experts, and a data set in, the same out."""
     from .. import checkpoint
-    from ..diagnostics import curves
+    from ..diagnostics import charts
     from ..train import data, distill, engine, models, precision, sparsify, teacher
 
     _check_numbers(arguments)
@@ -156,7 +156,7 @@ def run_stage(arguments) -> None:
         average, history = distill.train(model, load(), load(), known, arguments.work, **options)
     models.save_models(average, outputs, world)
     if engine.rank() == 0:
-        curves.draw(history, arguments.work / "curves.png")
+        charts.save(charts.history(arguments.stage, history), arguments.work / "curves.png")
         print(*outputs, sep="\n")
 
 

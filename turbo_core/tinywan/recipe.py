@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..diagnostics import curves
+from ..diagnostics import charts
 from ..errors import TurboError
 from ..pipeline.text import load_text_encoder
 from ..train import distill, engine, models, record, sparsify, teacher
@@ -148,13 +148,13 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
 def _write(write, path: Path, history: list[dict]) -> None:
     """Write a file of the family and the curves of its training, from the first process."""
     if engine.rank() == 0:
-        curves.draw(history, path.parent / "work" / f"{path.stem}.png")
+        charts.save(charts.history(path.stem, history), path.parent / "work" / f"{path.stem}.png")
         write(path)
     engine.wait()
 
 
 def _write_models(run: _Run, model, paths, history: list[dict]) -> None:
     if engine.rank() == 0:
-        curves.draw(history, run.work / f"{paths[0].stem}.png")
+        charts.save(charts.history(paths[0].stem, history), run.work / f"{paths[0].stem}.png")
     models.save_models(model, paths, world.WORLD)
     engine.wait()

@@ -11,9 +11,9 @@ BOUNDARY = 0.9  # of the published image-to-video experts, in times of 0 to 1
 class Experts(torch.nn.Module):
     """high sees the clips at times from the boundary on, low the others; a batch may hold both.
 
-    A call is like one of WanModel, with a context_bias. Where several processes train, each expert always sees at least one clip, whose
-    velocity counts for nothing where it is the other's: they wait for each other's gradients, or shards, in every
-    block.
+    A call is like one of WanModel, with a context_bias. Where several processes train, each expert always sees at
+    least one clip, whose velocity counts for nothing where it is the other's: they wait for each other's gradients, or
+    shards, in every block.
     """
 
     def __init__(self, high: WanModel, low: WanModel, boundary: float = BOUNDARY):

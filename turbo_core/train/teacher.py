@@ -63,7 +63,8 @@ def train(model: WanModel | Experts, data, folder, steps, batch=16, kept_frames=
 
 @torch.no_grad()
 def guided(model, x, t, told, empty, guidance: float):
-    """Velocity float32 with classifier-free guidance; t [B] in 0 to 1; told: see data.batch; empty: see data.text_rows."""
+    """Velocity float32 with classifier-free guidance; t [B] in 0 to 1; told: see data.batch; empty: the empty caption,
+    see data.text_rows."""
     if guidance == 1.0:
         return model(x, 1000 * t, **told).float()
     both = {name: torch.cat([told[name], part.expand_as(told[name])]) for name, part in empty.items()}
