@@ -1,4 +1,4 @@
-"""How far two runs are apart, and how much of dense attention a block map keeps: the measures behind TurboCompare."""
+"""Turbo Compare: how far two runs are apart, how much of dense attention a block map keeps; as heat maps and as text."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ..sla import block_map, covering_map
 from .charts import Panel
 
-TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # what recall_by_topk tells about by default
+TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # what a comparison tells about beside the settings in use
+_GAP = "   "  # between the columns of the table
 
 
 def sample_tokens(length: int, count: int, device="cpu", seed: int = 0):
@@ -85,13 +86,6 @@ def recall_by_topk(q, k, topks=TOPKS, rows=None, block_q: int = 128, block_k: in
     return torch.stack(shares)
 
 
-_GAP = "   "
-
-
-def _row_with_mean(row):
-    return row.tolist() + [row.nanmean().item()]
-
-
 def panels(sigmas, errors, denoised, recall) -> list[Panel]:
     """Heat maps of a comparison.
 
@@ -120,6 +114,52 @@ def panels(sigmas, errors, denoised, recall) -> list[Panel]:
     return found
 
 
+def _row_with_mean(row):
+    return row.tolist() + [row.nanmean().item()]
+
+
+def table(head, sigmas, errors, denoised, recall) -> str:
+    """The same as text, below the lines of head; arguments as in panels."""
+    mean, least_head = recall.unbind(-1)
+    parts = [head, _by_step(sigmas, errors, denoised, mean[..., 0], least_head[..., 0])]
+    if mean[..., 0].isnan().all():
+        parts.append(["B's self-attention could not be seen: another node has taken its place."])
+    else:
+        parts += [*_by_topk(mean.nanmean(0)), _by_block(errors, mean[..., 0])]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _by_step(sigmas, errors, denoised, kept, least_head):
+    lines = ["step   sigma       x0   block 0   middle     last" + _GAP + "kept: mean  least head"]
+    for i, row in enumerate(errors):
+        cells = [denoised[i], row[0], row[len(row) // 2], row[-1]]
+        shares = _percent(kept[i].nanmean().item(), 10) + _percent(_least(least_head[i])[1], 12)
+        lines.append(f"{i + 1:4}{sigmas[i]:8.4f}" + "".join(map(_percent, cells)) + _GAP + shares)
+    return lines
+
+
+def _by_topk(kept):
+    """What each top-k keeps, and where the settings in use keep least; kept: [blocks, 1 + len(TOPKS)]."""
+    lines = ["top-k" + _GAP + "kept: mean  least block"]
+    for topk, shares in zip(TOPKS, kept.t()[1:]):
+        block, share = _least(shares)
+        lines.append(f"{topk:5g}{_GAP}{_percent(shares.nanmean().item(), 10)}{_percent(share, 13)} (block {block})")
+    own = kept[:, 0]
+    if not bool((own < 0.9999).any()):
+        return [lines]
+    worst = own.nan_to_num(torch.inf).argsort()[: max(1, len(own) // 8)].sort().values.tolist()
+    return [lines, [f"B keeps least in blocks {', '.join(map(str, worst))}: candidates for dense_blocks."]]
+
+
+def _by_block(errors, kept):
+    width = max(9 * len(errors), 20)
+    lines = [f"block  {'error at each step':<{width}}{_GAP}kept at each step"]
+    for block, shares in enumerate(kept.t().tolist()):
+        found = "".join(_percent(row[block]) for row in errors)
+        lines.append(f"{block:5}{found:<{width}}{_GAP}" + "".join(map(_percent, shares)))
+    return lines
+
+
 def _percent(value, width=9):
     """Right-aligned, of that width with the blank and sign: "  12.34 %"."""
     return f"{'-':>{width}}" if math.isnan(value) else f"{100 * value:{width - 2}.2f} %"
@@ -129,29 +169,3 @@ def _least(shares):
     """(index, value) of the smallest that is not nan; (0, nan) where all are."""
     index = int(shares.nan_to_num(torch.inf).argmin())
     return index, shares[index].item()
-
-
-def table(head, sigmas, errors, denoised, recall) -> str:
-    """The same as text, below the lines of head; arguments as in panels."""
-    steps, blocks = recall.shape[:2]
-    own, least_head = recall[:, :, 0, 0], recall[:, :, 0, 1]
-    lines = [*head, "", "step   sigma       x0   block 0   middle     last" + _GAP + "kept: mean  least head"]
-    for i, row in enumerate(errors):
-        cells = [denoised[i], row[0], row[blocks // 2], row[-1]]
-        kept = _percent(own[i].nanmean().item(), 10) + _percent(_least(least_head[i])[1], 12)
-        lines.append(f"{i + 1:4}{sigmas[i]:8.4f}" + "".join(map(_percent, cells)) + _GAP + kept)
-    if own.isnan().all():
-        return "\n".join([*lines, "", "B's self-attention could not be seen: another node has taken its place."])
-    by_block = recall[..., 0].nanmean(0)  # [blocks, 1 + top-k]
-    lines += ["", "top-k" + _GAP + "kept: mean  least block"]
-    for topk, shares in zip(TOPKS, by_block.t()[1:]):
-        block, share = _least(shares)
-        lines.append(f"{topk:5g}{_GAP}{_percent(shares.nanmean().item(), 10)}{_percent(share, 13)} (block {block})")
-    if bool((by_block[:, 0] < 0.9999).any()):
-        worst = by_block[:, 0].nan_to_num(torch.inf).argsort()[: max(1, blocks // 8)].sort().values.tolist()
-        lines += ["", f"B keeps least in blocks {', '.join(map(str, worst))}: candidates for dense_blocks."]
-    lines += ["", f"block  {'error at each step':<{max(9 * steps, 20)}}{_GAP}kept at each step"]
-    for b in range(blocks):
-        error, kept = ("".join(map(_percent, cells)) for cells in ([row[b] for row in errors], own[:, b].tolist()))
-        lines.append(f"{b:5}{error:<{max(9 * steps, 20)}}{_GAP}{kept}")
-    return "\n".join(lines)
