@@ -1,4 +1,4 @@
-"""Turbo Compare: how far two runs are apart, how much of dense attention a block map keeps; as heat maps and as text."""
+"""Turbo Compare: how far two runs are apart, how much of dense attention a block map keeps; as heat maps, as text."""
 
 import math
 
