@@ -12,7 +12,7 @@ from turbo_core.bench import attention, block, check, harness, linear, machine, 
 from turbo_core.bench.harness import Case, Contender, Missing
 from turbo_core.cli import main
 from turbo_core.cli.bench import BENCHMARKS
-from turbo_core.diagnostics import bench_plot
+from turbo_core.diagnostics import charts
 from turbo_core.errors import TurboError
 
 
@@ -338,7 +338,7 @@ def test_the_picture_opens_and_shows_ours_in_its_own_colour(tiny_group, tmp_path
     with image_module.open(tmp_path / "cpu" / "linear.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
         assert picture.format == "PNG" and picture.width > 600
-    assert {bench_plot._OURS, bench_plot._BASE} <= colours
+    assert {charts.OURS, charts.BASE} <= colours
 
 
 def test_an_interrupted_run_leaves_the_old_results_and_what_it_had(tiny_group, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The measures of TurboCompare against dense attention in float64, its table and its picture."""
+"""The measures of TurboCompare against dense attention in float64, its table and its heat maps."""
 
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from turbo_core.diagnostics.charts import badness, draw, percent
 from turbo_core.diagnostics.compare import (
     TOPKS,
     attention_recall,
@@ -127,33 +126,3 @@ def test_panels_average_what_they_say():
     error, kept, by_topk = panels(*figures())
     assert error.values[0][-1] == 0.02 and kept.values[0][-1] == pytest.approx((0.9 + 0.25 + 0.9) / 3)
     assert by_topk.rows == ["0.05", "0.1", "0.15", "0.2", "0.3", "0.5"] and len(by_topk.values) == 6
-
-
-# 99.6 % kept must not read 100, an error that exists must not read 0
-@pytest.mark.parametrize(
-    ("value", "kind", "text"),
-    [(0, "error", "0"), (1e-9, "error", "<.01"), (0.0005, "error", "0.05"), (0.0249, "error", "2.5"),
-     (0.375, "error", "38"), (math.nan, "error", "-"), (math.inf, "error", "inf"), (0.996, "recall", "99"),
-     (1.0, "recall", "100"), (1.0000001, "recall", "100"), (0.004, "recall", "0")],
-)  # fmt: skip
-def test_numbers_in_cells(value, kind, text):
-    assert percent(value, kind) == text
-
-
-def test_worse_is_darker():
-    pytest.importorskip("PIL")
-    worse = [badness(v, "error") for v in (0.0, 0.001, 0.01, 0.1, 1.0, math.inf)]
-    assert worse == sorted(worse) and worse[0] == 0 and worse[-1] == 1
-    picture = draw("title", ["a line"], panels(*figures())[:1])
-    # the cells of one row, left to right ten times the error each
-    middle = [picture[150, 120 + 72 * b + 4].astype(int).sum() for b in range(3)]
-    assert middle[0] > middle[1] > middle[2] > 0
-
-
-@pytest.mark.parametrize("blocks", [1, 40])
-def test_picture_holds_all_of_it(blocks):
-    pytest.importorskip("PIL")
-    picture = draw("title", ["模型 " + "long " * 30], panels(*figures(1, blocks)))
-    assert picture.dtype == np.uint8 and picture.ndim == 3
-    assert (picture[:, :10] == 255).all() and (picture[:, -4:] == 255).all(), "nothing is cut off at the sides"
-    assert (picture[-10:] == 255).all() and (picture != 255).any(2).mean() > 0.02

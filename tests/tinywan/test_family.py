@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 
-from turbo_core import checkpoint, files
+from turbo_core import checkpoint
 from turbo_core.cli import main
+from turbo_core.files import digest
 from turbo_core.pipeline.text import encode_text, load_text_encoder
 from turbo_core.tinywan import FILES, FOLDER, data, evaluate, judge, report, rows, vae, world
 from turbo_core.train.teacher import mix
@@ -47,9 +48,9 @@ def test_clips_come_back_from_the_vae(real):
 
 
 def test_the_report_and_the_card_are_about_these_files():
-    results = Path(__file__).parent.parent / "benchmarks" / "results" / "tinywan"
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "tinywan"
     found = evaluate.read(results / "quality.json")
-    files = {name: files.digest(paths) for name, paths in evaluate._needs(FOLDER).items()}
+    files = {name: digest(paths) for name, paths in evaluate._needs(FOLDER).items()}
     assert {row["name"]: row["of"]["files"] for row in found} == files
     table = report.markdown(found)
     for page in (results / "quality.md", FOLDER / "README.md"):

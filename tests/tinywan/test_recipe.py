@@ -49,9 +49,9 @@ def test_the_pair_is_what_the_loaders_take(family):
 def test_an_image_to_video_model_begins_blind_to_the_image(family):
     plain = models.load_model(family / FILES["teacher"])
     seeing = models.with_image(plain)
-    x, told = torch.randn(1, 16, 3, 8, 8), {"context": torch.randn(1, 4, 64), "lengths": torch.tensor([4])}
+    x, context = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 4, 64)
     time = torch.tensor([700.0])
-    assert torch.equal(seeing(x, time, **told, y=torch.randn(1, 20, 3, 8, 8)), plain(x, time, **told))
+    assert torch.equal(seeing(x, time, context, torch.randn(1, 20, 3, 8, 8)), plain(x, time, context))
     assert seeing.patch_embedding.weight.requires_grad
 
 

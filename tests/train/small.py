@@ -3,14 +3,14 @@
 import torch
 
 from turbo_core.train.data import Data
-from turbo_core.train.dit import TrainWan
 from turbo_core.train.experts import Experts
+from turbo_core.wan import WanModel
 
 
-def model(**more) -> TrainWan:
+def model(**more) -> WanModel:
     """Always the same weights."""
     torch.manual_seed(0)
-    return TrainWan(64, 96, 1, 2, text_dim=8, sla=True, **more)
+    return WanModel(64, 96, 1, 2, text_dim=8, sla=True, **more)
 
 
 def pair() -> Experts:

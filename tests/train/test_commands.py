@@ -10,7 +10,6 @@ from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint
 from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.cli import main
-from turbo_core.diagnostics import curves
 from turbo_core.pipeline.video import write_video
 from turbo_core.tinywan import FOLDER, evaluate, report
 from turbo_core.train import data, distill, models, sparsify
@@ -249,11 +248,3 @@ def test_evaluate_does_what_was_asked_and_writes_table_and_picture(again, tmp_pa
     assert asked == [(tmp_path, out, 7, again), (found, tmp_path, out / "quality.png")]
     assert (out / "quality.md").read_text() == report.markdown(found)
     assert "25.0%" in capsys.readouterr().out
-
-
-def test_curves_of_numbers_that_come_late_or_are_flat(tmp_path):
-    history = [{"loss": 10 ** (-i / 20)} | ({"late": 1.0} if i > 50 else {}) for i in range(100)]
-    curves.draw(history, tmp_path / "curves.png")
-    curves.draw([{"one": 0.0}], tmp_path / "one.png")
-    curves.draw([], tmp_path / "none.png")
-    assert (tmp_path / "curves.png").stat().st_size > 2000

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from tests.train_small import clips
+from tests.train.small import clips
 from turbo_core.tinywan.data import joined
 from turbo_core.train import data, models, optim, sparsify, teacher
-from turbo_core.train.dit import TrainWan
 from turbo_core.train.experts import Experts
+from turbo_core.wan import WanModel
 
 SIZES = {"dim": 64, "ffn_dim": 96, "num_heads": 1, "num_layers": 1, "text_dim": 8, "in_dim": 36}
 
 
 def pair(boundary=0.9):
     torch.manual_seed(0)
-    experts = Experts(TrainWan(**SIZES, sla=True), TrainWan(**SIZES, sla=True), boundary)
+    experts = Experts(WanModel(**SIZES, sla=True), WanModel(**SIZES, sla=True), boundary)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -24,7 +24,7 @@ def pair(boundary=0.9):
 def inputs(*times):
     torch.manual_seed(1)
     count = len(times)
-    told = {"context": torch.randn(count, 5, 8), "lengths": torch.arange(count) % 5 + 1}
+    told = {"context": torch.randn(count, 6, 8), "context_bias": torch.randn(count, 6)}
     told |= {"y": torch.randn(count, 20, 3, 4, 4), "frames": torch.tensor([0, 2, 5])}
     return torch.randn(count, 16, 3, 4, 4), torch.tensor(times), told
 
@@ -92,9 +92,9 @@ def test_both_experts_move(stage, tmp_path):
 
 def test_guidance_doubles_the_image_too():
     experts, (x, times, told) = pair(), inputs(950.0, 300.0)
-    empty = (torch.randn(1, 5, 8), torch.tensor([2]))
+    empty = {"context": torch.randn(1, 6, 8), "context_bias": torch.randn(1, 6)}
     ours = teacher.guided(experts, x, times / 1000, told, empty, 3.0)
-    blank = told | {"context": empty[0].expand(2, 5, 8), "lengths": empty[1].expand(2)}
+    blank = told | {name: part.expand(2, *part.shape[1:]) for name, part in empty.items()}
     wanted, unwanted = (experts(x, times, **given) for given in (told, blank))
     torch.testing.assert_close(ours, unwanted + 3 * (wanted - unwanted), atol=1e-4, rtol=1e-4)
 

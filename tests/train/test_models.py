@@ -1,134 +1,141 @@
-"""The networks for training compute what the networks for running compute, from the same state dict."""
+"""WanModel learns: from captions without their padding, from some of the frames, in bfloat16, sparse."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from turbo_core.pipeline.vae import LATENT_MEAN, LATENT_STD
-from turbo_core.sla import sparse_linear_attention
-from turbo_core.tinywan.vae import match_statistics
-from turbo_core.tinywan.vae import train as train_vae
-from turbo_core.tinywan.wan_vae import WanVAE
-from turbo_core.train.dit import TrainWan, sparse_linear, trainable
+from turbo_core.sla import block_map, sparse_linear_attention
+from turbo_core.train import models
+from turbo_core.train.data import Data, text_rows
 from turbo_core.wan import WanModel
+from turbo_core.wan.layers import layer_norm
 
 SIZES = {"dim": 128, "ffn_dim": 192, "num_heads": 2, "num_layers": 2, "text_dim": 24}
+LENGTHS = torch.tensor([11, 6, 14])  # of the longest caption, of a short one, and of one that is not asked for
 
 
 def model(sla=True):
     torch.manual_seed(0)
-    net = TrainWan(**SIZES, sla=sla)
+    net = WanModel(**SIZES, sla=sla)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return net
 
 
-def inputs():
-    # 9 x 8 x 4 tokens: two whole query blocks and a ragged one; prompts of different lengths
-    x, context, lengths = torch.randn(2, 16, 9, 16, 8), torch.randn(2, 11, 24), torch.tensor([11, 6])
-    context[1, 6:] = 0
-    return x, torch.tensor([300.0, 850.0]), context, lengths
+def inputs(seed=0):
+    """x, timestep, and embeddings of captions."""
+    torch.manual_seed(seed)
+    # 9 x 8 x 4 tokens: two whole query blocks and a ragged one
+    return torch.randn(2, 16, 9, 16, 8), torch.tensor([300.0, 850.0]), torch.randn(3, 14, 24)
+
+
+def told(text):
+    return text_rows(Data(None, text, LENGTHS, None), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("topk", [None, 0.3], ids=["dense", "sparse"])
-def test_velocity_is_that_of_the_model_for_running(topk):
-    net, (x, time, context, lengths) = model(), inputs()
-    twin = WanModel.from_state_dict(net.state_dict(), num_heads=2)
-    ours = net(x, time, context, lengths, topk=topk)
-    theirs = twin(x, time, F.pad(context, (0, 0, 0, 512 - 11)), topk=topk)
+def test_a_caption_without_its_padding_says_the_same(topk):
+    net, (x, time, text) = model(), inputs()
+    padded = [F.pad(row[:length], (0, 0, 0, 512 - length)) for row, length in zip(text, LENGTHS.tolist())]
+    ours, theirs = net(x, time, **told(text), topk=topk), net(x, time, torch.stack(padded[:2]), topk=topk)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_what_follows_a_prompt_does_not_matter():
-    net, (x, time, context, lengths) = model(), inputs()
-    other = context.clone()
+def test_a_caption_of_all_512_tokens_has_no_padding():
+    data = Data(None, torch.randn(1, 512, 24), torch.tensor([512]), None)
+    bias = text_rows(data, torch.tensor([0]))["context_bias"]
+    assert bias[0, :512].eq(0).all() and bias[0, 512] == -math.inf
+
+
+def test_what_follows_a_caption_does_not_matter():
+    net, (x, time, text) = model(), inputs()
+    other = text.clone()
     other[1, 6:] = 7.0
-    assert torch.equal(net(x, time, context, lengths), net(x, time, other, lengths))
+    assert torch.equal(net(x, time, **told(text)), net(x, time, **told(other)))
 
 
 def test_some_frames_keep_their_place_in_time():
-    net, (x, time, context, lengths) = model(), inputs()
+    net, (x, time, text) = model(), inputs()
     frames = torch.tensor([0, 4, 8])
     some = x[:, :, frames]
-    assert torch.equal(net(x, time, context, lengths), net(x, time, context, lengths, frames=torch.arange(9)))
-    apart = net(some, time, context, lengths, frames=frames) - net(some, time, context, lengths)
+    assert torch.equal(net(x, time, **told(text)), net(x, time, **told(text), frames=torch.arange(9)))
+    apart = net(some, time, **told(text), frames=frames) - net(some, time, **told(text))
     assert apart.abs().max() > 1e-3
 
 
+def gradients(net, amp=False, topk=None):
+    x, time, text = inputs(seed=1)
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp, cache_enabled=False):
+        velocity = net(x, time, **told(text), topk=topk)
+    velocity.float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
 def test_recomputing_blocks_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        net, args = model(), inputs_of(seed=1)
-        net.checkpointing = checkpointing
-        net(*args, topk=0.3).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert torch.equal(*gradients)
-    assert gradients[0].isfinite().all()
+    calls, found = [], []
+    for recompute in (False, True):
+        net = model()
+        if recompute:
+            models.recompute_blocks(net)
+        net.blocks[0].cross_attn.register_forward_hook(lambda *_: calls.append(0))
+        found.append(gradients(net, topk=0.3))
+        with torch.no_grad():
+            net(*inputs()[:2], **told(inputs()[2]), topk=0.3)
+    assert len(calls) == 2 + 3  # the second one in the backward pass too
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(gradient.isfinite().all() for gradient in found[0].values())
 
 
-def inputs_of(seed):
-    torch.manual_seed(seed)
-    return inputs()
+def test_gradients_in_bfloat16_are_those_in_float32():
+    net = model()
+    exact, ours = (torch.cat([g.flatten() for g in gradients(net, amp).values()]) for amp in (False, True))
+    assert (ours - exact).norm() < 0.02 * exact.norm()  # 0.004 were
+
+
+def test_a_norm_learns_from_many_tokens_in_float32():
+    """torch sums the gradients of its bfloat16 layer_norm's weight and bias in bfloat16 on a CPU: these 16 % off."""
+    torch.manual_seed(0)
+    x, push = torch.randn(2304, 128).bfloat16(), (torch.randn(2304, 128) + 0.3).bfloat16()
+    weight, bias = torch.ones(128, requires_grad=True), torch.zeros(128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer_norm(x, 1e-6, weight, bias).bfloat16().backward(push)
+    expected = push.double().sum(0)
+    assert (bias.grad - expected).norm() < 1e-5 * expected.norm()
+
+
+def attend_in_float64(q, k, v, weight, bias, topk):
+    """SLA as one masked softmax over all keys and one linear attention: nothing shared with what it checks."""
+    index = block_map(q, k, topk)
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    score = q @ k.mT / math.sqrt(q.shape[-1])
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
+        for block in index[b, h, row].tolist():
+            kept[b, h, 128 * row : 128 * (row + 1), 64 * block : 64 * (block + 1)] = True
+    sparse = score.masked_fill(~kept, -math.inf).softmax(-1) @ v
+    feature_q, feature_k = q.softmax(-1), k.softmax(-1)
+    linear = feature_q @ (feature_k.mT @ v) / (1e-5 + feature_q @ feature_k.sum(2)[..., None])
+    return (sparse + F.linear(linear, weight.double(), bias.double())).transpose(1, 2)
 
 
 @pytest.mark.parametrize("tokens", [128, 200, 70])  # whole blocks; both kinds ragged; fewer than one query block
-def test_sparse_attention_with_a_gradient(tokens):
-    q, k, v = (torch.randn(2, tokens, 3, 64, requires_grad=True) for _ in range(3))
-    weight, bias = torch.randn(64, 64), torch.randn(64)
-    ours = sparse_linear(q, k, v, weight, bias, 0.5)
-    torch.testing.assert_close(ours, sparse_linear_attention(q, k, v, weight, bias, 0.5), atol=1e-4, rtol=1e-4)
-    ours.sum().backward()
-    assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in (q, k, v))
+def test_sparse_attention_has_the_gradient_of_its_formula(tokens):
+    torch.manual_seed(0)
+    given = [torch.randn(2, tokens, 3, 64) for _ in range(3)] + [torch.randn(64, 64) / 8, torch.randn(64)]
+    given, push = [x.requires_grad_(True) for x in given], torch.randn(2, tokens, 3, 64)
+    ours, theirs = sparse_linear_attention(*given, 0.5), attend_in_float64(*given, 0.5)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-4)
+    ours = torch.autograd.grad((ours * push).sum(), given)
+    for one, other in zip(ours, torch.autograd.grad((theirs * push).sum(), given)):
+        assert (one - other).norm() < 1e-5 * other.norm()
 
 
 def test_proj_l_that_is_added_starts_as_nothing():
-    net = model(sla=False)
-    grown = trainable(net.state_dict(), num_heads=2, sla=True)
-    args = inputs()
+    net, (x, time, text) = model(sla=False), inputs()
+    grown = models.trainable(net.state_dict(), num_heads=2, sla=True)
     assert grown.has_sla and all(p.requires_grad for p in grown.parameters())
-    torch.testing.assert_close(grown(*args, topk=1.0), net(*args), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("frames", [1, 9])  # a picture has no time; 9 frames are 3 latent ones
-def test_the_vae_of_whole_clips_is_the_published_one(frames, tmp_path):
-    pytest.importorskip("diffusers")
-    from turbo_core.pipeline.vae import load_vae
-
-    torch.manual_seed(0)
-    ours = WanVAE(8)
-    torch.nn.init.normal_(ours.encoder.middle[1].proj.weight, std=0.3)  # it starts as zero
-    save_file(ours.state_dict(), tmp_path / "vae.safetensors")
-    theirs = load_vae(tmp_path / "vae.safetensors")
-    video = torch.randn(1, 3, frames, 32, 16)
-    with torch.no_grad():
-        latent = ours.encode(video)[0]
-        torch.testing.assert_close(latent, theirs.encode(video).latent_dist.mode(), atol=1e-4, rtol=1e-4)
-        shown = ours.decode(latent).clamp(-1, 1)  # as the published one does
-        assert (shown.abs() < 1).float().mean() > 0.5
-        torch.testing.assert_close(shown, theirs.decode(latent).sample, atol=1e-4, rtol=1e-4)
-
-
-def test_latents_get_the_statistics_of_wan_and_clips_stay():
-    torch.manual_seed(0)
-    vae, video = WanVAE(8), torch.randn(2, 3, 9, 32, 32)
-    with torch.no_grad():
-        mean, log_variance = vae.encode(video)
-        before, noise = vae.decode(mean), (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
-        match_statistics(vae, video)
-        mean, log_variance = vae.encode(video)
-        torch.testing.assert_close(vae.decode(mean), before, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(mean.mean((0, 2, 3, 4)), torch.tensor(LATENT_MEAN), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(mean.std((0, 2, 3, 4)), torch.tensor(LATENT_STD), atol=1e-3, rtol=1e-3)
-    after = (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
-    torch.testing.assert_close(after, noise, atol=1e-3, rtol=1e-2)
-
-
-def test_training_the_decoder_alone_leaves_the_latents(tmp_path):
-    torch.manual_seed(0)
-    vae = WanVAE(8)
-    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    train_vae(tmp_path, model=vae, fixed_latents=True, steps=1, image_steps=1, batch=1, pool=1, log=lambda line: None)
-    moved = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {"decoder", "conv2"}
+    torch.testing.assert_close(grown(x, time, **told(text), topk=1.0), net(x, time, **told(text)), atol=1e-5, rtol=1e-4)

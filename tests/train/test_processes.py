@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv, which Windows' torch lacks")
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_two_processes(shard, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "train_processes.py"
+    script = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
         [*command, str(script), str(tmp_path), *shard],
         cwd=ROOT,
