@@ -11,59 +11,91 @@ def add_verbs(verbs, common) -> None:
     train = verbs.add_parser("train", parents=[common], help="distil or sparsify a Wan finetune; make TinyWan")
     stages = train.add_subparsers(dest="stage", required=True, metavar="STAGE")
 
-    tiny = stages.add_parser("tiny", parents=[common], help="the whole small family from nothing; resumes")
-    tiny.add_argument("folder", type=Path, metavar="DIR")
-    tiny.add_argument(
-        "--preset", choices=PRESETS, default="cpu", help="default %(default)s; try: minutes, learns nothing"
-    )
-    tiny.add_argument("--pair", action="store_true", help="the image-to-video experts too")
-    tiny.add_argument("--seed", type=int, default=0)
-    tiny.add_argument("--device", default="cpu", help="of the transformer; default %(default)s")
-    tiny.set_defaults(run=run_tiny)
+    def stage(name, text):
+        return stages.add_parser(name, parents=[common], help=text)
 
-    encode = stages.add_parser("data", parents=[common], help="clips and their captions to one file of latents")
-    encode.add_argument("videos", type=Path, metavar="DIR", help="video files, each with a .txt of the same name")
-    encode.add_argument("--vae", type=Path, required=True)
-    encode.add_argument("--text-encoder", type=Path, required=True)
-    encode.add_argument("--tokenizer", type=Path)
-    encode.add_argument("--size", default="832x480", help="default %(default)s")
-    encode.add_argument("--frames", type=int, default=81, help="4n + 1; default %(default)s")
-    encode.add_argument("--image", action="store_true", help="their first frames too, for an image-to-video model")
-    encode.add_argument("--device", help="default the best there is")
-    encode.add_argument("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")
-    encode.set_defaults(run=run_data)
-
-    teacher = _add_stage(stages, common, "teacher", "finetune by flow matching", 0.002, 0.001)
-    distill = _add_stage(
-        stages, common, "distill", "rCM: a model with guidance becomes a 4-step one without", 5e-4, 2.5e-4
-    )
-    distill.add_argument(
-        "--alone", type=float, default=0.25, help="share of the steps with consistency only; default %(default)s"
-    )
-    distill.add_argument("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
-    sparsify = _add_stage(stages, common, "sparsify", "SLA: a dense student learns proj_l", 5e-4, 1e-3)
-    sparsify.add_argument(
-        "--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s"
-    )
-    for command, what in ((distill, "an earlier student of --model"), (sparsify, "sparse attention for --model")):
-        command.add_argument("--start", type=Path, metavar="FILE", help=f"{what} to go on from")
-        command.add_argument("--start-low", type=Path, metavar="FILE", help="the low-noise expert's")
-        command.add_argument("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
-    for command in (teacher, distill):
-        command.add_argument(
-            "--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p, experts: 5"
-        )
-
-    command = verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family")
-    command.add_argument("folder", type=Path, metavar="DIR")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
-    command.add_argument("--prompts", type=int, default=160, help="default %(default)s")
-    command.add_argument("--again", action="store_true", help="measure rows of changed files again")
-    command.set_defaults(run=run_evaluate)
+    _add_tiny(stage("tiny", "the whole small family from nothing; resumes"))
+    _add_data(stage("data", "clips and their captions to one file of latents"))
+    _add_teacher(stage("teacher", "finetune by flow matching"))
+    _add_distill(stage("distill", "rCM: a model with guidance becomes a 4-step one without"))
+    _add_sparsify(stage("sparsify", "SLA: a dense student learns proj_l"))
+    _add_evaluate(verbs.add_parser("evaluate", parents=[common], help="the quality report of a TinyWan family"))
 
 
-def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
-    command = stages.add_parser(name, parents=[common], help=text)
+def _add_tiny(command) -> None:
+    add = command.add_argument
+    add("folder", type=Path, metavar="DIR")
+    add("--preset", choices=PRESETS, default="cpu", help="default %(default)s; try: minutes, learns nothing")
+    add("--pair", action="store_true", help="the image-to-video experts too")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="of the transformer; default %(default)s")
+    command.set_defaults(run=run_tiny)
+
+
+def run_tiny(arguments) -> None:
+    from ..tinywan import recipe
+    from ..train import engine, precision
+
+    device, say = engine.start_processes(arguments.device), _say()
+    engine.keep_freed_memory()  # VAE and text encoder learn on the CPU wherever the transformer does
+    for name in dict.fromkeys(["cpu", device.type]):
+        say(precision.described(name))
+    made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)
+    for path in made:
+        if engine.rank() == 0:
+            print(path)
+
+
+def _add_data(command) -> None:
+    add = command.add_argument
+    add("videos", type=Path, metavar="DIR", help="video files, each with a .txt of the same name")
+    add("--vae", type=Path, required=True)
+    add("--text-encoder", type=Path, required=True)
+    add("--tokenizer", type=Path)
+    add("--size", default="832x480", help="default %(default)s")
+    add("--frames", type=int, default=81, help="4n + 1; default %(default)s")
+    add("--image", action="store_true", help="their first frames too, for an image-to-video model")
+    add("--device", help="default the best there is")
+    add("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")
+    command.set_defaults(run=run_data)
+
+
+def run_data(arguments) -> None:
+    from ..devices import pick_device
+    from ..pipeline.sizes import parse_size
+    from ..train import data, videos
+
+    size, device = parse_size(arguments.size), pick_device(arguments.device)
+    made = videos.encode(
+        arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
+        arguments.image, log=_say(),
+    )  # fmt: skip
+    data.save(made, arguments.output)
+    print(f"{arguments.output}: {len(made.latents)} clips, latents {list(made.latents.shape[1:])}")
+
+
+def _add_teacher(command) -> None:
+    _add_stage(command, 0.002, 0.001)
+    _add_shift(command)
+
+
+def _add_distill(command) -> None:
+    _add_stage(command, 5e-4, 2.5e-4)
+    add = command.add_argument
+    add("--alone", type=float, default=0.25, help="share of the steps with consistency only; default %(default)s")
+    add("--guidance", type=float, default=3.0, help="of the teacher; default %(default)s")
+    _add_start(command, "an earlier student of --model")
+    _add_shift(command)
+
+
+def _add_sparsify(command) -> None:
+    _add_stage(command, 5e-4, 1e-3)
+    add = command.add_argument
+    add("--topk", type=float, default=0.15, help="share of key blocks in the end; default %(default)s")
+    _add_start(command, "sparse attention for --model")
+
+
+def _add_stage(command, muon_lr: float, lr: float) -> None:
     add = command.add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="float weights to start from")
     add("--model-low", type=Path, metavar="FILE", help="the low-noise expert's, where --model is the high-noise one's")
@@ -81,36 +113,17 @@ def _add_stage(stages, common, name: str, text: str, muon_lr: float, lr: float):
     add("--shard", action="store_true", help="FSDP2: the weights are spread over the processes")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
     command.set_defaults(run=run_stage)
-    return command
 
 
-def run_tiny(arguments) -> None:
-    from ..tinywan import recipe
-    from ..train import engine, precision
-    from ..train.engine import keep_freed_memory
-
-    device, say = engine.start_processes(arguments.device), _say()
-    keep_freed_memory()  # VAE and text encoder learn on the CPU wherever the transformer does
-    for name in dict.fromkeys(["cpu", device.type]):
-        say(precision.described(name))
-    made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)
-    for path in made:
-        if engine.rank() == 0:
-            print(path)
+def _add_start(command, what: str) -> None:
+    add = command.add_argument
+    add("--start", type=Path, metavar="FILE", help=f"{what} to go on from")
+    add("--start-low", type=Path, metavar="FILE", help="the low-noise expert's")
+    add("--sigma-max", type=float, help="of the first step; default as sampled: 80, I2V 200")
 
 
-def run_data(arguments) -> None:
-    from ..devices import pick_device
-    from ..pipeline.sizes import parse_size
-    from ..train import data, videos
-
-    size, device = parse_size(arguments.size), pick_device(arguments.device)
-    made = videos.encode(
-        arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
-        arguments.image, log=_say(),
-    )  # fmt: skip
-    data.save(made, arguments.output)
-    print(f"{arguments.output}: {len(made.latents)} clips, latents {list(made.latents.shape[1:])}")
+def _add_shift(command) -> None:
+    command.add_argument("--shift", type=float, default=3.0, help="of the times; default %(default)s; 720p, experts: 5")
 
 
 def run_stage(arguments) -> None:
@@ -236,6 +249,15 @@ def _check_numbers(arguments) -> None:
         raise TurboError(f"--alone is a share of the steps, 0 to 1, got {arguments.alone}.")
     if not 0 < getattr(arguments, "topk", 1.0) <= 1:
         raise TurboError(f"--topk is the share of key blocks to keep, above 0 and up to 1, got {arguments.topk}.")
+
+
+def _add_evaluate(command) -> None:
+    add = command.add_argument
+    add("folder", type=Path, metavar="DIR")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
+    add("--prompts", type=int, default=160, help="default %(default)s")
+    add("--again", action="store_true", help="measure rows of changed files again")
+    command.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(arguments) -> None:

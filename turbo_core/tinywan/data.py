@@ -24,7 +24,7 @@ def joined(parts: list[Data]) -> Data:
 
 @torch.no_grad()
 def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
-    """Normalized latents of clips [B, 3, T, H, W] by a train.wan_vae.WanVAE."""
+    """Normalized latents of clips [B, 3, T, H, W] by a wan_vae.WanVAE."""
     mean, std = _statistics(video.device)
     return (precision.some_at_a_time(lambda clips: vae.encode(clips)[0], video) - mean) / std
 
@@ -42,7 +42,7 @@ def _statistics(device):
 
 def images_of(vae, video: torch.Tensor) -> torch.Tensor:
     """What an image-to-video model is given of clips [B, 3, T, H, W]: [B, 20, T', H/8, W/8] as pipeline.encode_image
-    makes it, by a train.wan_vae.WanVAE."""
+    makes it, by a wan_vae.WanVAE."""
     first = torch.zeros_like(video)
     first[:, :, 0] = video[:, :, 0]
     latents = encode_latents(vae, first)

@@ -1,6 +1,6 @@
 """Reads a clip back without a network, and scores how much of a caption came true.
 
-Everything is fitted to what clips.render could have drawn; whatever is far from all of it is read as "none".
+Everything is fitted to what world.render could have drawn; whatever is far from all of it is read as "none".
 """
 
 import math
@@ -21,7 +21,7 @@ _SHAPE_FRAMES = 5  # looked at for the shape
 
 
 class Reading(NamedTuple):
-    """What a clip shows, each a name of clips.ATTRIBUTES or "none", and how far the clip is from it."""
+    """What a clip shows, each a name of world.ATTRIBUTES or "none", and how far the clip is from it."""
 
     colour: str
     shape: str

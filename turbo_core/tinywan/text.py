@@ -14,14 +14,23 @@ from ..errors import missing_library
 from ..train import engine, optim
 from . import world
 
+TEXT_CONFIG = {  # ComfyUI's umt5xxl_model_config with small numbers; text_dim of the small DiTs is d_model
+    "d_ff": 160,
+    "d_kv": 16,
+    "d_model": 64,
+    "dense_act_fn": "gelu_pytorch_tanh",
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-6,
+    "model_type": "umt5",
+    "num_heads": 4,
+    "num_layers": 2,
+    "relative_attention_num_buckets": 32,
+    "vocab_size": 640,
+}
 _PAD = 0
-
-
-def tokenizer() -> bytes:
-    """A sentencepiece model of the captions of clips.py, and of every printable character."""
-    random = torch.Generator().manual_seed(0)
-    scenes = world.random_scenes(3000, random, held_out=None)
-    return tiny_tokenizer([world.caption(scene, seed) for seed, scene in enumerate(scenes)])
+_LETTERS = " ".join(map(chr, range(33, 127)))
+# ComfyUI recognizes the kind of a T5 file by the shape of this tensor of the full model; nothing reads its values.
+MARKER = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
 
 def train(folder, steps=1500, batch=32, lr=3e-3, seed=0, seconds=None, log=print):
@@ -80,24 +89,6 @@ def save(state: dict, path) -> Path:
     return Path(path)
 
 
-TEXT_CONFIG = {  # ComfyUI's umt5xxl_model_config with small numbers; text_dim of the small DiTs is d_model
-    "d_ff": 160,
-    "d_kv": 16,
-    "d_model": 64,
-    "dense_act_fn": "gelu_pytorch_tanh",
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-6,
-    "model_type": "umt5",
-    "num_heads": 4,
-    "num_layers": 2,
-    "relative_attention_num_buckets": 32,
-    "vocab_size": 640,
-}
-_LETTERS = " ".join(map(chr, range(33, 127)))
-# ComfyUI recognizes the kind of a T5 file by the shape of this tensor of the full model; nothing reads its values.
-MARKER = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
-
-
 def tiny_text_encoder(tokenizer: bytes, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of a small umT5 encoder under Hugging Face's names, float32, with its tokenizer and marker."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,12 +121,19 @@ def tiny_text_encoder(tokenizer: bytes, seed: int = 0) -> dict[str, torch.Tensor
     return state
 
 
+def tokenizer() -> bytes:
+    """A sentencepiece model of the captions of TinyWan's world, and of every printable character."""
+    random = torch.Generator().manual_seed(0)
+    scenes = world.random_scenes(3000, random, held_out=None)
+    return tiny_tokenizer([world.caption(scene, seed) for seed, scene in enumerate(scenes)])
+
+
 def tiny_tokenizer(sentences: list[str] | None = None) -> bytes:
     """A sentencepiece model trained on sentences, default generated captions; unknown characters fall back to bytes."""
     try:
         import sentencepiece
     except ImportError as error:
-        raise missing_library("sentencepiece", "make-tiny") from error
+        raise missing_library("sentencepiece", "Making a tokenizer") from error
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*sentences, _LETTERS] if sentences else captions()),

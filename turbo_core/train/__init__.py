@@ -1,1 +1,1 @@
-"""Training: TinyWan from nothing, and distilling and sparsifying a finetune of Wan by the same code."""
+"""Training a Wan transformer: a teacher, its student, sparse attention; from a finetune, or for TinyWan from nothing."""
