@@ -90,6 +90,7 @@ def test_sparse_attention_keeps_the_velocity_of_the_dense_student(real, precisio
     assert far["trained"] < 0.36 and far["trained"] < 0.8 * far["blank"], far  # 0.31 and 0.46
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in rows.ROWS if row.name in ROWS], ids=lambda row: row.name)
 def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""

@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from turbo_core.pipeline.vae import LATENT_MEAN, LATENT_STD
+from turbo_core.tinywan import vae, world
+from turbo_core.tinywan.data import images_of
 from turbo_core.tinywan.vae import match_statistics
 from turbo_core.tinywan.vae import train as train_vae
 from turbo_core.tinywan.wan_vae import WanVAE
@@ -51,3 +53,18 @@ def test_training_the_decoder_alone_leaves_the_latents(tmp_path):
     train_vae(tmp_path, model=vae, fixed_latents=True, steps=1, image_steps=1, batch=1, pool=1, log=lambda line: None)
     moved = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"decoder", "conv2"}
+
+
+def test_what_an_image_to_video_model_is_given_is_the_pipelines(tmp_path):
+    pytest.importorskip("diffusers")
+    from turbo_core.pipeline import encode_image
+    from turbo_core.pipeline.vae import load_vae
+
+    video = world.render(world.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
+    torch.manual_seed(0)
+    path = vae.save(WanVAE(8), tmp_path / "vae.safetensors")
+    ours, codec = images_of(vae.load(path), video), load_vae(path)
+    for row, clip in zip(ours, video):
+        theirs = encode_image(codec, clip[:, 0], 9)[0]
+        assert torch.equal(row[:4], theirs[:4])
+        assert (row[4:] - theirs[4:]).norm() < 0.02 * theirs[4:].norm()  # ours may be in bfloat16

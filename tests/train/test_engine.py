@@ -11,7 +11,7 @@ import torch
 
 from tests.train.small import clips, model, pair
 from turbo_core.errors import TurboError
-from turbo_core.train import data, distill, engine, sparsify, teacher
+from turbo_core.train import distill, engine, sparsify, teacher
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
@@ -99,24 +99,6 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TurboError, match="cannot be a folder"):
         stages(tmp_path / "file")["teacher"]()
-
-
-def test_missing_and_wrong_data(tmp_path):
-    with pytest.raises(TurboError, match="there is no file"):
-        data.load(tmp_path / "none.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 64)
-    with pytest.raises(TurboError, match="cannot be read"):
-        data.load(tmp_path / "bad.safetensors")
-
-
-def test_data_comes_back(tmp_path):
-    path = tmp_path / "data.safetensors"
-    data.save(clips(), path)
-    back = data.load(path)
-    assert torch.equal(back.lengths, clips().lengths) and torch.equal(back.latents, clips().latents.bfloat16())
-    if os.name != "nt":
-        path.with_name("plain").touch()
-        assert path.stat().st_mode == path.with_name("plain").stat().st_mode  # others may read it, as any new file
 
 
 def test_the_fake_score_learns_before_it_is_asked(tmp_path):

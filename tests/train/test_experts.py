@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.train.small import clips
-from turbo_core.tinywan.data import joined
-from turbo_core.train import data, models, optim, sparsify, teacher
+from turbo_core.train import models, optim, sparsify, teacher
 from turbo_core.train.experts import Experts
 from turbo_core.wan import WanModel
 
@@ -65,16 +64,6 @@ def test_an_expert_without_clips_keeps_its_weights_for_all_its_momentum(gradient
     assert not any(torch.equal(a, b) for a, b in zip(low, experts.low.parameters()))
 
 
-def test_the_image_of_a_clip_stays_with_it():
-    random, told_of = torch.Generator(), clips(images=True)
-    told_of = told_of._replace(images=told_of.latents.new_zeros(6, 20, 3, 4, 4) + told_of.latents[:, :1, :, :, :])
-    for seed in range(20):
-        clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept_frames=2)
-        assert torch.equal(told["y"][:, 3], clean[:, 0]) and told["frames"].tolist() in ([0, 1], [0, 2])
-    _, told = data.batch(clips(), 4, random)
-    assert "y" not in told
-
-
 @pytest.mark.parametrize("stage", ["teacher", "sparsify"])
 def test_both_experts_move(stage, tmp_path):
     quiet = {"batch": 4, "log": lambda line: None}
@@ -108,12 +97,3 @@ def test_two_files_come_back_in_their_order(tmp_path):
         new, old = (getattr(e, name).blocks[0].ffn[0].weight for e in (back, experts))
         assert torch.equal(new, old.bfloat16().float())
     assert not torch.equal(back.high.blocks[0].ffn[0].weight, back.low.blocks[0].ffn[0].weight)
-
-
-def test_data_with_images_come_back_and_join(tmp_path):
-    data.save(clips(images=True), tmp_path / "data.safetensors")
-    back = data.load(tmp_path / "data.safetensors")
-    assert torch.equal(back.images, clips(images=True).images.bfloat16())
-    assert joined([back, back]).images.shape[0] == 12
-    data.save(clips(), tmp_path / "none.safetensors")
-    assert data.load(tmp_path / "none.safetensors").images is None

@@ -44,12 +44,6 @@ def test_a_caption_without_its_padding_says_the_same(topk):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_a_caption_of_all_512_tokens_has_no_padding():
-    data = Data(None, torch.randn(1, 512, 24), torch.tensor([512]), None)
-    bias = text_rows(data, torch.tensor([0]))["context_bias"]
-    assert bias[0, :512].eq(0).all() and bias[0, 512] == -math.inf
-
-
 def test_what_follows_a_caption_does_not_matter():
     net, (x, time, text) = model(), inputs()
     other = text.clone()
@@ -139,3 +133,13 @@ def test_proj_l_that_is_added_starts_as_nothing():
     grown = models.trainable(net.state_dict(), num_heads=2, sla=True)
     assert grown.has_sla and all(p.requires_grad for p in grown.parameters())
     torch.testing.assert_close(grown(x, time, **told(text), topk=1.0), net(x, time, **told(text)), atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_to_video_model_begins_blind_to_the_image():
+    plain = models.new_model()
+    torch.nn.init.normal_(plain.head.head.weight)  # it starts as zero
+    seeing = models.with_image(plain)
+    x, context = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 4, 64)
+    time = torch.tensor([700.0])
+    assert torch.equal(seeing(x, time, context, torch.randn(1, 20, 3, 8, 8)), plain(x, time, context))
+    assert seeing.patch_embedding.weight.requires_grad

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv, which Windows' torch lacks")

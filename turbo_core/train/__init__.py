@@ -1,1 +1,1 @@
-"""Training a Wan transformer: a teacher, its student, sparse attention; from a finetune, or for TinyWan from nothing."""
+"""Training a Wan transformer: a teacher, its student, sparse attention; for a finetune, or TinyWan from nothing."""

@@ -1,0 +1,63 @@
+"""Training data: a file that comes back, and batches whose parts belong together."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from tests.train.small import clips
+from turbo_core.errors import TurboError
+from turbo_core.tinywan.data import joined
+from turbo_core.train import data
+
+
+def test_missing_and_wrong_data(tmp_path):
+    with pytest.raises(TurboError, match="there is no file"):
+        data.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(TurboError, match="cannot be read"):
+        data.load(tmp_path / "bad.safetensors")
+
+
+def test_data_comes_back(tmp_path):
+    path = tmp_path / "data.safetensors"
+    data.save(clips(), path)
+    back = data.load(path)
+    assert torch.equal(back.lengths, clips().lengths) and torch.equal(back.latents, clips().latents.bfloat16())
+    if os.name != "nt":
+        path.with_name("plain").touch()
+        assert path.stat().st_mode == path.with_name("plain").stat().st_mode  # others may read it, as any new file
+
+
+def test_data_with_images_come_back_and_join(tmp_path):
+    data.save(clips(images=True), tmp_path / "data.safetensors")
+    back = data.load(tmp_path / "data.safetensors")
+    assert torch.equal(back.images, clips(images=True).images.bfloat16())
+    assert joined([back, back]).images.shape[0] == 12
+    data.save(clips(), tmp_path / "none.safetensors")
+    assert data.load(tmp_path / "none.safetensors").images is None
+
+
+def test_the_image_of_a_clip_stays_with_it():
+    random, told_of = torch.Generator(), clips(images=True)
+    told_of = told_of._replace(images=told_of.latents.new_zeros(6, 20, 3, 4, 4) + told_of.latents[:, :1, :, :, :])
+    for seed in range(20):
+        clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept_frames=2)
+        assert torch.equal(told["y"][:, 3], clean[:, 0]) and told["frames"].tolist() in ([0, 1], [0, 2])
+    _, told = data.batch(clips(), 4, random)
+    assert "y" not in told
+
+
+def test_a_few_frames_of_a_clip_begin_with_its_first():
+    random = torch.Generator().manual_seed(0)
+    picks = [data.frames_of(9, 4, random) for _ in range(50)]
+    assert all(len(p) == 4 and p[0] == 0 and (p.diff() > 0).all() and p[-1] < 9 for p in picks)
+    assert {int(i) for p in picks for i in p} == set(range(9))
+    assert data.frames_of(9, 9, random).tolist() == list(range(9))
+
+
+def test_a_caption_of_all_512_tokens_has_no_padding():
+    full = data.Data(None, torch.randn(1, 512, 24), torch.tensor([512]), None)
+    bias = data.text_rows(full, torch.tensor([0]))["context_bias"]
+    assert bias[0, :512].eq(0).all() and bias[0, 512] == -math.inf
