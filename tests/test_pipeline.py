@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.helpers.tiny_family import make_tiny
+from tests.helpers.tiny_family import make_tiny, tiny_tokenizer
 from turbo_core import checkpoint, pipeline
 from turbo_core.checkpoint import loading
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import text, vae
 from turbo_core.pipeline.vae import encode_video, load_vae
 from turbo_core.schedule import rcm_sigmas
-from turbo_core.tinywan.text import tiny_text_encoder, tiny_tokenizer
+from turbo_core.tinywan.text import tiny_text_encoder
 from turbo_core.wan import WanModel
 
 SMALL = {"size": (32, 32), "frames": 5, "device": "cpu"}

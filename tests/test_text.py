@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from tests.helpers.tiny_family import official_text_names
+from tests.helpers.tiny_family import official_text_names, tiny_tokenizer
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.text import clean_prompt, encode_text, load_text_encoder
-from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder, tiny_tokenizer
+from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder
 
 PROMPTS = ["Two stylish cats walk in the rain.", "a red circle", ""]
 

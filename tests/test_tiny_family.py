@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.helpers.tiny_family import make_tiny, tiny_vae
+from tests.helpers.tiny_family import captions, make_tiny, tiny_tokenizer, tiny_vae
 from turbo_core.checkpoint.loading import inspect
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.vae import decode_video, load_vae
-from turbo_core.tinywan.text import MARKER, TEXT_CONFIG, captions, tiny_tokenizer
+from turbo_core.tinywan.text import MARKER, TEXT_CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.errors import TurboError
 from turbo_core.files import complete_or_nothing
-from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder, tiny_tokenizer
+from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder, train_tokenizer
 
 VAE_DIM = 8
 
@@ -67,6 +67,21 @@ def _make_text_encoder(folder: Path, seed: int):
     with complete_or_nothing(spiece) as part:
         part.write_bytes(tokenizer)
     yield spiece
+
+
+def tiny_tokenizer() -> bytes:
+    """The sentencepiece model of the captions below."""
+    return train_tokenizer(captions())
+
+
+def captions() -> list[str]:
+    """English captions of simple scenes, always the same ones."""
+    subjects = ("a red circle", "a blue square", "a green triangle", "a yellow star", "two stylish cats", "a ship")
+    verbs = ("moves left across", "spins slowly above", "bounces over", "walks through", "drifts toward", "grows by")
+    places = ("a white background", "the quiet sea at sunset", "a dark city street in the rain", "high mountains")
+    styles = ("Cinematic, warm light.", "Close-up shot, 35mm film.", "Watercolor, soft focus.", "Highly detailed.")
+    scenes = [" ".join(parts) + "." for parts in itertools.product(subjects, verbs, places)]
+    return [f"{scene} {styles[i % len(styles)]}" for i, scene in enumerate(scenes)]
 
 
 def official_text_names(state: dict) -> dict[str, torch.Tensor]:

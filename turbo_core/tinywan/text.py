@@ -1,7 +1,6 @@
 """Stage 2: a small umT5 encoder whose tokens each know what the whole caption says."""
 
 import io
-import itertools
 import json
 from pathlib import Path
 
@@ -122,21 +121,21 @@ def tiny_text_encoder(tokenizer: bytes, seed: int = 0) -> dict[str, torch.Tensor
 
 
 def tokenizer() -> bytes:
-    """A sentencepiece model of the captions of TinyWan's world, and of every printable character."""
+    """The sentencepiece model of TinyWan's captions."""
     random = torch.Generator().manual_seed(0)
     scenes = world.random_scenes(3000, random, held_out=None)
-    return tiny_tokenizer([world.caption(scene, seed) for seed, scene in enumerate(scenes)])
+    return train_tokenizer([world.caption(scene, seed) for seed, scene in enumerate(scenes)])
 
 
-def tiny_tokenizer(sentences: list[str] | None = None) -> bytes:
-    """A sentencepiece model trained on sentences, default generated captions; unknown characters fall back to bytes."""
+def train_tokenizer(sentences: list[str]) -> bytes:
+    """A sentencepiece model of sentences and of every printable character; unknown ones fall back to bytes."""
     try:
         import sentencepiece
     except ImportError as error:
         raise missing_library("sentencepiece", "Making a tokenizer") from error
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*sentences, _LETTERS] if sentences else captions()),
+        sentence_iterator=iter([*sentences, _LETTERS]),
         model_writer=model,
         vocab_size=TEXT_CONFIG["vocab_size"],
         model_type="bpe",
@@ -152,13 +151,3 @@ def tiny_tokenizer(sentences: list[str] | None = None) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def captions() -> list[str]:
-    """English captions of simple scenes, always the same ones, plus every printable character once."""
-    subjects = ("a red circle", "a blue square", "a green triangle", "a yellow star", "two stylish cats", "a ship")
-    verbs = ("moves left across", "spins slowly above", "bounces over", "walks through", "drifts toward", "grows by")
-    places = ("a white background", "the quiet sea at sunset", "a dark city street in the rain", "high mountains")
-    styles = ("Cinematic, warm light.", "Close-up shot, 35mm film.", "Watercolor, soft focus.", "Highly detailed.")
-    scenes = [" ".join(parts) + "." for parts in itertools.product(subjects, verbs, places)]
-    return [f"{scene} {styles[i % len(styles)]}" for i, scene in enumerate(scenes)] + [_LETTERS]
