@@ -1,11 +1,9 @@
 """TurboCompare: two MODELs on the same states, block by block and step by step, as a picture and a table."""
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..turbo_core.diagnostics.charts import heat_map, sheet
-from ..turbo_core.diagnostics.compare import error_of, panels, table
+from ..turbo_core.diagnostics.compare import error_of, picture, table
 from ..turbo_core.errors import TurboError
 from ..turbo_core.schedule import MAX_STEPS
 from .host.blocks import wan_network
@@ -101,11 +99,10 @@ class TurboCompare(io.ComfyNode):
         errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]
         figures = sigmas.tolist(), errors, denoised, trial.recalls(*size)
         head = [f"A: {summary(model_a)}", f"B: {summary(model_b)}"]
-        drawn = sheet(TITLE, head, [heat_map(panel) for panel in panels(*figures)])
-        picture = torch.from_numpy(np.array(drawn)).float()[None] / 255
+        drawn = torch.from_numpy(picture(TITLE, head, *figures)).float()[None] / 255
         text = table([TITLE, *head], *figures)
         show(cls, text)
-        return io.NodeOutput(picture, text, a, b, ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(drawn, text, a, b, ui=ui.PreviewImage(drawn, cls=cls))
 
 
 NODES = [TurboCompare]

@@ -12,6 +12,7 @@ from turbo_core.diagnostics.compare import (
     error_of,
     key_block_mass,
     panels,
+    picture,
     recall_by_topk,
     sample_tokens,
     squared_norms,
@@ -126,3 +127,12 @@ def test_panels_average_what_they_say():
     error, kept, by_topk = panels(*figures())
     assert error.values[0][-1] == 0.02 and kept.values[0][-1] == pytest.approx((0.9 + 0.25 + 0.9) / 3)
     assert by_topk.rows == ["0.05", "0.1", "0.15", "0.2", "0.3", "0.5"] and len(by_topk.values) == 6
+
+
+def test_the_picture_holds_all_three_maps():
+    pytest.importorskip("PIL")
+    sigmas, errors, denoised, recall = figures()
+    whole = picture("title", ["A", "B"], sigmas, errors, denoised, recall)
+    assert whole.dtype == np.uint8 and whole.ndim == 3 and (whole[:, :20] == 255).all()
+    seen = picture("title", ["A", "B"], sigmas, errors, denoised, torch.full_like(recall, math.nan))
+    assert whole.shape[0] > 2 * seen.shape[0] and whole.shape[1] == seen.shape[1]

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..sla import block_map, covering_map
-from .charts import Panel
+from .charts import Panel, heat_map, sheet
 
 TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)  # what a comparison tells about beside the settings in use
 _GAP = "   "  # between the columns of the table
@@ -86,6 +87,13 @@ def recall_by_topk(q, k, topks=TOPKS, rows=None, block_q: int = 128, block_k: in
     return torch.stack(shares)
 
 
+def picture(title, head, sigmas, errors, denoised, recall) -> np.ndarray:
+    """The heat maps of a comparison below a title and the lines of head: uint8 [height, width, 3]; the other arguments
+    as in panels. Raises TurboError without Pillow."""
+    maps = [heat_map(panel) for panel in panels(sigmas, errors, denoised, recall)]
+    return np.array(sheet(title, head, maps))
+
+
 def panels(sigmas, errors, denoised, recall) -> list[Panel]:
     """Heat maps of a comparison.
 
@@ -119,7 +127,7 @@ def _row_with_mean(row):
 
 
 def table(head, sigmas, errors, denoised, recall) -> str:
-    """The same as text, below the lines of head; arguments as in panels."""
+    """The figures as text, below the lines of head; arguments as in panels."""
     mean, least_head = recall.unbind(-1)
     parts = [head, _by_step(sigmas, errors, denoised, mean[..., 0], least_head[..., 0])]
     if mean[..., 0].isnan().all():
