@@ -2,11 +2,12 @@
 
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.train.small import clips
+from tests.helpers.training import clips
 from turbo_core.errors import TurboError
 from turbo_core.tinywan.data import joined
 from turbo_core.train import data
@@ -61,3 +62,15 @@ def test_a_caption_of_all_512_tokens_has_no_padding():
     full = data.Data(None, torch.randn(1, 512, 24), torch.tensor([512]), None)
     bias = data.text_rows(full, torch.tensor([0]))["context_bias"]
     assert bias[0, :512].eq(0).all() and bias[0, 512] == -math.inf
+
+
+def test_a_caption_longer_than_a_prompt_may_be_is_cut_as_a_prompt_is():
+    class Encoder:
+        device = "cpu"
+
+        def __call__(self, input_ids, attention_mask):
+            return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+
+    text, lengths = data.encode_captions(Encoder(), lambda caption: [*range(2, 2 + len(caption)), 1], ["", 700 * "a"])
+    assert text.shape == (2, 512, 1) and lengths.tolist() == [1, 512]
+    assert text[1, -2:, 0].tolist() == [512.0, 1.0]  # the end token stays

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.small import clips, model, pair
+from tests.helpers.training import clips, model, pair
 from turbo_core.errors import TurboError
 from turbo_core.train import distill, engine, sparsify, teacher
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.train.small import clips
+from tests.helpers.training import clips
 from turbo_core.train import models, optim, sparsify, teacher
 from turbo_core.train.experts import Experts
 from turbo_core.wan import WanModel

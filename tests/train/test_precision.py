@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.train.small import clips, model
+from tests.helpers.training import clips, model
 from turbo_core.train import precision, teacher
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.train.small import clips, model, pair
+from tests.helpers.training import clips, model, pair
 from turbo_core.train import distill, engine, models, optim, sparsify, teacher
 
 

@@ -113,7 +113,7 @@ def text_rows(data: Data, rows: torch.Tensor, device="cpu"):
 
 
 def encode_captions(encoder, tokenize, captions: list[str]):
-    """(text [M, tokens, text_dim], lengths [M]): no longer than the longest of them."""
+    """(text [M, tokens, text_dim], lengths [M]): as many tokens as the longest of them has, and a model is shown."""
     lengths = torch.tensor([len(tokenize(clean_prompt(caption))) for caption in captions])
     longest = min(TEXT_LENGTH, int(lengths.max()))
     parts = [encode_text(encoder, tokenize, captions[i : i + 64], longest) for i in range(0, len(captions), 64)]
