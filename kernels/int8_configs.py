@@ -149,12 +149,3 @@ def _checked(key, values):
     if not (known and sizes and counts and tile):
         raise ValueError(f"{key} {values}")
     return config
-
-
-def write_table(path: Path, card: str, launches: dict[str, Config]):
-    """Write aside, then rename: a reader sees the old table or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"card": card, "triton": triton.__version__, "launches": launches}, indent=1), "utf-8")
-    os.replace(aside, path)
-    tuned_table.cache_clear()

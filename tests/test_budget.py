@@ -276,7 +276,7 @@ def test_weights_of_the_published_models():
 
 
 def stages(memory, name="t2v-14b", size=(832, 480, 81), **more):
-    return {stage.name: stage for stage in plan.plan(plan.PUBLISHED[name], *size, memory, **more)}
+    return {stage.name: stage for stage in plan.stages(plan.PUBLISHED[name], *size, memory, **more)}
 
 
 def test_verdicts_follow_the_room():
@@ -302,7 +302,7 @@ def test_verdicts_follow_the_room():
 def test_fp8_counts_as_what_it_becomes():
     model = plan.PUBLISHED["t2v-14b"]
     weights = {
-        (has_sla, format): plan.plan(model._replace(has_sla=has_sla), 832, 480, 81, 24, format)[1].weights
+        (has_sla, format): plan.stages(model._replace(has_sla=has_sla), 832, 480, 81, 24, format)[1].weights
         for has_sla in (True, False)
         for format in ("fp8", "bf16")
     }
@@ -331,7 +331,7 @@ def test_what_cannot_be_planned_is_refused():
         ((model, 832, 480, 81, 16, "bf16", 0.1, "fp4"), "precision"),
     ]:
         with pytest.raises(TurboError, match=words):
-            plan.plan(*arguments)
+            plan.stages(*arguments)
 
 
 def test_command(tmp_path, capsys):

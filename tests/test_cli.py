@@ -9,6 +9,7 @@ import av
 import pytest
 from PIL import Image
 
+from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint, pipeline, sla
 from turbo_core.checkpoint import formats
 from turbo_core.cli import files, main
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "tiny"
-    assert main(["make-tiny", str(folder)]) == 0
+    make_tiny(folder)
     return folder
 
 
@@ -142,7 +143,7 @@ def test_a_missing_library_names_the_extra_before_sampling(tiny, tmp_path, packa
 def test_the_command_starts_without_heavy_imports():
     """--help and import turbo_core need torch alone; the pipeline's libraries come in when they are used."""
     code = (
-        "import sys, turbo_core.cli, turbo_core.pipeline, turbo_core.tiny_family, turbo_core.doctor\n"
+        "import sys, turbo_core.cli, turbo_core.pipeline, turbo_core.diagnostics.doctor\n"
         "heavy = {'diffusers', 'transformers', 'av', 'PIL', 'sentencepiece', 'rich'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -150,7 +151,7 @@ def test_the_command_starts_without_heavy_imports():
     assert done.returncode == 0, done.stderr
     done = subprocess.run([sys.executable, "-m", "turbo_core", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for verb in ("generate", "inspect", "convert", "quantize", "doctor", "bench", "tune", "make-tiny"):
+    for verb in ("generate", "inspect", "convert", "quantize", "doctor", "bench", "tune", "plan", "merge", "tinywan", "train", "evaluate"):
         assert verb in done.stdout
 
 

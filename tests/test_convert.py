@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny_dits import make_tiny_dits, tiny_state_dict
 from turbo_core import checkpoint
-from turbo_core.checkpoint import converting, encode, names, write
+from turbo_core.checkpoint import encode, names, write
 from turbo_core.checkpoint.formats import FORMATS
 from turbo_core.checkpoint.names import PROJ_L
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
@@ -24,6 +24,7 @@ from turbo_core.errors import TurboError
 from turbo_core.int8 import dequantize_block, dequantize_rows, quantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
+ROOT = Path(__file__).resolve().parents[1]
 RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)
 LAYERS = [f"blocks.{n}.{x}" for n in (0, 1) for x in QUANTIZED_LINEARS]
 NORM = "blocks.0.norm3.weight"
@@ -191,7 +192,7 @@ def test_progress_counts_up_to_the_total(ragged, tmp_path):
 
 def test_source_mapped_anew_gives_the_same_file(ragged, tmp_path, monkeypatch):
     one = checkpoint.convert(ragged, tmp_path / "one.safetensors", "int8_block").path
-    monkeypatch.setattr(encode, "_REMAP", 1 << 16)
+    monkeypatch.setattr(encode, "REMAP", 1 << 16)
     two = checkpoint.convert(ragged, tmp_path / "two.safetensors", "int8_block").path
     assert Path(one).read_bytes() == Path(two).read_bytes()
 
@@ -199,7 +200,8 @@ def test_source_mapped_anew_gives_the_same_file(ragged, tmp_path, monkeypatch):
 MEASURE = """
 import re, sys, threading
 import torch
-from turbo_core import checkpoint, rewrite
+from turbo_core import checkpoint
+from turbo_core.checkpoint import encode
 
 def memory(kind):
     with open("/proc/self/smaps_rollup") as file:
@@ -211,7 +213,7 @@ def watch():
             peak[kind] = max(peak[kind], memory(kind))
 
 source, small, target = sys.argv[1:]
-rewrite._REMAP = 64 * 2**20  # in proportion to this file
+encode.REMAP = 64 * 2**20  # in proportion to this file
 checkpoint.convert(small, target, "int8_block")  # what is allocated once: threads, pools, modules
 peak = {"Anonymous": 0, "Rss": 0}
 start = {kind: memory(kind) for kind in peak}
@@ -230,13 +232,13 @@ def test_memory_stays_at_a_few_times_the_largest_tensor(ragged, tmp_path):
     # 4 blocks in float32: 340 MB, the largest tensor 25 MB; zeros that take no room on the disk
     shapes = expected_shapes(4, True, Sizes(1024, 16, 16, 6144, 64, 256, 128))
     layout = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    header, _, size = write._header(layout, {})
+    header, _, size = write.file_header(layout, {})
     source = tmp_path / "big.safetensors"
     source.write_bytes(header)
     os.truncate(source, size)
     largest = 4 * max(math.prod(shape) for shape in shapes.values())
     command = [sys.executable, "-c", MEASURE, source, ragged, tmp_path / "x.safetensors"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(converting.__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     anonymous, resident = map(int, run.stdout.split())
     assert 300e6 < size < 600e6
     assert anonymous < 4 * largest  # a whole copy would be 13 times

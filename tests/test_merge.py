@@ -246,7 +246,7 @@ def test_progress_reaches_the_total_and_an_interrupt_leaves_nothing(files):
 def test_files_mapped_anew_give_the_same_result(files, monkeypatch):
     run(files)
     one = (files / "out.safetensors").read_bytes()
-    monkeypatch.setattr("turbo_core.merge._REMAP", 1 << 16)
+    monkeypatch.setattr("turbo_core.checkpoint.merging.REMAP", 1 << 16)
     run(files)
     assert (files / "out.safetensors").read_bytes() == one
 

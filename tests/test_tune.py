@@ -94,17 +94,17 @@ TABLE = {"block plain long": int8_configs.DEFAULT._replace(stages=4), "row qkv s
 def test_a_table_is_read_back_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "table.json"
     for _ in range(2):
-        int8_configs.write_table(path, CARD, TABLE)
+        tune.write_table(path, CARD, TABLE)
     assert int8_configs.read_table(path, CARD) == TABLE
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_reader_sees_a_whole_table_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    int8_configs.write_table(path, CARD, TABLE)
-    monkeypatch.setattr(int8_configs.json, "dumps", lambda *_, **__: pytest.fail("disk full"))
+    tune.write_table(path, CARD, TABLE)
+    monkeypatch.setattr(tune.json, "dumps", lambda *_, **__: pytest.fail("disk full"))
     with pytest.raises(pytest.fail.Exception):
-        int8_configs.write_table(path, CARD, {})
+        tune.write_table(path, CARD, {})
     assert int8_configs.read_table(path, CARD) == TABLE
 
 

@@ -1,4 +1,4 @@
-"""The device to compute on, and what it has and has not, where torch does not tell before it fails."""
+"""The device to compute on: which it is, what it can where torch does not tell before it fails, and its memory."""
 
 import functools
 import gc
@@ -46,6 +46,21 @@ def int_mm_pays(device: torch.device) -> bool:
     return "avx512_vnni" not in known or any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # not always the current one
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of tensors that are gone."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring the device's peak anew; the process's own peak cannot be reset."""
     if device.type == "cuda":
@@ -81,16 +96,3 @@ def available_memory() -> tuple[int, int] | None:
         return None
     memory = virtual_memory()
     return memory.available, memory.total
-
-
-def _synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # not always the current one
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _release(device: torch.device):
-    gc.collect()
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).empty_cache()

@@ -1,29 +1,37 @@
-"""Files written whole or not at all, and what is said of their size."""
+"""Files written whole or not at all, told apart by their contents, and their sizes in words."""
 
 import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import TurboError
 
 
-def human_bytes(count: int) -> str:
-    """12,345,678 -> "12.3 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+@contextmanager
+def written_aside(target):
+    """A path beside the target to write to. It takes the target's place at the end, once it is on the disk, and is
+    removed after any failure or Ctrl-C: until then the target stays as it was."""
+    target = Path(target)
+    # a process has its own; no loader lists this ending, so writers must be told the format that the target's name says
+    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with complete_or_nothing(path) as part:
-            part.write_text(text, encoding="utf-8")
+        yield aside
+        with open(aside, "r+b") as file:
+            os.fsync(file.fileno())  # a crash of the machine would leave an empty file under the good name
+        os.replace(aside, target)
+    finally:
+        with suppress(OSError):  # gone after the rename
+            aside.unlink()
+
+
+def write_whole(path: Path, text: str, cure: str = "Free space and start again.") -> None:
+    """Write a text file whole or not at all. Raises TurboError with the cure where the system does not let it."""
+    try:
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error
+        raise TurboError(f"Could not write {path} ({error}). {cure}") from error
 
 
 def digest(files) -> str:
@@ -36,13 +44,10 @@ def digest(files) -> str:
     return contents.hexdigest()[:16]
 
 
-@contextmanager
-def complete_or_nothing(path):
-    """A path beside the target to write to; renamed to it at the end, removed after any failure or Ctrl-C."""
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def human_bytes(count: int) -> str:
+    """12,345,678 -> "12.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,9 +1,7 @@
 """Tiny Wan diffusion models in the published file formats: random weights from a seed, for tests and the demo."""
 
-import contextlib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -93,12 +91,6 @@ def _published_quant(state):
 
 
 def _save(state, path: Path) -> Path:
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:  # an open file: the name would become part of the archive
-            torch.save(state, file)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):  # gone after the rename
-            os.unlink(part)
+    with open(path, "wb") as file:  # an open file: the name would become part of the archive
+        torch.save(state, file)
     return path

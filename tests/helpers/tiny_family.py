@@ -8,7 +8,6 @@ import torch
 
 from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.errors import TurboError
-from turbo_core.files import complete_or_nothing
 from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder, train_tokenizer
 
 VAE_DIM = 8
@@ -64,8 +63,7 @@ def _make_text_encoder(folder: Path, seed: int):
     yield _save_safetensors(state, folder / "tiny_umt5.safetensors", {"umt5xxl_model_config": TEXT_CONFIG})
     yield _save_pickle(official_text_names(state), folder / "tiny_umt5_enc.pth")
     spiece = folder / "spiece.model"
-    with complete_or_nothing(spiece) as part:
-        part.write_bytes(tokenizer)
+    spiece.write_bytes(tokenizer)
     yield spiece
 
 
@@ -103,7 +101,7 @@ def _save_safetensors(state: dict, path: Path, config: dict | None = None) -> Pa
 
 
 def _save_pickle(state: dict, path: Path) -> Path:
-    with complete_or_nothing(path) as part, open(part, "wb") as file:  # a path would become part of the archive
+    with open(path, "wb") as file:  # an open file: the name would become part of the archive
         torch.save(state, file)
     return path
 

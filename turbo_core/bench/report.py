@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import TurboError
-from ..files import complete_or_nothing
+from ..files import written_aside
 
 SCHEMA = 1
 HEADER = ("contender", "ms", "p10-p90", "rate", "of machine", "x base", "error")
@@ -102,11 +102,11 @@ def markdown(report: dict) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write aside and rename, so that nobody reads half a file and an interruption leaves the old one."""
+    """Write a file of a report whole or not at all, and its folder where there is none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_or_nothing(path) as part:
-            part.write_bytes(content)
+        with written_aside(path) as aside:
+            aside.write_bytes(content)
     except OSError as error:
         raise TurboError(f"{path} could not be written ({error}). Check the folder and its rights.") from error
 

@@ -4,6 +4,7 @@ The pack ships a table that was chosen without a card (kernels/int8_configs.py).
 of the plainest launch before it is timed; candidates take turns, so that a card that slows down slows all of them.
 """
 
+import json
 import logging
 import statistics
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import TurboError
+from ..files import write_whole
 from ..selfcheck import prove
 
 WARMUP, ROUNDS = 2, 7
@@ -89,10 +91,23 @@ def tune(device=None, shapes=None, progress=None, out=None) -> dict:
         key = f"{case.form} {case.length}"
         launches[key] = min(measured, key=measured.get)
         times[key] = {"best": 1e6 * measured[launches[key]], "shipped": 1e6 * measured.get(shipped, float("nan"))}
-    int8_configs.write_table(path, name, launches)
+    write_table(path, name, launches)
     if progress:
         progress(len(cases), len(cases), str(path))
     return {"card": name, "file": str(path), "launches": launches, "microseconds": times}
+
+
+def write_table(path: Path, card: str, launches: dict) -> None:
+    """Write {"form length": Config} of the card of this name where kernels.int8_configs reads it: a reader sees the
+    old table or the new one."""
+    import triton
+
+    from ..kernels import int8_configs
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"card": card, "triton": triton.__version__, "launches": launches}
+    write_whole(path, json.dumps(table, indent=1), "Name another file with -o.")
+    int8_configs.tuned_table.cache_clear()
 
 
 def _measure(case, configs, device) -> dict:

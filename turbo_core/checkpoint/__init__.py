@@ -1,10 +1,14 @@
-"""Checkpoints of Wan models in every format: inspect, load, convert, quantize, merge."""
+"""Checkpoints of Wan models in every format: inspect, load, convert, quantize, merge.
+
+Imports run one way: read, write, formats, names, shapes -> describe -> encode, loading -> converting -> merging.
+"""
 
 from .converting import Converted, Progress, convert, quantize
 from .describe import Description
-from .loading import WORLD, inspect, load
+from .loading import WORLD, Opened, inspect, load, opened, weights
 from .merging import Merged, merge
 
 __all__ = [
-    "WORLD", "Converted", "Description", "Merged", "Progress", "convert", "inspect", "load", "merge", "quantize",
+    "WORLD", "Converted", "Description", "Merged", "Opened", "Progress", "convert", "inspect", "load", "merge",
+    "opened", "quantize", "weights",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Every checkpoint format in and out: inspect, load, convert, quantize.
+"""Any readable checkpoint rewritten as safetensors in another number format.
 
 Reads the published .pth (quantized or not), safetensors, training dumps, stock Wan files in ComfyUI's naming and our
-own; writes safetensors. In memory a checkpoint is a flat dictionary of official names, where a quantized linear X is
-X.weight int8 [N, K] and X.weight_scale float32, [ceil(N/128), ceil(K/128)] in the block format or [N, 1] in the row
-format; on disk X.comfy_quant says which.
+own. In memory a checkpoint is a flat dictionary of official names, where a quantized linear X is X.weight int8 [N, K]
+and X.weight_scale float32, [ceil(N/128), ceil(K/128)] in the block format or [N, 1] in the row format; on disk
+X.comfy_quant says which.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError
-from .describe import Description
-from .encode import Plan, on_disk, plan, rewritten, stored_formats
+from .describe import Description, stored_formats
+from .encode import Plan, on_disk, plan, rewritten
 from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
-from .loading import FILE_VERSION, WORLD, _open
+from .loading import FILE_VERSION, WORLD, opened
 from .write import check_target, stream_safetensors
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
@@ -47,21 +47,7 @@ def convert(source, target, format: str, progress: Progress | None = None) -> Co
     """
     if format not in FORMATS:
         raise TurboError(f"Unknown format {format!r}. Expected one of {', '.join(FORMATS)}.")
-    source, target = Path(source), Path(target)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
-    tensors, description = _open(source)
-    stored = stored_formats(tensors, source)
-    planned = plan(tensors, stored, format)
-    places = on_disk(planned, tensors)
-    metadata = file_metadata(description, format)
-    del tensors
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
-    count = _counter(progress, source.stat().st_size + size)
-    check_target(target, size)  # before the long part
-    metadata["turbowan.source_sha256"] = _sha256(source, count)
-    size = stream_safetensors(target, places, rewritten(source, planned, stored, count), metadata)
-    return Converted(str(target), size, _warnings(description, stored, planned))
+    return _rewrite(Path(source), Path(target), format, progress)
 
 
 def quantize(source, target, format: str = "int8_block", progress: Progress | None = None) -> Converted:
@@ -71,14 +57,29 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
     """
     if format not in INTEGERS:
         raise TurboError(f"Cannot quantize to {format!r}. Expected {' or '.join(INTEGERS)}; convert writes floats.")
-    tensors, description = _open(source)
-    if not set(stored_formats(tensors, source).values()) <= set(FLOATS):
+    return _rewrite(Path(source), Path(target), format, progress, floats_only=True)
+
+
+def _rewrite(source: Path, target: Path, format: str, progress: Progress | None, floats_only=False) -> Converted:
+    if target.exists() and source.exists() and os.path.samefile(source, target):
+        raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
+    tensors, description, mapped = opened(source)
+    stored = stored_formats(tensors, source)
+    if floats_only and not set(stored.values()) <= set(FLOATS):
         raise TurboError(
             f"{source} is quantized already ({description.format}). Expected a bf16, fp16 or fp32 checkpoint: take the "
             "unquantized file, or use convert, which rounds a second time."
         )
-    del tensors
-    return convert(source, target, format, progress)
+    planned = plan(tensors, stored, format)
+    places = on_disk(planned, tensors)
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
+    check_target(target, size)  # before the long part
+    count = _counter(progress, source.stat().st_size + size)
+    output = rewritten(source, tensors, mapped, planned, stored, count)
+    del tensors  # see rewritten
+    metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(source, count)}
+    size = stream_safetensors(target, places, output, metadata)
+    return Converted(str(target), size, _warnings(description, stored, planned))
 
 
 def file_metadata(description: Description, format: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The middle of a conversion: what each tensor becomes, and making it so, one tensor at a time."""
+"""The middle of a conversion: what each tensor of a file becomes, and making it so, one tensor at a time."""
 
 import json
 
@@ -6,24 +6,19 @@ import torch
 
 from ..errors import TurboError
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
-from .formats import FLOATS, INTEGERS, QUANTIZED, _finite, check_finite, decode, encode_fp8, layer_format
+from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, decode, encode_fp8, is_finite
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
 from .read import open_tensors
 from .write import Layout
 
+REMAP = 1 << 30  # bytes read before a source is mapped anew, which gives the pages back
 _SLAB = 512  # rows quantized at once, a multiple of 128: bounds the float32 copies, and is the fastest on a CPU
-_REMAP = 1 << 30  # bytes read before the source is mapped anew, which gives the pages back
 _QUANTIZERS = {"int8_block": quantize_block, "int8_row": quantize_rows}
 _COMFY_QUANT = {
     kind: torch.frombuffer(bytearray(json.dumps({"format": name}).encode()), dtype=torch.uint8)
     for kind, name in QUANTIZED.items()
 }
 Plan = dict[str, str | torch.dtype]
-
-
-def stored_formats(tensors: dict, path) -> dict[str, str]:
-    """{name: layer_format} of the weights that are, or can be, quantized."""
-    return {n: layer_format(n, tensors, path) for n in tensors if is_quantizable(n) or f"{n}_scale" in tensors}
 
 
 def plan(tensors: dict, stored: dict[str, str], format: str) -> Plan:
@@ -62,21 +57,18 @@ def on_disk(plan: Plan, tensors: dict) -> Layout:
     return result
 
 
-def _comfy_quant_name(name):
-    return name.removesuffix("weight") + "comfy_quant"
-
-
-def rewritten(source, plan: Plan, stored: dict[str, str], count):
+def rewritten(source, tensors: dict, mapped: bool, plan: Plan, stored: dict[str, str], count):
     """Yield (name, tensor) as planned; calls count(bytes) after each has been taken.
 
-    Raises TurboError naming the first tensor that holds NaN or infinity, or does not fit into float16.
+    tensors: of the source, under official names; the caller must not keep them, for while they are referred to the
+    memory of a mapped file grows with what is read. Raises TurboError naming the first tensor that holds NaN or
+    infinity, or does not fit into float16.
     """
-    file, read = None, 0
+    read = 0
     for name, kind in plan.items():
-        if file is None or (file.mapped and read > _REMAP):
-            file = tensors = weight = scale = None
-            file, read = open_tensors(source), 0
-            tensors = canonical(file.tensors, source)[0]
+        if mapped and read > REMAP:
+            tensors = weight = scale = None
+            tensors, read = mapped_anew(source), 0
         weight, scale = tensors[name], tensors.get(f"{name}_scale")
         read += weight.nbytes
         if scale is not None:
@@ -84,6 +76,11 @@ def rewritten(source, plan: Plan, stored: dict[str, str], count):
         for output, tensor in written_as(kind, name, weight, scale, stored.get(name), source).items():
             yield output, tensor
             count(tensor.nbytes)
+
+
+def mapped_anew(path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that was opened and validated before, under official names."""
+    return canonical(open_tensors(path).tensors, path)[0]
 
 
 def written_as(kind, name, weight, scale, stored, path) -> dict:
@@ -95,13 +92,17 @@ def written_as(kind, name, weight, scale, stored, path) -> dict:
     return {name: weight, f"{name}_scale": scale.float(), _comfy_quant_name(name): _COMFY_QUANT[kind]}
 
 
+def _comfy_quant_name(name):
+    return name.removesuffix("weight") + "comfy_quant"
+
+
 def _cast(name, weight, scale, dtype, path):
     if not dtype.is_floating_point:
         return weight
     if weight.dtype.itemsize > 1:
         check_finite(name, weight, path)
     tensor = decode(weight, scale, dtype)
-    if dtype == torch.float16 and tensor.dtype != weight.dtype and not _finite(tensor):
+    if dtype == torch.float16 and tensor.dtype != weight.dtype and not is_finite(tensor):
         raise TurboError(
             f"{path}: {name} exceeds 65504, the largest float16. Expected smaller weights: convert to bf16."
         )

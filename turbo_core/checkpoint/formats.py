@@ -1,4 +1,4 @@
-"""Key names and number formats of Wan checkpoints: any spelling in, official names out."""
+"""Number formats of Wan checkpoints: how a weight is stored, what the file states of it, and to floats and fp8."""
 
 import json
 import math
@@ -12,9 +12,9 @@ FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {"int8_block": "int8_block128", "int8_row": "int8_tensorwise"}  # to the name in X.comfy_quant
 QUANTIZED = {**INTEGERS, "fp8": "float8_e4m3fn"}
 FORMATS = (*INTEGERS, *FLOATS, "fp8")
-_FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-_STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(_FP8.values(), "fp8")
-_FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(_FP8, "fp8")
+FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+_STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(FP8.values(), "fp8")
+_FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(FP8, "fp8")
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 _SLAB = 512  # rows in float32 at a time
 
@@ -35,9 +35,9 @@ def layer_format(name: str, tensors: dict, path) -> str:
             raise TurboError(f"{path}: {name} is int8 but {name}_scale is missing. The file is incomplete.")
         return _FLOAT_NAMES[weight.dtype]
     shape = tuple(scale.shape)
-    if not scale.dtype.is_floating_point or scale.dtype in _FP8:
+    if not scale.dtype.is_floating_point or scale.dtype in FP8:
         raise TurboError(f"{path}: {name}_scale is {scale.dtype}. Expected float32.")
-    if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in _FP8:
+    if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in FP8:
         return "fp8"
     if weight.ndim == 2 and weight.dtype == torch.int8:
         if shape == block_scale_shape(*weight.shape) and shape != (weight.shape[0], 1):
@@ -93,7 +93,7 @@ def decode(weight, scale=None, dtype=None):
     for what was quantized, else as stored."""
     if weight.dtype == torch.int8:
         return dequantize(weight, scale.float(), dtype or torch.bfloat16)
-    if weight.dtype in _FP8:
+    if weight.dtype in FP8:
         weight = weight.float() if scale is None else weight.float().mul_(scale.float())
         return weight.to(dtype or torch.bfloat16)
     return weight.to(dtype or weight.dtype)
@@ -111,11 +111,12 @@ def encode_fp8(weight):
     return torch.cat(slabs), torch.tensor(scale)
 
 
-def _finite(tensor) -> bool:
+def is_finite(tensor) -> bool:
+    """True for a float tensor without NaN and infinity."""
     return tensor.numel() == 0 or all(torch.isfinite(edge) for edge in tensor.aminmax())  # NaN shows in both
 
 
 def check_finite(name: str, tensor, path) -> None:
     """Raise TurboError when a float tensor holds NaN or infinity."""
-    if not _finite(tensor):
+    if not is_finite(tensor):
         raise TurboError(f"{path}: {name} holds NaN or infinity. Expected finite weights: the file is damaged.")

@@ -1,4 +1,6 @@
-"""Saying what a checkpoint is, and reading it."""
+"""Opening a checkpoint once: saying what it is, and reading its weights."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -8,8 +10,16 @@ from .formats import check_finite, decode
 from .names import canonical, is_helper, is_scale
 from .read import open_tensors
 
-WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, "tinywan" is that of train.clips
+WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, tinywan.world names one
 FILE_VERSION = "1"  # of the convention above, in the metadata as turbowan.version
+
+
+class Opened(NamedTuple):
+    """A checkpoint that is known to be whole. Its tensors lie in the mapped file until the last of them is let go."""
+
+    tensors: dict[str, torch.Tensor]  # as stored, under official names
+    description: Description
+    mapped: bool  # False: an old non-zip .pth, read whole
 
 
 def inspect(path) -> Description:
@@ -17,38 +27,47 @@ def inspect(path) -> Description:
 
     Raises TurboError (a ValueError) when the file is missing, damaged, refused, incomplete or of another family.
     """
-    return _open(path)[1]
+    return opened(path).description
 
 
 def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
     """(state dict under official names, description).
 
-    Tensors on the CPU stay mapped to the file, are read when touched, and may be written to (the file keeps its bytes).
-    int8 stays int8; fp8 becomes bf16, since
-    nothing here computes in it. Keys of Wan variants (VACE, the image branch ...) are passed through.
-    Raises TurboError like inspect, and when a scale is not finite.
+    Tensors on the CPU stay mapped to the file, are read when touched, and may be written to (the file keeps its
+    bytes). int8 stays int8; fp8 becomes bf16, since nothing here computes in it. Keys of Wan variants (VACE, the image
+    branch ...) are passed through. Raises TurboError like inspect, and when a scale is not finite.
     """
-    tensors, description = _open(path, writable=True)
-    result = {}
-    for name, tensor in tensors.items():
-        if is_helper(name):
-            continue
-        if is_scale(name, tensors):
-            if tensors[name.removesuffix("_scale")].dtype != torch.int8:
-                continue
-            tensor = tensor.float().contiguous()
-            check_finite(name, tensor, path)
-        elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            tensor = decode(tensor, tensors.get(f"{name}_scale"))
-        result[name] = tensor.to(device)
-    return result, description
+    file = opened(path, writable=True)
+    return weights(file, device), file.description
 
 
-def _open(path, writable: bool = False) -> tuple[dict[str, torch.Tensor], Description]:
+def opened(path, writable: bool = False) -> Opened:
+    """Open and validate a checkpoint whose weights are wanted later, see weights. Raises TurboError like inspect.
+
+    writable: as of read.open_tensors.
+    """
     file = open_tensors(path, writable)
     version = file.metadata.get("turbowan.version", FILE_VERSION)
     if version != FILE_VERSION:
         raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")
     tensors, notes = canonical(file.tensors, path)
     notes = [*file.notes, *notes]
-    return tensors, describe(path, file.container, file.metadata, len(file.tensors), tensors, notes)
+    described = describe(path, file.container, file.metadata, len(file.tensors), tensors, notes)
+    return Opened(tensors, described, file.mapped)
+
+
+def weights(file: Opened, device="cpu") -> dict[str, torch.Tensor]:
+    """The state dict that load gives of an opened checkpoint. Raises TurboError when a scale is not finite."""
+    result = {}
+    for name, tensor in file.tensors.items():
+        if is_helper(name):
+            continue
+        if is_scale(name, file.tensors):
+            if file.tensors[name.removesuffix("_scale")].dtype != torch.int8:
+                continue
+            tensor = tensor.float().contiguous()
+            check_finite(name, tensor, file.description.path)
+        elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            tensor = decode(tensor, file.tensors.get(f"{name}_scale"))
+        result[name] = tensor.to(device)
+    return result

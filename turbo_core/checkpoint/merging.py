@@ -11,16 +11,14 @@ import torch
 
 from ..errors import TurboError
 from .converting import Progress, file_metadata
-from .describe import Description, describe
-from .encode import on_disk, plan, stored_formats, written_as
+from .describe import Description, describe, stored_formats
+from .encode import REMAP, mapped_anew, on_disk, plan, written_as
 from .formats import FLOATS, FORMATS, check_finite, decode
-from .loading import WORLD, inspect
-from .names import PROJ_L, canonical, is_delicate, is_helper, is_scale
-from .read import open_tensors
+from .loading import WORLD, opened
+from .names import PROJ_L, is_delicate, is_helper, is_scale
 from .write import check_target, stream_safetensors
 
 _SLAB = 64  # rows added at once: bounds the float64 copies, and keeps them in the cache
-_REMAP = 1 << 30  # bytes read before the files are mapped anew, which gives the pages back
 _SIZES = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "head_dim")
 _UNRELATED = 0.5  # distance from the original, relative to it; two unrelated models are 1.4 apart
 
@@ -62,34 +60,26 @@ def merge(
     for path in (finetune, base, *turbo):
         if target.exists() and path.exists() and os.path.samefile(path, target):
             raise TurboError(f"{target} is one of the files to merge. Expected another name for the result.")
-    described = {path: inspect(path) for path in (finetune, base, *turbo)}
-    _check_sizes(described, finetune)
-    files = {path: _tensors(path) for path in described}
+    files = {path: opened(path) for path in (finetune, base, *turbo)}
+    _check_sizes({path: file.description for path, file in files.items()}, finetune)
+    own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
+    del files
     for path in (base, *turbo):
-        _check_exact(files[path], path)
-    rounded = sorted({kind for kind in stored_formats(files[finetune], finetune).values() if kind not in FLOATS})
-    sources = _sources(files, finetune, base, turbo)
-    hollow = _hollow(files, finetune, sources)
-    description = _describe(described[finetune], hollow)
+        _check_exact(tensors[path], path)
+    rounded = sorted({kind for kind in stored_formats(tensors[finetune], finetune).values() if kind not in FLOATS})
+    sources = _sources(tensors, finetune, base, turbo)
+    hollow = _hollow(tensors, finetune, sources)
+    description = _describe(own, hollow)
     planned = plan(hollow, stored_formats(hollow, finetune), format)
     places = on_disk(planned, hollow)
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
     check_target(target, size)
     recipe = {"finetune": finetune.name, "base": base.name, "turbo": [[p.name, s] for p, s in zip(turbo, strengths)]}
     metadata = file_metadata(description, format) | {"turbowan.merged": json.dumps(recipe)}
-    del files
     distance = _Distance([finetune, *turbo])
-    written = 0
-
-    def tensors():
-        nonlocal written
-        for name, tensor in _merged(planned, sources, (finetune, base, *turbo), strengths, distance):
-            yield name, tensor
-            written += tensor.nbytes
-            if progress is not None:
-                progress(written, size)
-
-    total = stream_safetensors(target, places, tensors(), metadata)
+    output = _merged(tensors, planned, sources, (finetune, base, *turbo), strengths, distance)
+    del tensors  # as of encode.rewritten
+    total = stream_safetensors(target, places, _counted(output, size, progress), metadata)
     warnings = _warnings(finetune, base, rounded, distance)
     if description.has_sla and format != "int8_block":
         warnings.append("Load it with TurboLoader: stock ComfyUI loaders drop proj_l, which makes it another model.")
@@ -107,10 +97,6 @@ def _strengths(strength, count: int, format: str) -> list[float]:
     if len(strengths) != count or not all(math.isfinite(s) for s in strengths):
         raise TurboError(f"{count} models are merged, got the strengths {strengths}. Expected one for all or one each.")
     return [float(s) for s in strengths]
-
-
-def _tensors(path) -> dict[str, torch.Tensor]:
-    return canonical(open_tensors(path).tensors, path)[0]
 
 
 def _check_sizes(described: dict[Path, Description], finetune: Path) -> None:
@@ -182,13 +168,22 @@ def _describe(finetune: Description, hollow: dict) -> Description:
     return describe(finetune.path, "safetensors", kept, len(hollow), hollow)
 
 
-def _merged(planned, sources, paths, strengths, distance):
-    """Yield (name on disk, tensor) of the merged model. paths: finetune, base, turbo ..."""
-    files, read = None, 0
+def _counted(output, size: int, progress: Progress | None):
+    written = 0
+    for name, tensor in output:
+        yield name, tensor
+        written += tensor.nbytes
+        if progress is not None:
+            progress(written, size)
+
+
+def _merged(files, planned, sources, paths, strengths, distance):
+    """Yield (name on disk, tensor) of the merged model. files: {path: tensors}; paths: finetune, base, turbo ..."""
+    read = 0
     for name, kind in planned.items():
-        if files is None or read > _REMAP:
+        if read > REMAP:
             files = inputs = tensors = tensor = None  # nothing may hold on to the old mapping
-            files, read = {path: _tensors(path) for path in paths}, 0
+            files, read = {path: mapped_anew(path) for path in paths}, 0
         only = sources[name]
         tensors = files[only or paths[0]]
         tensor = tensors[name]

@@ -1,12 +1,18 @@
-"""Names in Wan checkpoints: any spelling in, official names out; and what a foreign file's names give away."""
+"""Names in Wan checkpoints: any spelling in, official names out; and what names tell, those of foreign files too."""
 
 import re
 
 from ..errors import TurboError
 from ..int8 import block_scale_shape
 from ..wan import QUANTIZED_LINEARS
-from .formats import _FP8
+from .formats import FP8
 
+PROJ_L = "self_attn.attn_op.local_attn.proj_l"
+_WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
+_RENAMED = {"int8_weight": "weight", "scale": "weight_scale", "scale_weight": "weight_scale"}
+_HELPERS = (".comfy_quant", ".input_scale", ".scale_input")  # describe a quantized layer, hold no weights
+_LINEAR = re.compile(r"(?:vace_)?blocks\.\d+\.(?:" + "|".join(map(re.escape, QUANTIZED_LINEARS)) + r")\.weight")
+_DELICATE = re.compile(r"\.proj_l\.|(?:^|\.)modulation$|\.norm[^.]*\.")
 # (what it is, fragments that must all occur in some key); the first match wins
 _SIGNATURES = (
     ("a LoRA. Load it with a LoRA node on top of a model", (".lora_A.",)),
@@ -41,33 +47,6 @@ _SIGNATURES = (
 )
 
 
-def looks_like(names) -> str | None:
-    """A few words on what the keys of a foreign checkpoint belong to, None when unknown."""
-    names = list(names)
-    for kind, fragments in _SIGNATURES:
-        if all(any(fragment in name for name in names) for fragment in fragments):
-            return kind
-    return None
-
-
-PROJ_L = "self_attn.attn_op.local_attn.proj_l"
-_WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
-_RENAMED = {"int8_weight": "weight", "scale": "weight_scale", "scale_weight": "weight_scale"}
-_HELPERS = (".comfy_quant", ".input_scale", ".scale_input")  # describe a quantized layer, hold no weights
-_LINEAR = re.compile(r"(?:vace_)?blocks\.\d+\.(?:" + "|".join(map(re.escape, QUANTIZED_LINEARS)) + r")\.weight")
-_DELICATE = re.compile(r"\.proj_l\.|(?:^|\.)modulation$|\.norm[^.]*\.")
-
-
-def is_quantizable(name: str) -> bool:
-    """True for the weights of the ten linears per block that W8A8 replaces."""
-    return _LINEAR.fullmatch(name) is not None
-
-
-def is_delicate(name: str) -> bool:
-    """True for what is small and kept in float32 where the source has it so: proj_l, norms and modulation."""
-    return _DELICATE.search(name) is not None
-
-
 def canonical(tensors: dict, path) -> tuple[dict, list[str]]:
     """({official name: tensor}, notes) of a Wan file in any known spelling; nothing is read from the tensors.
 
@@ -98,6 +77,35 @@ def canonical(tensors: dict, path) -> tuple[dict, list[str]]:
     return {n: _canonical_shape(n, t, result) for n, t in result.items()}, notes
 
 
+def is_quantizable(name: str) -> bool:
+    """True for the weights of the ten linears per block that W8A8 replaces."""
+    return _LINEAR.fullmatch(name) is not None
+
+
+def is_delicate(name: str) -> bool:
+    """True for what is small and kept in float32 where the source has it so: proj_l, norms and modulation."""
+    return _DELICATE.search(name) is not None
+
+
+def is_helper(name: str) -> bool:
+    """True for keys that belong to a quantized layer and hold no weights."""
+    return name.endswith(_HELPERS)
+
+
+def is_scale(name: str, tensors: dict) -> bool:
+    """True for the weight_scale of a layer whose weight is there."""
+    return name.endswith(".weight_scale") and name.removesuffix("_scale") in tensors
+
+
+def looks_like(names) -> str | None:
+    """A few words on what the keys of a foreign checkpoint belong to, None when unknown."""
+    names = list(names)
+    for kind, fragments in _SIGNATURES:
+        if all(any(fragment in name for name in names) for fragment in fragments):
+            return kind
+    return None
+
+
 def _add(into: dict, name: str, tensor, path):
     if name in into:
         raise TurboError(f"{path}: two keys stand for {name}. Expected one: save the file again without the other.")
@@ -112,18 +120,8 @@ def _canonical_shape(name, tensor, tensors):
         if weight is None or weight.ndim != 2:
             return tensor
         rows, blocks = weight.shape[0], block_scale_shape(*weight.shape)
-        if tensor.numel() == 1 and (tensor.ndim < 2 or weight.dtype in _FP8 or blocks != (1, 1)):
+        if tensor.numel() == 1 and (tensor.ndim < 2 or weight.dtype in FP8 or blocks != (1, 1)):
             return tensor.reshape(1, 1).expand(rows, 1)  # one scale for the whole tensor
         if tensor.ndim == 1 and tensor.numel() == rows:
             return tensor.reshape(rows, 1)
     return tensor
-
-
-def is_helper(name: str) -> bool:
-    """True for keys that belong to a quantized layer and hold no weights."""
-    return name.endswith(_HELPERS)
-
-
-def is_scale(name: str, tensors: dict) -> bool:
-    """True for the weight_scale of a layer whose weight is there."""
-    return name.endswith(".weight_scale") and name.removesuffix("_scale") in tensors

@@ -1,16 +1,17 @@
 """Writing a safetensors file one tensor at a time, aside, and renamed when it is whole."""
 
-import contextlib
 import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..errors import TurboError
+from ..files import written_aside
 from .read import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -25,36 +26,23 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 def stream_safetensors(target, layout: Layout, tensors: Iterable, metadata: dict[str, str]) -> int:
     """Write (name, tensor) pairs, in any order, to a safetensors file of the given layout; returns its size in bytes.
 
-    layout: {name: (dtype, shape)} of every tensor that will come; the header is written from it first. The data goes
-    to `target.part`, which becomes the target when everything is on the disk, and is removed on any failure or
-    interrupt: an existing target stays as it was until then. Raises TurboError when there is no room or no right to
-    write.
+    layout: {name: (dtype, shape)} of every tensor that will come; the header is written from it first. The file takes
+    the target's place when everything is on the disk: an existing target stays as it was until then, and nothing is
+    left over after a failure or an interrupt. Raises TurboError when there is no room or no right to write.
     """
     target = Path(target)
-    header, places, size = _header(layout, metadata)
+    header, places, size = file_header(layout, metadata)
     check_target(target, size)
-    part = target.with_name(target.name + ".part")
-    try:
-        with _writing(target), open(part, "wb") as file:
-            file.write(header)
-        waiting = set(layout)
-        with open(part, "r+b") as file:
-            for name, tensor in tensors:
-                dtype, shape = layout[name]
-                assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), name
-                waiting.remove(name)
-                with _writing(target):
-                    file.seek(len(header) + places[name])
-                    _put(file, tensor)
-            assert not waiting, f"never written: {sorted(waiting)[:3]}"
-            with _writing(target):
-                file.flush()
-                os.fsync(file.fileno())
-        with _writing(target):
-            os.replace(part, target)
-    finally:
-        with contextlib.suppress(OSError):  # gone after the rename
-            os.unlink(part)
+    waiting = set(layout)
+    with _explained(target), written_aside(target) as aside, open(aside, "wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            dtype, shape = layout[name]
+            assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), name
+            waiting.remove(name)
+            file.seek(len(header) + places[name])
+            _put(file, tensor)
+        assert not waiting, f"never written: {sorted(waiting)[:3]}"
     return size
 
 
@@ -65,7 +53,28 @@ def write_safetensors(target, state: dict[str, torch.Tensor], metadata: dict[str
     )
 
 
-def _header(layout: Layout, metadata: dict[str, str]):
+def check_target(target: Path, size: int) -> None:
+    """Raise TurboError unless `size` bytes can go to `target`: a .safetensors name in an existing folder with room."""
+    if target.suffix.lower() != ".safetensors":
+        raise TurboError(
+            f"{target} does not end in .safetensors. Expected a .safetensors name: that is what is written."
+        )
+    if not target.parent.is_dir():
+        raise TurboError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
+    if target.is_dir():
+        raise TurboError(f"{target} is a folder. Expected the name of a file to write.")
+    if target.exists():
+        with _explained(target):
+            os.rename(target, target)  # does nothing, and on Windows says now whether a program has the file open
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise TurboError(
+            f"{target} needs {size / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. "
+            "Free some room or write to another disk. Nothing was written."
+        )
+
+
+def file_header(layout: Layout, metadata: dict[str, str]):
     """(header bytes, {name: offset in the data}, size of the file)"""
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}
     # Tensors are used where they lie in the mapped file, and matrix products round by alignment on a CPU: whole cache
@@ -83,34 +92,14 @@ def _header(layout: Layout, metadata: dict[str, str]):
     return len(text).to_bytes(8, "little") + text, places, 8 + len(text) + offset
 
 
-def check_target(target: Path, size: int) -> None:
-    """Raise TurboError unless `size` bytes can go to `target`: a .safetensors name in an existing folder with room."""
-    if target.suffix.lower() != ".safetensors":
-        raise TurboError(
-            f"{target} does not end in .safetensors. Expected a .safetensors name: that is what is written."
-        )
-    if not target.parent.is_dir():
-        raise TurboError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
-    if target.is_dir():
-        raise TurboError(f"{target} is a folder. Expected the name of a file to write.")
-    if target.exists():
-        with _writing(target):
-            os.rename(target, target)  # does nothing, and on Windows says now whether a program has the file open
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        raise TurboError(
-            f"{target} needs {size / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free. "
-            "Free some room or write to another disk. Nothing was written."
-        )
-
-
 def _put(file, tensor):
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     file.write(memoryview(data))
 
 
-@contextlib.contextmanager
-def _writing(target: Path):
+@contextmanager
+def _explained(target: Path):
+    """An error of the system as one that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""turbo-core plan and doctor."""
+"""The verbs of turbo-core that advise: plan, what a video needs, and doctor, what this machine can run."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from .files import FORMATS
 from .generate import PRECISIONS
 
 
-def _add_plan(command) -> None:
+def add_verbs(verbs, common) -> None:
+    """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
+    command = verbs.add_parser("plan", parents=[common], help="what a video needs on cards of 8 to 32 GiB")
     add = command.add_argument
     add("dit", type=Path, nargs="?", metavar="DIT", help="a checkpoint; without it --model")
     add("--model", choices=("t2v-1.3b", "t2v-14b", "i2v-a14b"), default="t2v-14b", help="default %(default)s")
@@ -21,10 +23,14 @@ def _add_plan(command) -> None:
     attention.add_argument("--topk", type=float, help="key blocks kept; default 0.1 where trained so, else dense")
     attention.add_argument("--dense", action="store_true", help="dense self-attention")
     add("--precision", choices=PRECISIONS, default="bf16", help="of sparse attention; default %(default)s")
-    command.set_defaults(run=plan)
+    command.set_defaults(run=run_plan)
+
+    command = verbs.add_parser("doctor", parents=[common], help="what this machine can run, and why not")
+    command.add_argument("--json", action="store_true", help="for machines")
+    command.set_defaults(run=run_doctor)
 
 
-def plan(arguments) -> None:
+def run_plan(arguments) -> None:
     from .. import checkpoint
     from ..checkpoint import formats
     from ..diagnostics import plan
@@ -43,7 +49,7 @@ def plan(arguments) -> None:
     width, height = parse_size(arguments.size)
     frames, gib = arguments.frames, plan.GIB
     for memory in plan.CARDS if arguments.memory is None else [arguments.memory]:
-        stages = plan.plan(model, width, height, frames, memory, format, topk, arguments.precision)
+        stages = plan.stages(model, width, height, frames, memory, format, topk, arguments.precision)
         rows = [
             (stage.name, f"{stage.weights / gib:.1f} + {stage.activations / gib:.1f} GiB", stage.verdict)
             for stage in stages
@@ -60,7 +66,7 @@ def plan(arguments) -> None:
     )
 
 
-def doctor(arguments) -> None:
+def run_doctor(arguments) -> None:
     from ..diagnostics.doctor import examine
     from .console import table
 

@@ -1,4 +1,4 @@
-"""turbo-core bench and tune."""
+"""The verbs of turbo-core that measure this machine: bench and tune."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ from ..errors import TurboError
 BENCHMARKS = ("linear", "streaming", "attention", "block")
 
 
-def _add_bench(command) -> None:
+def add_verbs(verbs, common) -> None:
+    """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
+    command = verbs.add_parser("bench", parents=[common], help="times and errors of the kernels on this machine")
     add = command.add_argument
     add("what", nargs="*", choices=(*BENCHMARKS, "all"), default="all", metavar="WHAT", help=", ".join(BENCHMARKS))
     add(
@@ -25,10 +27,15 @@ def _add_bench(command) -> None:
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="default %(default)s")
     add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
     add("--threads", type=int, help="of a CPU; default as torch has it")
-    command.set_defaults(run=bench)
+    command.set_defaults(run=run_bench)
+
+    command = verbs.add_parser("tune", parents=[common], help="measure and keep this card's own launch parameters")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="default where turbo-core looks for it")
+    command.add_argument("--device", help="cuda, cuda:1; default the best there is")
+    command.set_defaults(run=run_tune)
 
 
-def bench(arguments) -> int:
+def run_bench(arguments) -> int:
     import torch
 
     from ..bench import check, report, run
@@ -59,18 +66,12 @@ def bench(arguments) -> int:
     return int(wrong > 0 or any(row["status"] == "wrong" and "turbo-core" in row["name"] for row in rows))
 
 
-def _status(text: str) -> None:
-    """One line on stderr that the next one overwrites, where somebody is looking."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def tune(arguments) -> None:
-    from ..bench.tune import tune as measure
+def run_tune(arguments) -> None:
+    from ..bench.tune import tune
     from ..devices import pick_device
     from .console import table
 
-    found = measure(
+    found = tune(
         pick_device(arguments.device),
         progress=lambda done, total, text: _status(f"tune {done} of {total}: {text}"),
         out=arguments.output,
@@ -79,3 +80,9 @@ def tune(arguments) -> None:
     rows = [("product", "best", "as shipped")]
     rows += [(key, f"{us['best']:.0f} us", f"{us['shipped']:.0f} us") for key, us in found["microseconds"].items()]
     table(f"{found['card']}: {found['file']}", rows)
+
+
+def _status(text: str) -> None:
+    """One line on stderr that the next one overwrites, where somebody is looking."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

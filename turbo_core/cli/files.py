@@ -1,10 +1,49 @@
-"""What each command of turbo-core does with its arguments: the libraries come in when they are used."""
+"""The verbs of turbo-core for files: inspect, convert, quantize, merge, and tinywan, which copies the small family."""
 
 import sys
 from pathlib import Path
 
+# as in checkpoint.formats, which needs torch: --help does not wait for it
+FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
 
-def inspect(arguments) -> None:
+
+def add_verbs(verbs, common) -> None:
+    """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
+    command = verbs.add_parser("inspect", parents=[common], help="what a checkpoint holds")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.set_defaults(run=run_inspect)
+
+    command = verbs.add_parser("convert", parents=[common], help="any checkpoint to safetensors")
+    command.add_argument("--format", choices=FORMATS, required=True)
+    _add_source_and_target(command)
+
+    command = verbs.add_parser("quantize", parents=[common], help="a float checkpoint to int8")
+    command.add_argument("--format", choices=FORMATS[:2], default=FORMATS[0], help="default %(default)s")
+    _add_source_and_target(command)
+
+    command = verbs.add_parser("merge", parents=[common], help="an acceleration carried over to a finetune")
+    command.add_argument("finetune", type=Path, metavar="FINETUNE", help="any finetune of the original, or rCM weights")
+    command.add_argument("--base", type=Path, required=True, metavar="ORIGINAL", help="what all were trained from")
+    command.add_argument(
+        "--turbo", type=Path, action="append", required=True, metavar="TURBOWAN", help="TurboWan or SLA; repeatable"
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    command.add_argument("--strength", type=float, action="append", help="one for all or one each; default 1.0")
+    command.add_argument("--format", choices=FORMATS, default="bf16", help="default %(default)s")
+    command.set_defaults(run=run_merge)
+
+    command = verbs.add_parser("tinywan", parents=[common], help="TinyWan, a small trained family, into a ComfyUI")
+    command.add_argument("models", type=Path, metavar="MODELS", help="ComfyUI's models folder")
+    command.set_defaults(run=run_tinywan)
+
+
+def _add_source_and_target(command) -> None:
+    command.add_argument("source", type=Path, metavar="SRC")
+    command.add_argument("target", type=Path, metavar="DST")
+    command.set_defaults(run=run_convert)
+
+
+def run_inspect(arguments) -> None:
     from .. import checkpoint
     from ..files import human_bytes
     from .console import table
@@ -33,7 +72,8 @@ def _shorten(value, length: int = 100) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def convert(arguments) -> None:
+def run_convert(arguments) -> None:
+    """convert and quantize."""
     from .. import checkpoint
     from ..files import human_bytes
     from .console import progress_bars
@@ -46,18 +86,17 @@ def convert(arguments) -> None:
             arguments.format,
             progress=lambda count, total: progress(arguments.command, count, total),
         )
-    for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{arguments.target}: {human_bytes(Path(arguments.target).stat().st_size)}, {arguments.format}")
+    _warn(done.warnings)
+    print(f"{done.path}: {human_bytes(done.bytes)}, {arguments.format}")
 
 
-def merge(arguments) -> None:
-    from ..checkpoint.merging import merge as merge_files
+def run_merge(arguments) -> None:
+    from .. import checkpoint
     from ..files import human_bytes
     from .console import progress_bars
 
     with progress_bars() as progress:
-        done = merge_files(
+        done = checkpoint.merge(
             arguments.finetune,
             arguments.base,
             arguments.turbo,
@@ -66,36 +105,19 @@ def merge(arguments) -> None:
             arguments.strength or 1.0,
             progress=lambda count, total: progress("merge", count, total),
         )
-    for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn(done.warnings)
     for path, apart in done.distances.items():
         print(f"{path}: {apart:.2%} from the original")
     print(f"{done.path}: {human_bytes(done.bytes)}, {arguments.format}")
 
 
-def make_tiny(arguments) -> None:
-    from ...tests.helpers.tiny_family import make_tiny
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
-    make_tiny(arguments.folder, arguments.seed, _say_file)
 
-
-def install_tinywan(arguments) -> None:
+def run_tinywan(arguments) -> None:
+    from ..files import human_bytes
     from ..tinywan import install
 
-    install(arguments.models, _say_file)
-
-
-def _say_file(path: Path) -> None:
-    from ..files import human_bytes
-
-    print(f"{path}: {human_bytes(path.stat().st_size)}")
-
-
-# as in formats and sla, which need torch: --help does not wait for it
-FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
-
-
-def _add_source_and_target(command) -> None:
-    command.add_argument("source", type=Path, metavar="SRC")
-    command.add_argument("target", type=Path, metavar="DST")
-    command.set_defaults(run=convert)
+    install(arguments.models, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))

@@ -1,4 +1,4 @@
-"""turbo-core generate: prompt, and image, to video."""
+"""The verb generate of turbo-core: prompt, and image, to video."""
 
 import json
 import sys
@@ -11,7 +11,9 @@ PRECISIONS = ("bf16", "int8")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _add_generate(command) -> None:
+def add_verbs(verbs, common) -> None:
+    """Add generate to the parser's verbs; common: the parent parser with what all verbs take."""
+    command = verbs.add_parser("generate", parents=[common], help="prompt (and image) to video")
     add = command.add_argument
     add("--prompt", required=True, help="long English descriptions work best")
     add("--image", type=Path, help="first frame, for image-to-video")
@@ -39,10 +41,10 @@ def _add_generate(command) -> None:
     add("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
     add("--noise-device", default="cpu", help="cpu (default) gives the same video on every machine")
     add("--tiled", action="store_true", help="decode in tiles: less memory")
-    command.set_defaults(run=generate)
+    command.set_defaults(run=run_generate)
 
 
-def generate(arguments) -> None:
+def run_generate(arguments) -> None:
     import torch
 
     from .. import pipeline
@@ -54,7 +56,6 @@ def generate(arguments) -> None:
     check_video_path(arguments.output)
     if arguments.contact_sheet:
         check_sheet_path(arguments.contact_sheet)
-    _tell_of_world(arguments)
     start = time.perf_counter()
     try:
         with progress_bars() as progress:
@@ -80,6 +81,7 @@ def generate(arguments) -> None:
                 dtype=arguments.dtype and getattr(torch, arguments.dtype),
                 noise_device=arguments.noise_device,
                 tiled=arguments.tiled,
+                described=lambda model: _tell_of_world(model, arguments.prompt),
                 progress=progress,
             )
             progress("write", 0, 1)
@@ -97,13 +99,12 @@ def generate(arguments) -> None:
     _report(arguments, result, time.perf_counter() - start)
 
 
-def _tell_of_world(arguments) -> None:
+def _tell_of_world(model, prompt: str) -> None:
     """Say so when TinyWan is asked for more than it has ever seen: it renders something all the same."""
-    from .. import checkpoint
+    from ..checkpoint import WORLD
     from ..tinywan import world
 
-    trained_on = checkpoint.inspect(arguments.dit).metadata.get(checkpoint.WORLD)
-    if trained_on == world.WORLD and world.is_outside(arguments.prompt):
+    if model.metadata.get(WORLD) == world.WORLD and world.is_outside(prompt):
         print(
             "TinyWan knows only its small world, and this prompt is not of it. Name a colour "
             f"({', '.join(world.COLOURS)}), a shape ({', '.join(world.SHAPES)}), a motion (moves left, right, up or "
@@ -113,7 +114,7 @@ def _tell_of_world(arguments) -> None:
 
 
 def _report(arguments, result, total: float) -> None:
-    from ..files import human_bytes
+    from ..files import human_bytes, write_whole
     from .console import table
 
     rows = [(name, str(value)) for name, value in result.settings.items() if value is not None]
@@ -133,11 +134,4 @@ def _report(arguments, result, total: float) -> None:
             "total_seconds": total,
             "peak_memory": result.peak_memory,
         }
-        _write_text(arguments.json, json.dumps(report, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TurboError(f"Could not write {path} ({error}). Check the folder and its rights.") from error
+        write_whole(arguments.json, json.dumps(report, indent=2) + "\n", "Check the folder and its rights.")

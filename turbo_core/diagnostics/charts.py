@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import TurboError, missing_library
-from ..files import complete_or_nothing
+from ..files import written_aside
 
 INK, FAINT, PAPER, GRID, BAND = (28, 28, 36), (110, 110, 122), (255, 255, 255), (225, 225, 228), (244, 245, 248)
 OURS, OTHERS, BASE = (205, 64, 113), (140, 150, 170), (70, 80, 100)  # of bars that are compared
@@ -88,7 +88,7 @@ def png(image, colours: int | None = None) -> bytes:
 def save(image, path) -> None:
     """Write a picture as PNG. Raises TurboError where the file cannot be written."""
     try:
-        with complete_or_nothing(path) as part:
+        with written_aside(path) as aside:
             part.write_bytes(png(image))
     except OSError as error:
         raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error

@@ -31,7 +31,7 @@ RESERVED = GIB  # driver, desktop, workspaces: an allowance, not a measurement
 TEXT_TOKENS = 512
 CARDS = (8, 12, 16, 24, 32)  # GiB
 _VAE = {"encode": 7500, "decode": 10200}  # bytes a pixel in bf16, base width 96, counted: a step of four frames
-_TILE = 256  # pixels, of turbo_core.vae
+_TILE = 256  # pixels, of pipeline.vae
 _OVERLAP = (256 / 192) ** 2  # tiles advance by 192
 
 
@@ -187,7 +187,7 @@ def vae_peak(width: int, height: int, frames: int, work: str = "decode", tiled: 
     return tiles + max(_VAE[work] * min(width, _TILE) * min(height, _TILE), 3 * video)
 
 
-def plan(
+def stages(
     model: Model,
     width: int,
     height: int,
@@ -207,15 +207,15 @@ def plan(
     t, h, w = latent_shape(width, height, frames)
     tokens = t * (h // 2) * (w // 2)
     room = int(memory * GIB) - RESERVED
-    stages = [_weights_stage("text encoder", room, text_encoder_bytes(), 0, 400_000_000, 1)]
+    found = [_weights_stage("text encoder", room, text_encoder_bytes(), 0, 400_000_000, 1)]
     if model.sizes.in_dim > model.sizes.out_dim:
-        stages.append(_vae_stage("VAE encode", room, width, height, frames, "encode"))
+        found.append(_vae_stage("VAE encode", room, width, height, frames, "encode"))
     # fp8 beside proj_l is decoded when it is loaded
     weights, block = weight_bytes(model, "bf16" if format == "fp8" and model.has_sla else format)
     activations, _, _ = step_peak(model, tokens, format if format in INTEGERS else "float", topk, precision)
-    stages.append(_weights_stage("sampling", room, weights, activations, block, model.experts))
-    stages.append(_vae_stage("VAE decode", room, width, height, frames, "decode"))
-    return stages
+    found.append(_weights_stage("sampling", room, weights, activations, block, model.experts))
+    found.append(_vae_stage("VAE decode", room, width, height, frames, "decode"))
+    return found
 
 
 def _weights_stage(name, room, weights, activations, block, experts):

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..devices import _release, _synchronize, peak_memory, pick_device, reset_peak_memory, widest_float
+from ..devices import peak_memory, pick_device, release, reset_peak_memory, synchronize, widest_float
 from ..errors import TurboError
 from ..sampler import sample_rcm
 from ..schedule import default_sigma_max, rcm_sigmas
 from . import sizes
-from .handover import _Experts
-from .inputs import check_models, check_sampling
+from .handover import Experts
+from .inputs import check_sampling, open_models
 from .text import encode_text, load_text_encoder
 from .vae import LATENT_CHANNELS, decode_video, encode_video, load_vae
 from .video import prepare_image, read_image, to_frames
@@ -58,6 +58,7 @@ def generate(
     dtype=None,
     noise_device="cpu",
     tiled=False,
+    described=None,
     progress=None,
 ) -> Result:
     """Make one video.
@@ -68,12 +69,14 @@ def generate(
     sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint was trained so and dense
     elsewhere. precision: of sparse attention, "bf16" or "int8". device: default CUDA, then MPS, then CPU. dtype:
     default bfloat16, on a CPU float32. noise_device: where noise is drawn; "cpu" gives the same video on every
-    machine, "cuda" the noise of the reference. tiled: decode in tiles. progress: callable (stage, done, total).
+    machine, "cuda" the noise of the reference. tiled: decode in tiles. described: callable (Description of dit), once
+    the models are known to fit together. progress: callable (stage, done, total).
     Raises TurboError for anything that does not fit together.
     """
     device = pick_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model = check_models(dit, dit_low, image)
+    files = open_models(dit, dit_low, image)
+    model = files[0].description
     sigmas = rcm_sigmas(steps, default_sigma_max(model.in_dim) if sigma_max is None else sigma_max)
     topk = check_sampling(model, dit_low, sigmas, boundary, topk, precision)
     picture = None if image is None else read_image(image)
@@ -81,6 +84,8 @@ def generate(
     if adaptive and picture is not None:
         width, height = sizes.adaptive_size(picture.shape[2], picture.shape[1], width, height)
     shape = (1, LATENT_CHANNELS, *sizes.latent_shape(width, height, frames))
+    if described is not None:
+        described(model)
     progress = progress or (lambda stage, done, total: None)
     seconds, step_seconds = {}, []
     stage = _stages(seconds, progress)
@@ -100,8 +105,9 @@ def generate(
         with stage("encode image"):
             y = encode_image(vae.to(device), prepare_image(picture, width, height), frames).to(dtype)
             vae.to("cpu")
-            _release(device)
-    experts = _Experts(dit, dit_low, boundary, sigmas, device, dtype, stage)
+            release(device)
+    experts = Experts(files, boundary, sigmas, device, dtype, stage)
+    del files  # see Experts
     try:
         with stage("sampling", steps):
             latents = sample(
@@ -130,7 +136,7 @@ def encode_prompt(prompt: str, text_encoder, tokenizer=None, device="cpu", dtype
     model, tokenize = load_text_encoder(text_encoder, tokenizer, device, dtype)
     context = encode_text(model, tokenize, [prompt])
     del model
-    _release(torch.device(device))
+    release(torch.device(device))
     return context
 
 
@@ -180,7 +186,7 @@ def sample(
         start = time.perf_counter()
         timestep = (sigma.float() * 1000).to(torch.bfloat16).float()
         velocity = model(x.float(), timestep, context, y=y, topk=topk, precision=precision)
-        _synchronize(device)
+        synchronize(device)
         if step_seconds is not None:
             step_seconds.append(time.perf_counter() - start)
         return x - sigma.view(-1, 1, 1, 1, 1) * velocity.to(x.dtype)

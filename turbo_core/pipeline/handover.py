@@ -13,12 +13,59 @@ import threading
 import torch
 
 from .. import checkpoint
-from ..devices import _release
+from ..devices import release
 from ..errors import TurboError
 from ..wan import WanModel
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _STOP = object()
+
+
+class Experts:
+    """Reads the expert that a sigma asks for in the place of the other one.
+
+    On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
+    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
+    """
+
+    def __init__(self, files: list[checkpoint.Opened], boundary: float, sigmas, device, dtype, stage):
+        """files: of the only expert, or of the high- and the low-noise one; the caller must not keep them, for a file
+        stays mapped as long as it is referred to."""
+        self.files, self.boundary = dict(enumerate(files)), boundary
+        self.device, self.dtype, self.stage = device, dtype, stage
+        self.in_place = device.type != "cpu"
+        steps = [sigma for sigma in sigmas.tolist() if sigma > 0]
+        self.last_high = min((sigma for sigma in steps if sigma >= boundary), default=None)
+        self.has_low = len(files) > 1
+        if not self.has_low or min(steps) >= boundary:
+            self.last_high = None
+        self.present = self.model = self.handover = None
+
+    def at(self, sigma: float) -> WanModel:
+        """The model for a step at this sigma; sigmas fall from call to call."""
+        wanted = int(self.has_low and sigma < self.boundary)
+        if wanted != self.present and self.handover is None:
+            self.free()
+            with self.stage("load DiT"):
+                file = self.files.pop(wanted)
+                state, heads = checkpoint.weights(file), file.description.num_heads
+                del file
+                self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
+        self.present = wanted
+        if self.in_place and sigma == self.last_high and self.handover is None:
+            with self.stage("load DiT"):
+                state = checkpoint.weights(self.files[1])
+                if can_follow(self.model, state):
+                    self.handover = Handover(self.model, state)
+                    del self.files[1]
+        return self.model
+
+    def free(self):
+        """Let go of the model, and end a hand-over."""
+        if self.handover is not None:
+            self.handover.cancel()
+        self.present = self.model = self.handover = None
+        release(self.device)
 
 
 def can_follow(model, state) -> bool:
@@ -164,42 +211,3 @@ def _pinned(size):
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:  # the system allows no more locked memory: the copies are slower and as right
         return torch.empty(size, dtype=torch.uint8)
-
-
-class _Experts:
-    """Reads the expert that a sigma asks for in the place of the other one.
-
-    On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
-    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
-    """
-
-    def __init__(self, high, low, boundary, sigmas, device, dtype, stage):
-        self.high, self.low, self.boundary = high, low, boundary
-        self.device, self.dtype, self.stage = device, dtype, stage
-        self.in_place = device.type != "cpu"
-        steps = [sigma for sigma in sigmas.tolist() if sigma > 0]
-        self.last_high = min((sigma for sigma in steps if sigma >= boundary), default=None)
-        if low is None or min(steps) >= boundary:
-            self.last_high = None
-        self.path = self.model = self.handover = None
-
-    def at(self, sigma: float) -> WanModel:
-        path = self.high if self.low is None or sigma >= self.boundary else self.low
-        if path != self.path and self.handover is None:
-            self.free()
-            with self.stage("load DiT"):
-                state, described = checkpoint.load(path)
-                self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=described.num_heads)
-        self.path = path
-        if self.in_place and sigma == self.last_high and self.handover is None:
-            with self.stage("load DiT"):
-                state, _ = checkpoint.load(self.low)
-                if can_follow(self.model, state):
-                    self.handover = Handover(self.model, state)
-        return self.model
-
-    def free(self):
-        if self.handover is not None:
-            self.handover.cancel()
-        self.path = self.model = self.handover = None
-        _release(self.device)

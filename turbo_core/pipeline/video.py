@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import TurboError, missing_library
-from ..files import complete_or_nothing
+from ..files import written_aside
 from .sizes import FPS
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+VIDEO_SUFFIXES = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}  # to the container's name
 
 
 def read_image(path) -> torch.Tensor:
@@ -51,7 +51,8 @@ def write_video(path, frames: torch.Tensor, fps: int = FPS) -> None:
     check_video_path(path)
     av = _pyav()
     try:
-        with complete_or_nothing(path) as part, av.open(str(part), "w") as container:
+        container_format = VIDEO_SUFFIXES[Path(path).suffix.lower()]
+        with written_aside(path) as aside, av.open(str(aside), "w", format=container_format) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -79,8 +80,8 @@ def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: i
     if image.width > max_width:
         image = image.resize((max_width, max(1, round(image.height * max_width / image.width))))
     try:
-        with complete_or_nothing(path) as part:
-            image.save(part)
+        with written_aside(path) as aside:
+            image.save(aside, format=image_module.registered_extensions()[Path(path).suffix.lower()])
     except OSError as error:
         raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import TurboError
-from ..files import complete_or_nothing
+from ..files import written_aside
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tinywan"
 FILES = {
@@ -37,8 +37,8 @@ def install(models, progress=None) -> list[Path]:
         target = models / _PLACES.get(kind, "diffusion_models") / name
         try:
             target.parent.mkdir(exist_ok=True)
-            with complete_or_nothing(target) as part:
-                shutil.copyfile(FOLDER / name, part)
+            with written_aside(target) as aside:
+                shutil.copyfile(FOLDER / name, aside)
         except OSError as error:
             raise TurboError(
                 f"Could not write {target} ({error}). Check its rights and the free space, and stop a ComfyUI that has "

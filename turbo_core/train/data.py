@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoint import inspect
 from ..checkpoint.write import write_safetensors
 from ..errors import TurboError
 from ..pipeline.inputs import check_experts, check_model
@@ -53,9 +54,10 @@ def load(path) -> Data:
 def check_fits(data: Data, model, low=None) -> None:
     """Raise TurboError unless the transformer in the file `model`, with low the pair of experts, can be trained on what
     the data holds."""
-    described = check_model(model)
+    described = inspect(model)
+    check_model(described)
     if low is not None:
-        check_experts(model, low)
+        check_experts(described, inspect(low))
     elif described.in_dim == 36:
         raise TurboError(
             f"{model} is one of two experts ({described.family}), trained for a part of the times: give the low-noise "

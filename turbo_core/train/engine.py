@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import TurboError
-from ..files import complete_or_nothing
+from ..files import written_aside
 from . import optim
 
 CHECKPOINT = "checkpoint.pt"
@@ -150,7 +150,7 @@ def save(parts: dict, history: list, path: Path) -> None:
     states = {name: optim.whole(part.state_dict(), keep=rank() == 0) for name, part in parts.items()}
     if rank() == 0:
         try:
-            with complete_or_nothing(path) as part, open(part, "wb") as file:
+            with written_aside(path) as aside, open(aside, "wb") as file:
                 torch.save({"parts": states, "history": history}, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TurboError(f"Could not write {path} ({error}). Free space and start again: it resumes.") from error
