@@ -10,7 +10,7 @@ from turbo_core import pipeline
 from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
 from turbo_core.pipeline import handover
-from turbo_core.pipeline.handover import Handover, _CardLane, can_follow
+from turbo_core.pipeline.handover import Handover, CardLane, can_follow
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel
 
@@ -138,7 +138,7 @@ def test_on_a_card_a_copy_waits_for_the_compute_and_a_buffer_for_its_copy(monkey
     groups = [
         [(torch.zeros(7, dtype=torch.bfloat16), torch.randn(7)), (torch.zeros(3), torch.randn(3))] for _ in range(3)
     ]
-    lane = _CardLane(torch.device("cuda", 0), groups)
+    lane = CardLane(torch.device("cuda", 0), groups)
     for pairs in groups:
         diary.clear()
         ticket = lane.ticket()

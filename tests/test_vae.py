@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.tiny_family import tiny_vae
 from turbo_core.errors import TurboError
-from turbo_core.pipeline.vae import _diffusers_name, decode_video, encode_video, load_vae
+from turbo_core.pipeline.vae import diffusers_name, decode_video, encode_video, load_vae
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_tiled_decoding_needs_no_tiles_below_their_size(vae):
     assert torch.equal(decode_video(vae, latent, tiled=True), decode_video(vae, latent))
 
 
-def test_every_official_name_has_a_distinct_diffusers_name(vae):
-    names = {_diffusers_name(name) for name in tiny_vae()}
+def test_every_official_name_has_a_distinctdiffusers_name(vae):
+    names = {diffusers_name(name) for name in tiny_vae()}
     assert names == set(vae.state_dict())
 
 

@@ -60,7 +60,7 @@ def merge(
     for path in (finetune, base, *turbo):
         if target.exists() and path.exists() and os.path.samefile(path, target):
             raise TurboError(f"{target} is one of the files to merge. Expected another name for the result.")
-    files = {path: opened(path) for path in (finetune, base, *turbo)}
+    files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
     del files
@@ -183,7 +183,7 @@ def _merged(files, planned, sources, paths, strengths, distance):
     for name, kind in planned.items():
         if read > REMAP:
             files = inputs = tensors = tensor = None  # nothing may hold on to the old mapping
-            files, read = {path: mapped_anew(path) for path in paths}, 0
+            files, read = {path: mapped_anew(path) for path in dict.fromkeys(paths)}, 0
         only = sources[name]
         tensors = files[only or paths[0]]
         tensor = tensors[name]

@@ -93,7 +93,7 @@ class Handover:
             match = _BLOCK.match(name)
             self._groups.setdefault(int(match[1]) if match else None, []).append((tensor, state[name]))
         device = next(model.parameters()).device
-        self._lane = _CardLane(device, self._groups.values()) if device.type == "cuda" else _HostLane()
+        self._lane = CardLane(device, self._groups.values()) if device.type == "cuda" else _HostLane()
         self._error = None
         self._left = {}  # group -> (set when its copy is under way, what the lane knows of it)
         self._work = queue.SimpleQueue()
@@ -165,7 +165,7 @@ class _HostLane:
         pass
 
 
-class _CardLane:
+class CardLane:
     """Copies to a card on a stream of their own. A ticket is (event: last use is over, event: copy is over)."""
 
     def __init__(self, device, groups):

@@ -86,7 +86,7 @@ def _canonical(state: dict, path) -> dict:
     if first.shape[1] != LATENT_CHANNELS:
         kind = " (the VAE of Wan 2.2 5B)" if first.shape[1] == 48 else ""
         raise TurboError(f"VAE: {path} has {first.shape[1]} latent channels{kind}, expected {LATENT_CHANNELS}. {_CURE}")
-    return state if _DIFFUSERS_MARK in state else {_diffusers_name(key): value for key, value in state.items()}
+    return state if _DIFFUSERS_MARK in state else {diffusers_name(key): value for key, value in state.items()}
 
 
 def _base_dim(state: dict, path) -> int:
@@ -112,7 +112,7 @@ def _check_shapes(model, state: dict, path) -> None:
         )
 
 
-def _diffusers_name(key: str) -> str:
+def diffusers_name(key: str) -> str:
     """The name in AutoencoderKLWan of a tensor under Wan's official name."""
     key = re.sub(r"^conv1\.", "quant_conv.", key)
     key = re.sub(r"^conv2\.", "post_quant_conv.", key)
