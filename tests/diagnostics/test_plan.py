@@ -1,22 +1,21 @@
 """The memory planner against what torch allocates: small and middling models for real, the published ones by shape."""
 
 import math
-import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.tiny_dits import TINY, tiny_state_dict
-from turbo_core import checkpoint, int8, wan, wan_fused
+from turbo_core import checkpoint
 from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.cli import main
 from turbo_core.diagnostics import plan
 from turbo_core.errors import TurboError
-from turbo_core.int8 import block_scale_shape
+from turbo_core.int8 import block_scale_shape, reference
 from turbo_core.pipeline import sizes
-from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel
+from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel, block, fused, layers
 
 TOLERANCE = 0.1
 SMALL = plan.Model(Sizes(256, 16, 16, 640, 64, 256, 128), 2, True)
@@ -37,38 +36,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
-    monkeypatch.setattr(int8.quantize, "int_mm_pays", lambda device: True)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and that are still referred to, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), inputs)
-        return result
-
-    def _add(self, storage, inputs):
-        key = storage._cdata
-        if key in self.known or key in inputs:  # views, and results written in place
-            return
-        size = storage.nbytes()
-        self.known.add(key)
-        weakref.finalize(storage, self._drop, key, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _drop(self, key, size):
-        self.known.discard(key)
-        self.live -= size
+    monkeypatch.setattr(reference, "int_mm_pays", lambda device: True)
 
 
 def network(model, linears):
@@ -199,20 +167,21 @@ def kernels(monkeypatch):
             return quantized(qkv[0].view(-1, heads * head_dim))
         return qkv.new_empty(batch, length, heads, head_dim)
 
-    for name, function in {
-        "layer_norm_quantize": norm,
-        "int8_mm": product,
-        "int8_mm_quantize": product_quantized,
-        "int8_mm_residual": residual,
-        "int8_mm_qkv": qkv,
-        "quantize_block": quantized,
-        "quantize_rows": lambda x, out=None: out or quantized(x, True),
-        "pays": lambda device: True,
-    }.items():
-        monkeypatch.setattr(wan_fused, name, function)
-    monkeypatch.setattr(wan, "sla_from_qkv", attention)
-    monkeypatch.setattr(wan, "use_triton", lambda device, family: True)
-    monkeypatch.setattr(wan, "rms_norm", lambda x, weight, eps: torch.empty_like(x))
+    operations = SimpleNamespace(
+        layer_norm_quantize=norm,
+        int8_mm=product,
+        int8_mm_quantize=product_quantized,
+        int8_mm_residual=residual,
+        int8_mm_qkv=qkv,
+        quantize_block=quantized,
+        quantize_rows=lambda x, out=None: out or quantized(x, True),
+        rms_norm=lambda x, weight, eps: torch.empty_like(x),
+    )
+    for module in (fused, layers):
+        monkeypatch.setattr(module, "operations", lambda device, *_: operations)
+    monkeypatch.setattr(fused, "pays", lambda device: True)
+    monkeypatch.setattr(layers, "use_triton", lambda device, family: True)
+    monkeypatch.setattr(block, "sla_from_qkv", attention)
 
 
 @pytest.mark.parametrize("linears", ["int8_block", "int8_row"])

@@ -4,23 +4,12 @@ Sparse attention only: the host's dense attention on a CPU without flash attenti
 does not.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.live_bytes import LiveBytes
 from turbo_core import checkpoint
 from turbo_core.diagnostics import plan
-
-
-@pytest.fixture(scope="module")
-def live_bytes():
-    path = Path(__file__).parents[1] / "test_budget.py"
-    spec = importlib.util.spec_from_file_location("test_budget_counter", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveBytes
 
 
 @pytest.mark.parametrize(
@@ -31,7 +20,7 @@ def live_bytes():
         ("TinyWan2.1-T2V-quant.pth", "int8_block", 0.1, "bf16"),
     ],
 )
-def test_host_takes_no_more_than_planned(lab, live_bytes, name, linears, topk, precision):
+def test_host_takes_no_more_than_planned(lab, name, linears, topk, precision):
     shape = (1, 16, 5, 32, 36)
     model = lab.load(name, torch.bfloat16)
     model.set_model_compute_dtype(torch.bfloat16)
@@ -41,7 +30,7 @@ def test_host_takes_no_more_than_planned(lab, live_bytes, name, linears, topk, p
     options = {**model.model_options["transformer_options"], "sigmas": given["t"]}
     network = lab.loaded(model)
     # under inference_mode an operation made of others would be seen as one, without what it allocates inside
-    with torch.inference_mode(False), torch.no_grad(), live_bytes() as count:
+    with torch.inference_mode(False), torch.no_grad(), LiveBytes() as count:
         network.apply_model(**{k: v.clone() for k, v in given.items()}, transformer_options=options)
     tokens, text = 5 * 16 * 18, given["c_crossattn"].shape[1]
     planned = plan.model_of(checkpoint.inspect(lab.path(name)))
