@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.tiny_dits import make_tiny_dits, tiny_state_dict
+from tests.helpers.opens import counted_opens
+from tests.helpers.states import same
+from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint import encode, names, write
 from turbo_core.checkpoint.formats import FORMATS
@@ -24,17 +26,10 @@ from turbo_core.errors import TurboError
 from turbo_core.int8 import dequantize_block, dequantize_rows, quantize_block, quantize_rows
 from turbo_core.wan import QUANTIZED_LINEARS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)
 LAYERS = [f"blocks.{n}.{x}" for n in (0, 1) for x in QUANTIZED_LINEARS]
 NORM = "blocks.0.norm3.weight"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny_dits(folder)
-    return folder
 
 
 @pytest.fixture
@@ -46,10 +41,6 @@ def ragged(tmp_path):
 
 def said(tensor):
     return json.loads(bytes(tensor.tolist()))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def test_block_format_on_disk(ragged, tmp_path):
@@ -195,6 +186,13 @@ def test_source_mapped_anew_gives_the_same_file(ragged, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "REMAP", 1 << 16)
     two = checkpoint.convert(ragged, tmp_path / "two.safetensors", "int8_block").path
     assert Path(one).read_bytes() == Path(two).read_bytes()
+
+
+@pytest.mark.parametrize("write", [checkpoint.convert, checkpoint.quantize])
+def test_the_source_is_opened_and_described_once(ragged, tmp_path, monkeypatch, write):
+    opened, described = counted_opens(monkeypatch)
+    write(ragged, tmp_path / "x.safetensors", "int8_block")
+    assert opened == described == {"ragged.pth": 1}
 
 
 MEASURE = """

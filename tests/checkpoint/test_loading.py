@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.tiny_dits import make_tiny_dits, tiny_state_dict
+from tests.helpers.states import official, plain, same, saved
+from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.formats import FLOATS
 from turbo_core.checkpoint.names import PROJ_L, looks_like
@@ -26,13 +27,6 @@ Q = "blocks.1.self_attn.q"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny_dits(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def published():
     return tiny_state_dict(0)
 
@@ -40,20 +34,6 @@ def published():
 @pytest.fixture
 def state(published):
     return dict(published)  # tests replace tensors, they do not write into them
-
-
-def saved(state, path):
-    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
-    return path
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-
-
-def official(state):
-    weight = state["patch_embedding.weight"]
-    return state | {"patch_embedding.weight": weight.reshape(weight.shape[0], -1, 1, 2, 2)}
 
 
 def hollow(path, sizes, blocks, has_sla=True):
@@ -259,11 +239,10 @@ def test_heads_of_64_by_proj_l_and_by_metadata(tmp_path):
     sizes = Sizes(256, 16, 16, 384, 64, 256, 64)
     state = tiny_state_dict(0, sizes)
     assert checkpoint.inspect(saved(state, tmp_path / "x.pth")).num_heads == 4
-    plain = {k: v for k, v in state.items() if PROJ_L not in k}
     config = {"config": json.dumps({"transformer": {"num_heads": 4}})}
-    save_file(plain, tmp_path / "x.safetensors", metadata=config)
+    save_file(plain(state), tmp_path / "x.safetensors", metadata=config)
     assert checkpoint.inspect(tmp_path / "x.safetensors").head_dim == 64
-    save_file(plain, tmp_path / "y.safetensors")
+    save_file(plain(state), tmp_path / "y.safetensors")
     assert checkpoint.inspect(tmp_path / "y.safetensors").head_dim == 128
 
 

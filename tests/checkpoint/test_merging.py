@@ -7,19 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.opens import counted_opens
+from tests.helpers.states import official, plain
 from tests.helpers.tiny_dits import TINY, tiny_state_dict
 from turbo_core import checkpoint
-from turbo_core.checkpoint.merging import merge
+from turbo_core.checkpoint import merge
 from turbo_core.checkpoint.names import PROJ_L, is_quantizable
-from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
 
-Q, NORM, PATCHES = "blocks.1.self_attn.q.weight", "blocks.0.norm3.weight", "patch_embedding.weight"
-
-
-def plain(state):
-    return {name: tensor for name, tensor in state.items() if PROJ_L not in name}
+Q, NORM = "blocks.1.self_attn.q.weight", "blocks.0.norm3.weight"
 
 
 def trained(state, seed, size=0.02):
@@ -30,10 +27,6 @@ def trained(state, seed, size=0.02):
         noise = torch.randn(tensor.shape, generator=generator) * tensor.float().norm() / tensor.numel() ** 0.5
         moved[name] = (tensor.float() + size * noise).to(tensor.dtype)
     return moved
-
-
-def official(state):
-    return state | {PATCHES: state[PATCHES].reshape(TINY.dim, -1, 1, 2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -243,21 +236,15 @@ def test_progress_reaches_the_total_and_an_interrupt_leaves_nothing(files):
     assert not list(files.glob("*.part"))
 
 
+def test_each_file_is_opened_and_described_once(files, monkeypatch):
+    opened, described = counted_opens(monkeypatch)
+    run(files, turbo=("turbo.pth", "base.pth"))
+    assert opened == described == dict.fromkeys(["finetune.safetensors", "base.pth", "turbo.pth"], 1)
+
+
 def test_files_mapped_anew_give_the_same_result(files, monkeypatch):
     run(files)
     one = (files / "out.safetensors").read_bytes()
     monkeypatch.setattr("turbo_core.checkpoint.merging.REMAP", 1 << 16)
     run(files)
     assert (files / "out.safetensors").read_bytes() == one
-
-
-def test_command(files, capsys):
-    arguments = ["--base", files / "base.pth", "--turbo", files / "turbo.pth", "-o", files / "out.safetensors"]
-    command = ["merge", files / "finetune.safetensors", *arguments, "--strength", "0.5", "--format", "int8_block"]
-    assert main([str(part) for part in command]) == 0
-    assert checkpoint.inspect(files / "out.safetensors").format == "int8_block"
-    out = capsys.readouterr().out
-    assert "turbo.pth: 2.01% from the original" in out and "int8_block" in out
-    command[command.index("--turbo") + 1] = files / "none.pth"
-    assert main([str(part) for part in command]) == 2
-    assert "none.pth" in capsys.readouterr().err

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from tests.helpers.live_bytes import LiveBytes
-from tests.helpers.tiny_dits import TINY, tiny_state_dict
+from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.shapes import Sizes
-from turbo_core.cli import main
 from turbo_core.diagnostics import plan
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape, reference
@@ -301,18 +300,3 @@ def test_what_cannot_be_planned_is_refused():
     ]:
         with pytest.raises(TurboError, match=words):
             plan.stages(*arguments)
-
-
-def test_command(tmp_path, capsys):
-    assert main(["plan", "--model", "t2v-14b", "--size", "720p", "--memory", "16"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "16 GiB: 1280x720" in out and "32 GiB:" not in out and "sampling" in out
-    assert "75600 tokens, linear branch" in out and "not a measurement" in out
-    torch.save(tiny_state_dict(0, TINY._replace(in_dim=36)), tmp_path / "tiny.pth")
-    assert main(["plan", str(tmp_path / "tiny.pth"), "--size", "64x64", "--frames", "5", "--experts", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "8 GiB: 64x64, 5 frames, bf16" in out and "32 GiB:" in out and "VAE encode" in out
-    assert main(["plan", str(tmp_path / "none.pth")]) == 2
-    assert main(["plan", "--size", "33x33"]) == 2
-    assert main(["plan", "--memory", "nan"]) == 2
-    assert main(["plan", "--memory", "0"]) == 2

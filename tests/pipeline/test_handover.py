@@ -10,7 +10,7 @@ from turbo_core import pipeline
 from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
 from turbo_core.pipeline import handover
-from turbo_core.pipeline.handover import Handover, CardLane, can_follow
+from turbo_core.pipeline.handover import CardLane, Handover, can_follow
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel
 

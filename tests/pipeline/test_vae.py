@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.tiny_family import tiny_vae
 from turbo_core.errors import TurboError
-from turbo_core.pipeline.vae import diffusers_name, decode_video, encode_video, load_vae
+from turbo_core.pipeline.vae import decode_video, diffusers_name, encode_video, load_vae
 
 
 @pytest.fixture(scope="module")

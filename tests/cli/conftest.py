@@ -1,0 +1,11 @@
+import pytest
+
+from tests.helpers.tiny_family import make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with the small family."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_tiny(folder)
+    return folder

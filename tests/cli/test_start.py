@@ -1,0 +1,42 @@
+"""How the command starts: light, and with the choices that the library has."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turbo_core import sla
+from turbo_core.checkpoint import formats
+from turbo_core.cli import files, generate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+LIBRARIES = {"diffusers", "transformers", "av", "PIL", "sentencepiece", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("turbo_core.cli", {"torch", *LIBRARIES}),
+        ("turbo_core.pipeline, turbo_core.checkpoint, turbo_core.diagnostics.doctor", LIBRARIES),
+    ],
+)
+def test_libraries_come_in_when_they_are_used(modules, heavy):
+    """--help does not even wait for torch."""
+    code = f"import sys, {modules}\nprint(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_help_names_every_verb():
+    done = subprocess.run([sys.executable, "-m", "turbo_core", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    verbs = "generate inspect convert quantize merge plan doctor bench tune tinywan train evaluate"
+    assert set(verbs.split()) <= set(done.stdout.split())
+
+
+def test_choices_are_those_of_the_library():
+    assert files.FORMATS == formats.FORMATS and files.FORMATS[:2] == tuple(formats.INTEGERS)
+    assert tuple(sla.PRECISIONS) == generate.PRECISIONS
