@@ -8,25 +8,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.helpers.tiny_family import make_tiny, tiny_tokenizer
-from turbo_core import checkpoint, pipeline
-from turbo_core.checkpoint import loading
+from tests.helpers.tiny_family import tiny_tokenizer
+from turbo_core import pipeline
 from turbo_core.errors import TurboError
-from turbo_core.pipeline import text, vae
+from turbo_core.pipeline import handover, text, vae
 from turbo_core.pipeline.vae import encode_video, load_vae
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.tinywan.text import tiny_text_encoder
 from turbo_core.wan import WanModel
 
 SMALL = {"size": (32, 32), "frames": 5, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny(folder)
-    Image.new("RGB", (48, 24), (200, 40, 90)).save(folder / "image.png")
-    return folder
 
 
 def t2v(tiny, prompt="a red circle", dit="TinyWan2.1-T2V.pth", **settings):
@@ -117,10 +108,10 @@ BOTH = ["high", "low"]
 
 @pytest.mark.parametrize(("steps", "loaded"), [(4, BOTH), (3, BOTH), (2, BOTH[:1]), (1, BOTH[:1])])
 def test_only_the_experts_that_are_needed_are_read(tiny, steps, loaded, monkeypatch):
-    read, load = [], checkpoint.load
-    monkeypatch.setattr(loading, "load", lambda path: read.append(path.name) or load(path))
+    read, weights = [], handover.weights
+    monkeypatch.setattr(handover, "weights", lambda file: read.append(file.description.path) or weights(file))
     i2v(tiny, steps=steps)
-    assert read == [f"TinyWan2.2-I2V-{name}-quant.pth" for name in loaded]
+    assert read == [str(tiny / f"TinyWan2.2-I2V-{name}-quant.pth") for name in loaded]
 
 
 def test_one_large_model_at_a_time(tiny, monkeypatch):

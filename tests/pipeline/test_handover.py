@@ -2,11 +2,13 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
-from turbo_core import pipeline
+from tests.helpers.states import saved
+from turbo_core import checkpoint, pipeline
 from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
 from turbo_core.pipeline import handover
@@ -160,28 +162,25 @@ def test_on_a_card_a_copy_waits_for_the_compute_and_a_buffer_for_its_copy(monkey
 
 @pytest.mark.parametrize("steps", [4, 3])
 def test_the_pipeline_hands_over_in_place_and_gets_the_same_video(tmp_path, steps, monkeypatch):
-    states = {"high": expert(0), "low": expert(1)}
-    reads = []
-
-    class Described:
-        num_heads = 1
-
-    def load(path):
-        reads.append(path)
-        return {name: t.clone() for name, t in states[path].items()}, Described
-
-    monkeypatch.setattr(pipeline.checkpoint, "load", load)
+    files = [saved(expert(seed), tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    reads, weights = [], handover.weights
+    monkeypatch.setattr(handover, "weights", lambda file: reads.append(file.description.path) or weights(file))
     results, sigmas = [], rcm_sigmas(steps, 80)
     for in_place in (False, True):
         reads.clear()
-        experts = handover._Experts("high", "low", 0.9, sigmas, torch.device("cpu"), torch.float32, _no_stage)
+        opened = [checkpoint.opened(path, writable=True) for path in files]  # on a CPU the model lies in it
+        experts = handover.Experts(opened, 0.9, sigmas, torch.device("cpu"), torch.float32, _no_stage)
+        dropped = [weakref.ref(file.tensors["head.head.weight"]) for file in opened]
+        del opened
         experts.in_place = in_place
         made = []
         seen = lambda sigma, experts=experts, made=made: made.append(experts.at(sigma)) or made[-1]  # noqa: E731
         results.append(pipeline.sample(seen, INPUT[2], (1, 16, 1, 4, 4), sigmas, seed=3))
-        assert reads == ["high", "low"]
+        assert reads == list(map(str, files))
         assert len({id(model) for model in made}) == (1 if in_place else 2)
         experts.free()
+        made.clear()
+        assert not any(reference() is not None for reference in dropped)  # neither file stays mapped
     assert torch.equal(*results)
 
 

@@ -44,7 +44,7 @@ def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
 def opened(path, writable: bool = False) -> Opened:
     """Open and validate a checkpoint whose weights are wanted later, see weights. Raises TurboError like inspect.
 
-    writable: as of read.open_tensors.
+    writable: may what lies in the mapped file, and with it a model on the CPU, be written to? See read.open_tensors.
     """
     file = open_tensors(path, writable)
     version = file.metadata.get("turbowan.version", FILE_VERSION)

@@ -89,7 +89,7 @@ def save(image, path) -> None:
     """Write a picture as PNG. Raises TurboError where the file cannot be written."""
     try:
         with written_aside(path) as aside:
-            part.write_bytes(png(image))
+            aside.write_bytes(png(image))
     except OSError as error:
         raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
 

@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from .. import checkpoint
+from ..checkpoint import Opened, weights
 from ..devices import release
 from ..errors import TurboError
 from ..wan import WanModel
@@ -28,7 +28,7 @@ class Experts:
     the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
     """
 
-    def __init__(self, files: list[checkpoint.Opened], boundary: float, sigmas, device, dtype, stage):
+    def __init__(self, files: list[Opened], boundary: float, sigmas, device, dtype, stage):
         """files: of the only expert, or of the high- and the low-noise one; the caller must not keep them, for a file
         stays mapped as long as it is referred to."""
         self.files, self.boundary = dict(enumerate(files)), boundary
@@ -48,13 +48,13 @@ class Experts:
             self.free()
             with self.stage("load DiT"):
                 file = self.files.pop(wanted)
-                state, heads = checkpoint.weights(file), file.description.num_heads
+                state, heads = weights(file), file.description.num_heads
                 del file
                 self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
         self.present = wanted
         if self.in_place and sigma == self.last_high and self.handover is None:
             with self.stage("load DiT"):
-                state = checkpoint.weights(self.files[1])
+                state = weights(self.files[1])
                 if can_follow(self.model, state):
                     self.handover = Handover(self.model, state)
                     del self.files[1]
