@@ -1,5 +1,6 @@
 import pytest
 
+from tests.helpers.heap import quick_collections
 from tests.helpers.tiny_family import make_tiny
 
 
@@ -8,4 +9,5 @@ def tiny(tmp_path_factory):
     """Folder with the small family."""
     folder = tmp_path_factory.mktemp("cli")
     make_tiny(folder)
-    return folder
+    with quick_collections():
+        yield folder

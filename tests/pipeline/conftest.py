@@ -1,6 +1,7 @@
 import pytest
 from PIL import Image
 
+from tests.helpers.heap import quick_collections
 from tests.helpers.tiny_family import make_tiny
 
 
@@ -10,4 +11,5 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder)
     Image.new("RGB", (48, 24), (200, 40, 90)).save(folder / "image.png")
-    return folder
+    with quick_collections():
+        yield folder

@@ -45,7 +45,8 @@ class Experts:
         """The model for a step at this sigma; sigmas fall from call to call."""
         wanted = int(self.has_low and sigma < self.boundary)
         if wanted != self.present and self.handover is None:
-            self.free()
+            if self.model is not None:
+                self.free()
             with self.stage("load DiT"):
                 file = self.files.pop(wanted)
                 state, heads = weights(file), file.description.num_heads

@@ -1,0 +1,16 @@
+"""Collections of garbage that take no time: the pipeline asks for one after each network."""
+
+import gc
+import importlib
+from contextlib import contextmanager
+
+
+@contextmanager
+def quick_collections():
+    """Leave what the libraries of the pipeline hold out of them: a million objects that live as long as the process."""
+    for library in ("diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5.modeling_umt5"):
+        importlib.import_module(library)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
