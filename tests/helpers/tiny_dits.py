@@ -1,4 +1,4 @@
-"""Tiny Wan diffusion models in the published file formats: random weights from a seed, for tests and the demo."""
+"""Tiny Wan diffusion models in the published file formats: random weights from a seed."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import torch
 from turbo_core.checkpoint.names import PROJ_L, is_delicate, is_quantizable
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
 from turbo_core.checkpoint.write import write_safetensors
-from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
 
 # heads of 128, so that ComfyUI counts them right by itself; text_dim fits the tiny umT5
@@ -18,17 +17,13 @@ TINY_BLOCKS = 2
 STOCK = "tiny_wan_stock_bf16.safetensors"
 
 
-def make_tiny_dits(folder, seed: int = 0, progress=None) -> list[Path]:
+def make_tiny_dits(folder: Path, seed: int = 0) -> list[Path]:
     """Write a tiny family of diffusion models into an existing folder and return the paths.
 
     TinyWan2.1-T2V, TinyWan2.2-I2V-high and -low as .pth, each also as -quant.pth (flat dictionaries under bare keys,
     2-D patch embedding, as published), and tiny_wan_stock_bf16.safetensors, the text-to-video model without proj_l in
-    ComfyUI's naming. dim 256, 2 heads, 2 blocks. The same seed gives the same bytes. progress(done, total) counts
-    files. Raises TurboError when the folder is missing.
+    ComfyUI's naming. dim 256, 2 heads, 2 blocks. The same seed gives the same bytes.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise TurboError(f"There is no folder {folder} to write the tiny models to. Create it first.")
     t2v = tiny_state_dict(seed)
     image = TINY._replace(in_dim=36)
     published = {
@@ -36,22 +31,16 @@ def make_tiny_dits(folder, seed: int = 0, progress=None) -> list[Path]:
         "TinyWan2.2-I2V-high": tiny_state_dict(seed + 1, image),
         "TinyWan2.2-I2V-low": tiny_state_dict(seed + 2, image),
     }
-    paths = []
-
-    def wrote(path):
-        paths.append(path)
-        if progress is not None:
-            progress(len(paths), 2 * len(published) + 1)
-
-    for name, state in published.items():
-        for suffix, content in (("", state), ("-quant", _published_quant(state))):
-            wrote(_save(content, folder / f"{name}{suffix}.pth"))
+    paths = [
+        save_pickle(content, folder / f"{name}{suffix}.pth")
+        for name, state in published.items()
+        for suffix, content in (("", state), ("-quant", _published_quant(state)))
+    ]
     stock = {name: tensor for name, tensor in t2v.items() if PROJ_L not in name}
     stock["patch_embedding.weight"] = stock["patch_embedding.weight"].reshape(TINY.dim, TINY.in_dim, 1, 2, 2)
     config = json.dumps({"transformer": {"num_heads": TINY.dim // TINY.head_dim, "text_dim": TINY.text_dim}})
     write_safetensors(folder / STOCK, stock, {"format": "pt", "config": config})
-    wrote(folder / STOCK)
-    return paths
+    return [*paths, folder / STOCK]
 
 
 def tiny_state_dict(seed: int, sizes: Sizes = TINY, blocks: int = TINY_BLOCKS) -> dict[str, torch.Tensor]:
@@ -90,7 +79,7 @@ def _published_quant(state):
     return result
 
 
-def _save(state, path: Path) -> Path:
+def save_pickle(state: dict, path: Path) -> Path:
     with open(path, "wb") as file:  # an open file: the name would become part of the archive
         torch.save(state, file)
     return path

@@ -1,4 +1,4 @@
-"""A complete small Wan family in the published file layouts, random weights from a seed: for tests."""
+"""A complete small Wan family in the published file layouts, random weights from a seed."""
 
 import itertools
 import json
@@ -6,34 +6,24 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.tiny_dits import make_tiny_dits, save_pickle
 from turbo_core.checkpoint.write import write_safetensors
-from turbo_core.errors import TurboError
+from turbo_core.pipeline.text import OFFICIAL_BLOCK_NAMES
 from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder, train_tokenizer
 
 VAE_DIM = 8
 
 
-def make_tiny(folder, seed: int = 0, progress=None) -> list[Path]:
-    """Write the small family into folder and return its paths; the same seed gives the same bytes.
+def make_tiny(folder, seed: int = 0) -> list[Path]:
+    """Write the small family into folder, which is made, and return its paths; the same seed gives the same bytes.
 
-    DiTs (see turbo_core.tiny), tiny_wan_vae.safetensors and TinyWan2.1_VAE.pth (Wan 2.1 VAE, base width 8),
+    DiTs (see tiny_dits), tiny_wan_vae.safetensors and TinyWan2.1_VAE.pth (Wan 2.1 VAE, base width 8),
     tiny_umt5.safetensors (Hugging Face naming, tokenizer inside), tiny_umt5_enc.pth (Wan-AI naming) with
-    spiece.model beside it. progress: callable (path), after each file. Needs the package sentencepiece.
+    spiece.model beside it.
     """
-    from tests.helpers.tiny_dits import make_tiny_dits
-
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TurboError(f"{folder} cannot be a folder for the tiny models ({error}). Choose another one.") from error
-    paths = []
-    makers = make_tiny_dits, _make_vae, _make_text_encoder
-    for path in itertools.chain.from_iterable(make(folder, seed) for make in makers):
-        paths.append(Path(path))
-        if progress is not None:
-            progress(Path(path))
-    return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    return [*make_tiny_dits(folder, seed), *_make_vae(folder, seed), *_make_text_encoder(folder, seed)]
 
 
 def tiny_vae(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -54,14 +44,14 @@ def tiny_vae(seed: int = 0) -> dict[str, torch.Tensor]:
 def _make_vae(folder: Path, seed: int):
     state = tiny_vae(seed)
     yield _save_safetensors(state, folder / "tiny_wan_vae.safetensors")
-    yield _save_pickle(state, folder / "TinyWan2.1_VAE.pth")
+    yield save_pickle(state, folder / "TinyWan2.1_VAE.pth")
 
 
 def _make_text_encoder(folder: Path, seed: int):
     tokenizer = tiny_tokenizer()
     state = tiny_text_encoder(tokenizer, seed)
     yield _save_safetensors(state, folder / "tiny_umt5.safetensors", {"umt5xxl_model_config": TEXT_CONFIG})
-    yield _save_pickle(official_text_names(state), folder / "tiny_umt5_enc.pth")
+    yield save_pickle(official_text_names(state), folder / "tiny_umt5_enc.pth")
     spiece = folder / "spiece.model"
     spiece.write_bytes(tokenizer)
     yield spiece
@@ -84,8 +74,6 @@ def captions() -> list[str]:
 
 def official_text_names(state: dict) -> dict[str, torch.Tensor]:
     """A umT5 state dict under Wan-AI's names, without tokenizer and marker."""
-    from turbo_core.pipeline.text import OFFICIAL_BLOCK_NAMES
-
     renamed = {"token_embedding.weight": state["shared.weight"]}
     renamed["norm.weight"] = state["encoder.final_layer_norm.weight"]
     for index in range(TEXT_CONFIG["num_layers"]):
@@ -97,12 +85,6 @@ def official_text_names(state: dict) -> dict[str, torch.Tensor]:
 def _save_safetensors(state: dict, path: Path, config: dict | None = None) -> Path:
     metadata = {"format": "pt"} | ({"config": json.dumps(config)} if config else {})
     write_safetensors(path, state, metadata)
-    return path
-
-
-def _save_pickle(state: dict, path: Path) -> Path:
-    with open(path, "wb") as file:  # an open file: the name would become part of the archive
-        torch.save(state, file)
     return path
 
 

@@ -23,7 +23,7 @@ LIBRARIES = (
     ("av", ("av",), "writing MP4"),
     ("diffusers", ("diffusers",), "the Wan VAE outside ComfyUI"),
     ("transformers", ("transformers",), "the text encoder outside ComfyUI"),
-    ("sentencepiece", ("sentencepiece",), "the tokenizer, make-tiny"),
+    ("sentencepiece", ("sentencepiece",), "the tokenizer"),
     ("PIL", ("pillow",), "images and contact sheets"),
     ("rich", ("rich",), "progress bars"),
     ("ftfy", ("ftfy",), "mending wrongly decoded prompts"),
