@@ -1,7 +1,7 @@
 """Prompt, and image, to video without ComfyUI: text encoder, VAE, few-step sampling with one or two experts.
 
 Only one of the large networks is in memory at a time: the text encoder is gone before the DiT is read, the high-noise
-expert before the low-noise one. Files are validated before the first of them computes anything.
+expert before the low-noise one. Each file is opened once; the diffusion models are validated before anything computes.
 """
 
 import time
