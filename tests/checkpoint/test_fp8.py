@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.states import official, plain
 from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.formats import encode_fp8
@@ -65,7 +66,7 @@ def test_fp8_layers_keep_their_bits(source, tmp_path):
 
 
 def test_a_plain_cast_and_scales_per_row_are_brought_to_one_scale(tmp_path):
-    state = checkpoint_state()
+    state = official(plain(tiny_state_dict(3)))
     rows = torch.rand(256, 1) + 0.5
     state[Q] = (state[Q].float() / rows).to(torch.float8_e4m3fn)
     plain = "blocks.1.ffn.0.weight"
@@ -75,12 +76,6 @@ def test_a_plain_cast_and_scales_per_row_are_brought_to_one_scale(tmp_path):
     assert raw[f"{plain}_scale"] == 1 and torch.equal(raw[plain].float(), state[plain].float())
     expected = encode_fp8(state[Q].float() * rows)
     assert torch.equal(raw[Q].float(), expected[0].float()) and torch.equal(raw[f"{Q}_scale"], expected[1])
-
-
-def checkpoint_state():
-    state = {name: t for name, t in tiny_state_dict(3).items() if PROJ_L not in name}
-    state["patch_embedding.weight"] = state["patch_embedding.weight"].reshape(256, -1, 1, 2, 2).contiguous()
-    return state
 
 
 @pytest.mark.parametrize("first", ["int8_block", "int8_row"])

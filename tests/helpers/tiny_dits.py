@@ -13,6 +13,8 @@ from turbo_core.int8 import quantize_block
 
 # heads of 128, so that ComfyUI counts them right by itself; text_dim fits the tiny umT5
 TINY = Sizes(dim=256, in_dim=16, out_dim=16, ffn_dim=512, text_dim=64, freq_dim=256, head_dim=128)
+# both edges of its int8 blocks are ragged; 3 heads of 64
+RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)
 TINY_BLOCKS = 2
 STOCK = "tiny_wan_stock_bf16.safetensors"
 

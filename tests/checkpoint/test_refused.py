@@ -1,0 +1,193 @@
+"""What is refused: damaged, foreign and malicious files, with what was expected, what came, and the cure."""
+
+import math
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.helpers.states import saved
+from tests.helpers.tiny_dits import tiny_state_dict
+from turbo_core import checkpoint
+from turbo_core.checkpoint.names import PROJ_L, looks_like
+from turbo_core.checkpoint.shapes import Sizes
+from turbo_core.errors import TurboError
+
+Q = "blocks.1.self_attn.q"
+
+
+def refuse(path, *words):
+    for call in (checkpoint.inspect, checkpoint.load):
+        with pytest.raises(TurboError) as error:
+            call(path)
+        assert str(path) in str(error.value)
+        for word in words:
+            assert word in str(error.value), str(error.value)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pth_packed_again_with_compression_is_refused(tmp_path, state):
+    old = zipfile.ZipFile(saved(state, tmp_path / "x.pth"))
+    with old, zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    refuse(tmp_path / "y.pth", "with compression")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_does_not_run(tmp_path, state, zipped):
+    state["extra"] = Payload(str(tmp_path / "owned"))
+    path = tmp_path / "evil.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    refuse(path, "refused", "tried to load something other than tensors", "open")
+    path.write_bytes(pickle.dumps(Payload(str(tmp_path / "owned")), 2))  # a bare pickle, not from torch
+    refuse(path, "refused")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", "old.pth"])
+@pytest.mark.parametrize("kept", [0, 5, 300, 0.5, 0.999])
+def test_truncated_file(tmp_path, state, suffix, kept):
+    path = tmp_path / f"x{suffix}"
+    if suffix == "old.pth":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        saved(state, path)
+    os.truncate(path, kept if kept > 1 else int(path.stat().st_size * kept))
+    refuse(path, "cut short", "download it again")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_flipped_bytes_never_raise_anything_else(tmp_path, suffix):
+    content = {"head.modulation": torch.zeros(1, 2, 4), "blocks.0.x": torch.zeros(2)}
+    data = saved(content, tmp_path / f"x{suffix}").read_bytes()
+    path = tmp_path / f"y{suffix}"
+    for position in range(0, len(data), 19):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        with pytest.raises(TurboError):
+            checkpoint.inspect(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "word"),
+    [(b"GGUF", "GGUF"), (b"version https://git-lfs.github.com", "LFS"), (b"<!DOCTYPE html>", "web page")],
+)
+def test_what_is_downloaded_by_mistake_is_named(tmp_path, start, word):
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(start + b"\n" * 200)
+        refuse(tmp_path / name, word)
+
+
+def test_not_a_dictionary(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "x.pth")
+    refuse(tmp_path / "x.pth", "list", "Expected a model")
+
+
+def test_missing_file_suggests_its_neighbours(tiny, tmp_path):
+    refuse(tiny / "TinyWan2.1-T2V.safetensor", "does not exist", "TinyWan2.1-T2V.pth")
+    refuse(tmp_path / "no" / "x.pth", "no folder")
+    refuse(tmp_path, "is a folder")
+
+
+def test_missing_keys_are_counted_and_named(tmp_path, state):
+    for x in ("q", "k"):
+        del state[f"blocks.1.self_attn.{x}.weight"]
+    refuse(saved(state, tmp_path / "x.pth"), "2 are missing", "block 1", "blocks.1.self_attn.q.weight")
+
+
+def test_part_of_a_sharded_model_is_called_so(tmp_path, state):
+    for name in [k for k in state if k.startswith("blocks.0")]:
+        del state[name]
+    refuse(
+        saved(state, tmp_path / "diffusion_pytorch_model-00002-of-00006.safetensors"), "part 00002 of 00006", "merge"
+    )
+
+
+def test_extra_keys_in_a_block_are_counted_and_named(tmp_path, state):
+    state["blocks.0.self_attn.q.strange"] = torch.zeros(1)
+    refuse(saved(state, tmp_path / "x.pth"), "1 is not part of any Wan model", "blocks.0.self_attn.q.strange")
+
+
+def test_proj_l_in_some_blocks_only(tmp_path, state):
+    del state[f"blocks.1.{PROJ_L}.weight"]
+    refuse(saved(state, tmp_path / "x.pth"), "1 is missing", f"blocks.1.{PROJ_L}.weight")
+
+
+def test_wrong_scale_shape_says_expected_and_got(tiny, tmp_path):
+    state = torch.load(tiny / "TinyWan2.1-T2V-quant.pth", weights_only=True)
+    state[f"{Q}.scale"] = torch.ones(3, 2)
+    refuse(saved(state, tmp_path / "x.pth"), f"{Q}.weight_scale", "[3, 2]", "[2, 2]", "[256, 1]")
+    del state[f"{Q}.scale"]
+    refuse(saved(state, tmp_path / "y.pth"), f"{Q}.weight_scale is missing")
+
+
+def test_scale_that_is_not_finite(tiny, tmp_path):
+    state = torch.load(tiny / "TinyWan2.1-T2V-quant.pth", weights_only=True)
+    state[f"{Q}.scale"][0, 0] = math.nan
+    with pytest.raises(TurboError, match=f"{Q}.weight_scale holds NaN"):
+        checkpoint.load(saved(state, tmp_path / "x.pth"))
+
+
+def test_wrong_tensor_shape_says_expected_and_got(tmp_path, state):
+    state["blocks.0.ffn.2.weight"] = torch.zeros(256, 500)
+    refuse(saved(state, tmp_path / "x.pth"), "blocks.0.ffn.2.weight", "[256, 500]", "[256, 512]")
+
+
+@pytest.mark.parametrize("size", [96, 32])
+def test_head_dim_other_than_64_and_128(tmp_path, size):
+    state = tiny_state_dict(0, Sizes(384, 16, 16, 64, 64, 64, size))
+    refuse(saved(state, tmp_path / "x.pth"), "64 or 128", f"[{size}, {size}]")
+
+
+def test_unreadable_quantization_is_named(tiny, tmp_path):
+    quant = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    state = dict(checkpoint.load(tiny / "tiny_wan_stock_bf16.safetensors")[0])
+    state[f"{Q}.comfy_quant"] = quant
+    refuse(saved(state, tmp_path / "x.safetensors"), "nvfp4", "bf16 version")
+    state[f"{Q}.comfy_quant"] = torch.frombuffer(bytearray(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    refuse(saved(state, tmp_path / "y.safetensors"), "stated to be int8_row and stored as bf16")
+    state[f"{Q}.comfy_quant"] = torch.frombuffer(bytearray(b"{nonsense"), dtype=torch.uint8)
+    refuse(saved(state, tmp_path / "z.safetensors"), "not JSON")
+
+
+def test_newer_version_of_our_own_files(tmp_path, state):
+    save_file(state, tmp_path / "x.safetensors", metadata={"turbowan.version": "2"})
+    refuse(tmp_path / "x.safetensors", "version '2'", "update")
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path, state):
+    state[f"{Q}.weight"] = torch.zeros(256, 256, dtype=torch.int32)
+    refuse(saved(state, tmp_path / "x.pth"), "int32", f"{Q}.weight")
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        (["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"], "Flux"),
+        (
+            ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "model.diffusion_model.single_blocks.0.x"],
+            "Flux",
+        ),
+        (["patchify_proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn1.to_q.weight"], "LTX-Video"),
+        (["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"], "SDXL"),
+        (["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"], "a language model"),
+        (["token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.gate.0.weight"], "umT5"),
+        (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "umT5"),
+        (["encoder.conv1.weight", "decoder.middle.0.residual.0.gamma"], "the Wan VAE"),
+        (["blocks.0.attn1.to_q.weight", "condition_embedder.time_embedder.linear_1.weight"], "diffusers"),
+        (["diffusion_model.blocks.0.self_attn.q.lora_down.weight"], "LoRA"),
+    ],
+)
+def test_other_families_are_named(tmp_path, keys, kind):
+    assert kind in looks_like(keys)
+    refuse(saved({k: torch.zeros(2) for k in keys}, tmp_path / "x.safetensors"), "not a Wan", kind, "head.modulation")
