@@ -69,11 +69,11 @@ def test_a_plain_cast_and_scales_per_row_are_brought_to_one_scale(tmp_path):
     state = official(plain(tiny_state_dict(3)))
     rows = torch.rand(256, 1) + 0.5
     state[Q] = (state[Q].float() / rows).to(torch.float8_e4m3fn)
-    plain = "blocks.1.ffn.0.weight"
-    state[plain] = state[plain].to(torch.float8_e4m3fn)  # no scale at all
+    bare = "blocks.1.ffn.0.weight"
+    state[bare] = state[bare].to(torch.float8_e4m3fn)  # no scale at all
     save_file(state | {f"{Q}_scale": rows}, tmp_path / "source.safetensors")
     raw = load_file(checkpoint.convert(tmp_path / "source.safetensors", tmp_path / "x.safetensors", "fp8").path)
-    assert raw[f"{plain}_scale"] == 1 and torch.equal(raw[plain].float(), state[plain].float())
+    assert raw[f"{bare}_scale"] == 1 and torch.equal(raw[bare].float(), state[bare].float())
     expected = encode_fp8(state[Q].float() * rows)
     assert torch.equal(raw[Q].float(), expected[0].float()) and torch.equal(raw[f"{Q}_scale"], expected[1])
 
