@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.tiny_family import tiny_tokenizer
 from turbo_core import pipeline
+from turbo_core.checkpoint import read
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import handover, text, vae
 from turbo_core.pipeline.vae import encode_video, load_vae
@@ -132,6 +133,26 @@ def test_one_large_model_at_a_time(tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "decode_video", tracked(vae.decode_video, lambda result: result))
     i2v(tiny)
     assert seen == [0, 0, 0, 0]
+
+
+def test_a_file_is_let_go_before_the_next_expert_is_read(tiny, monkeypatch):
+    """On a CPU int8 weights lie in the mapped file, and its pages count as memory of the process."""
+    mapped, alive, map_file, weights = {}, [], read._map, handover.weights
+
+    def remembered(path, writable):
+        mapping = map_file(path, writable)
+        mapped[path.name] = weakref.ref(mapping)
+        return mapping
+
+    def seen(file):
+        alive.append({name for name, reference in mapped.items() if reference() is not None})
+        return weights(file)
+
+    monkeypatch.setattr(read, "_map", remembered)
+    monkeypatch.setattr(handover, "weights", seen)
+    i2v(tiny)
+    vae, high, low = "TinyWan2.1_VAE.pth", "TinyWan2.2-I2V-high-quant.pth", "TinyWan2.2-I2V-low-quant.pth"
+    assert alive == [{vae, high, low}, {vae, low}]
 
 
 def test_image_conditioning_is_the_mask_then_the_encoded_clip(tiny):

@@ -10,8 +10,8 @@ from .formats import check_finite, decode
 from .names import canonical, is_helper, is_scale
 from .read import open_tensors
 
-WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, tinywan.world names one
-FILE_VERSION = "1"  # of the convention above, in the metadata as turbowan.version
+WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, as tinywan.world.WORLD
+FILE_VERSION = "1"  # of what converting writes, in the metadata as turbowan.version
 
 
 class Opened(NamedTuple):
