@@ -1,0 +1,117 @@
+"""What README, CONTRIBUTING and the pages beside them say is true of this tree: links, paths, commands, figures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from turbo_core.cli import _parser
+from turbo_core.diagnostics import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(p for where in ("*.md", "[bdmtw]*/**/*.md") for p in ROOT.glob(where))  # no environment begins so
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def named(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "docs/testing.md", "models/tinywan/README.md"} <= set(map(named, PAGES))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "web" not in p.parts], ids=named)  # the host resolves help's own
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_that_are_named_are_there(page):
+    """A module that moved takes its name in the texts along."""
+    known = r"(?:turbo_core|nodes|kernels|tests|benchmarks|models/tinywan|web/docs)"
+    for path in re.findall(rf"(?<![\w/.]){known}/[\w./]*\w", page.read_text(encoding="utf-8")):
+        if not re.search(r"NAME|NodeId", path):
+            assert (ROOT / path).exists(), path
+
+
+def test_commands_are_verbs_of_turbo_core():
+    [verbs] = (action.choices for action in _parser()._actions if action.dest == "command")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        said = re.findall(r"(?:^turbo-core|`turbo-core|-m turbo_core) ([a-z][a-z-]+)\b", text, re.MULTILINE)
+        assert set(said) <= set(verbs), named(page)
+    assert {"generate", "plan", "tinywan"} <= set(verbs)
+
+
+def test_every_node_is_in_the_readme_by_its_title():
+    nodes = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert len(nodes) > 10
+    for node in nodes.values():
+        assert f"| **{node['display_name']}** |" in README
+
+
+@pytest.mark.parametrize(
+    "name, model, size",
+    [
+        ("T2V 1.3B", "t2v-1.3b", (832, 480)),
+        ("T2V 14B", "t2v-14b", (832, 480)),
+        ("T2V 14B", "t2v-14b", (1280, 720)),
+        ("I2V A14B", "i2v-a14b", (832, 480)),
+        ("I2V A14B", "i2v-a14b", (1280, 720)),
+    ],
+)
+def test_which_file_for_which_card_is_what_plan_forecasts(name, model, size):
+    model = plan.PUBLISHED[model]
+    stages = [{stage.name: stage for stage in plan.plan(model, *size, 81, memory)} for memory in plan.CARDS]
+    assert not [stage for of_card in stages for stage in of_card.values() if stage.fits == "no"]
+    cells = []
+    for sampling in (of_card["sampling"] for of_card in stages):
+        kept = re.search(r"([\d.]+) of", sampling.verdict)
+        experts = re.search(r"with (one expert|both experts)", sampling.verdict)
+        cells.append(kept[1] if kept else experts[1] if experts else "all")
+    weights = f"{sampling.weights / model.experts / plan.GIB:.1f}"
+    weights = weights if model.experts == 1 else f"{model.experts} x {weights}"
+    row = [name, "x".join(map(str, size)), f"{weights} + {sampling.activations / plan.GIB:.1f} GiB", *cells]
+    assert f"| {' | '.join(row)} |" in README
+    tiled = [memory for memory, of_card in zip(plan.CARDS, stages) if of_card["VAE decode"].fits == "tiled"]
+    assert tiled == ([8] if size == (1280, 720) else [])
+
+
+def test_the_quality_table_is_of_the_report():
+    report = (ROOT / "benchmarks" / "results" / "tinywan" / "quality.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()[2:]]
+    of = {row[0]: row for row in cells}
+    for name, ours in {
+        "teacher, 50 steps, guidance 3": "teacher, 50 steps, guidance 3",
+        "rCM, 4 steps": "rCM, 4 steps, no guidance",
+        "rCM 4 + SLA top-k 0.15": "rCM 4 + SLA, top-k 0.15",
+        "rCM 4 + W8A8 block": "rCM 4 + W8A8, blocks",
+        "rCM 4 + SageSLA 0.15 + W8A8 block": "rCM 4 + SageSLA 0.15 + W8A8, blocks",
+        "I2V, 4 steps, SLA top-k 0.15": "image to video, two experts: 4 steps + SLA 0.15",
+    }.items():
+        share = round(float(of[name][1].rstrip("%")))
+        interval = of[name][2].rstrip("%")
+        assert f"| {ours} | {share} % ({interval}) | {of[name][-2]} |" in README
+
+
+def test_the_drawing_shows_every_room():
+    drawing = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
+    names = {word for text in re.findall(r'class="name"[^>]*>([^<]+)<', drawing) for word in text.split()}
+    rooms = {f"{p.name}/" for p in (ROOT / "turbo_core").iterdir() if (p / "__init__.py").is_file()}
+    files = {p.stem for p in (ROOT / "turbo_core").glob("*.py") if not p.stem.startswith("__")}
+    inner = {f"nodes/{p.name}/" for p in (ROOT / "nodes").iterdir() if (p / "__init__.py").is_file()}
+    assert names == rooms | files | inner | {"nodes/", "nodes/*.py", "turbo_core/", "kernels/"}
