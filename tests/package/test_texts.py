@@ -48,6 +48,26 @@ def test_files_that_are_named_are_there(page):
             assert (ROOT / path).exists(), path
 
 
+def found(parts):
+    """True where a dotted name is a module of the tree, or a name that is written in one."""
+    for i in range(len(parts), 0, -1):
+        for file in (ROOT.joinpath(*parts[:i]).with_suffix(".py"), ROOT.joinpath(*parts[:i], "__init__.py")):
+            if file.is_file():
+                words = re.findall(r"\w+", file.read_text(encoding="utf-8"))
+                return set(parts[i:]) <= set(words)
+    return False
+
+
+@pytest.mark.parametrize("folder", ["nodes", "turbo_core", "kernels", "pages"])
+def test_modules_that_are_named_are_there(folder):
+    files = PAGES if folder == "pages" else sorted((ROOT / folder).rglob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        for name in re.findall(r"\bturbo_core(?:\.[A-Za-z_]\w*)+", file.read_text(encoding="utf-8")):
+            parts = name.removeprefix("turbo_core.kernels.").split(".")
+            assert found(parts if parts[0] == "turbo_core" else ["kernels", *parts]), f"{named(file)}: {name}"
+
+
 def test_commands_are_verbs_of_turbo_core():
     [verbs] = (action.choices for action in _parser()._actions if action.dest == "command")
     for page in PAGES:
