@@ -14,6 +14,7 @@ from ..devices import peak_memory, pick_device, release, reset_peak_memory, sync
 from ..errors import TurboError
 from ..sampler import sample_rcm
 from ..schedule import default_sigma_max, rcm_sigmas
+from ..selfcheck import prove
 from . import sizes
 from .handover import Experts
 from .inputs import check_sampling, open_models
@@ -106,6 +107,7 @@ def generate(
             y = encode_image(vae.to(device), prepare_image(picture, width, height), frames).to(dtype)
             vae.to("cpu")
             release(device)
+    prove(device)
     experts = Experts(files, boundary, sigmas, device, dtype, stage)
     del files  # see Experts
     try:

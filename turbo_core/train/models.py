@@ -11,6 +11,7 @@ from .. import checkpoint
 from ..checkpoint.names import PROJ_L, is_delicate
 from ..checkpoint.write import stream_safetensors
 from ..errors import TurboError
+from ..selfcheck import prove
 from ..wan import WanModel
 from . import engine
 from .experts import Experts
@@ -30,6 +31,7 @@ def new_model(seed: int = 0, **sizes) -> WanModel:
 
 def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> WanModel:
     """A model in float32 with the weights of a canonical state dict; sla adds proj_l, all zeros, where it lacks."""
+    prove(device)
     model = WanModel.from_state_dict(state, torch.float32, device, num_heads)
     if sla and not model.has_sla:
         size = model.dim // model.num_heads
