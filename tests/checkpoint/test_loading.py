@@ -206,11 +206,6 @@ def test_views_and_shared_storage_in_a_pth(tmp_path, state):
     assert same(loaded, official(state))
 
 
-def test_places_found_as_with_an_older_torch(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.10.0")
-    assert same(checkpoint.load(saved(state, tmp_path / "x.pth"))[0], official(state))
-
-
 def test_heads_of_64_by_proj_l_and_by_metadata(tmp_path):
     sizes = Sizes(256, 16, 16, 384, 64, 256, 64)
     state = tiny_state_dict(0, sizes)

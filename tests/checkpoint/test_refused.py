@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import zipfile
 
 import pytest
 import torch
@@ -34,14 +33,6 @@ class Payload:
 
     def __reduce__(self):
         return open, (self.path, "w")
-
-
-def test_pth_packed_again_with_compression_is_refused(tmp_path, state):
-    old = zipfile.ZipFile(saved(state, tmp_path / "x.pth"))
-    with old, zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-    refuse(tmp_path / "y.pth", "with compression")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

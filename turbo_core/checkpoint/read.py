@@ -4,23 +4,22 @@ import difflib
 import json
 import math
 import mmap
-import pickle
 import platform
-import re
 import sys
-import warnings
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..errors import TurboError
+from .places import Damaged, Place, Refused, Unreadable
+from .pth import Checkpoint, numbers
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 # Linux's MAP_NORESERVE, which the mmap module names from Python 3.13 on; the number is that of these machines
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+_MOST_AXES = 16
 DTYPES = {  # as safetensors names them
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,21 +34,6 @@ DTYPES = {  # as safetensors names them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# what the restricted unpickler and the zip reader raise on a damaged file, besides UnpicklingError
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-)
 _NOT_A_CHECKPOINT = {
     b"GGUF": "a GGUF file. ComfyUI-GGUF loads those; here use the .pth or .safetensors version",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself. Run `git lfs pull` or download the file",
@@ -68,16 +52,16 @@ class TensorFile(NamedTuple):
     metadata: dict[str, str]
     tensors: dict[str, torch.Tensor]
     notes: list[str]
-    mapped: bool = True  # False: an old non-zip .pth, read whole
+    mapped: bool = True  # False: some of it had to be unpacked, or lies at odd addresses, and is in memory
 
 
 def open_tensors(path, writable: bool = False) -> TensorFile:
     """Open a checkpoint with its names as stored; dumps nested under "state_dict", "model", "ema" ... are entered.
 
-    writable False: writing to a tensor crashes, and a file larger than the memory can be mapped on any system.
-    writable True: writing changes a private copy of the page. Old non-zip .pth files cannot be mapped and are read
-    whole. Raises TurboError when the file is missing, cut short, not a checkpoint, or a pickle that asks for anything
-    but tensors (it is refused before it can run).
+    What a file is its content says, whatever its name. writable False: writing to a tensor crashes, and a file larger
+    than the memory can be mapped on any system. writable True: writing changes a private copy of the page.
+    Raises TurboError when the file is missing, cut short, not a checkpoint, or a pickle that asks for anything but
+    tensors (it is refused when it names it, and nothing is run).
     """
     path = Path(path)
     if path.is_dir():
@@ -85,16 +69,20 @@ def open_tensors(path, writable: bool = False) -> TensorFile:
     if not path.is_file():
         raise TurboError(f"{path} does not exist.{_near_names(path)}")
     try:
-        if path.suffix.lower() in SAFETENSORS_SUFFIXES:
-            return _open_safetensors(path, writable)
-        return _open_pickle(path, writable)
+        is_pickle = _start(path)[:1] in (b"P", b"\x80") or path.suffix.lower() not in SAFETENSORS_SUFFIXES
+        if is_pickle and not _has_header(path):
+            return _open_pickle(path, writable)
+        return _open_safetensors(path, writable)
     except PermissionError as error:
         raise TurboError(f"{path} may not be read. Check the rights to it.") from error
-    except _DAMAGE as error:
-        if isinstance(error, TurboError):
-            raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise _foreign(path, lines[0][:200]) from error
+    except Refused as error:
+        raise TurboError(
+            f"{path} was refused: it tried to load something other than tensors ({error}), which could run code on "
+            "this machine. Nothing was run. Expected a plain dictionary of tensors: use the published file or a "
+            ".safetensors version."
+        ) from error
+    except (Damaged, OSError) as error:
+        raise _foreign(path, str(error)[:200]) from error
 
 
 def _near_names(path: Path) -> str:
@@ -134,12 +122,10 @@ def _map(path: Path, writable: bool) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _tensor(mapping: mmap.mmap, dtype: torch.dtype, offset: int, count: int):
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
+def _has_header(path: Path) -> bool:
+    """True where the file begins as a safetensors file does."""
+    start = _start(path)
+    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
 def _open_safetensors(path: Path, writable: bool) -> TensorFile:
@@ -148,89 +134,102 @@ def _open_safetensors(path: Path, writable: bool) -> TensorFile:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise ValueError(f"it has {size} bytes and the header would be {length} bytes long")
-        header = json.loads(file.read(length))
+            raise Damaged(f"it has {size} bytes and the header would be {length} bytes long")
+        header = _header(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise Damaged("its metadata are no dictionary")
+    places = {name: _entry(name, entry) for name, entry in header.items()}
     start, end = 8 + length, 0
     mapping = _map(path, writable)
     tensors = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        if dtype is None:
-            raise ValueError(f"{name} has the unknown type {entry['dtype']}")
+    for name, (dtype, shape, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
         count = math.prod(shape)
-        if begin != end or stop - begin != count * dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"the place of {name} in the file does not fit its shape {shape}")
+        if begin != end or stop - begin != count * dtype.itemsize:
+            raise Damaged(f"the place of {name} in the file does not fit its shape {shape}")
         if start + stop > size:
-            raise ValueError(f"{name} ends at byte {start + stop}, the file at {size}")
+            raise Damaged(f"{name} ends at byte {start + stop}, the file at {size}")
         end = stop
-        tensors[name] = _tensor(mapping, dtype, start + begin, count).reshape(shape)
+        tensors[name] = numbers(mapping, dtype, count, start + begin).reshape(shape)
     if start + end != size:
-        raise ValueError(f"the tensors end at byte {start + end}, the file at {size}")
-    return TensorFile("safetensors", {str(k): str(v) for k, v in metadata.items()}, tensors, [])
+        raise Damaged(f"the tensors end at byte {start + end}, the file at {size}")
+    notes = [] if path.suffix.lower() in SAFETENSORS_SUFFIXES else [f"a safetensors file, named {path.suffix}"]
+    return TensorFile("safetensors", {str(k): str(v) for k, v in metadata.items()}, tensors, notes)
+
+
+def _header(text: bytes) -> dict:
+    def once(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise Damaged("its header has one name twice")
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=once)
+    except Damaged:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its header is not JSON ({type(error).__name__})") from error
+    if not isinstance(header, dict):
+        raise Damaged("its header is no dictionary")
+    return header
+
+
+def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
+    """(dtype, shape, begin, end) of a tensor in the header."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    sizes = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if len(sizes) > _MOST_AXES or len(offsets or ()) != 2 or any(type(n) is not int or n < 0 for n in sizes):
+        raise Damaged(f"{name[:80]} has no shape or place")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise Damaged(f"{name[:80]} has the unknown type {str(kind)[:20]}")
+    return DTYPES[kind], shape, *offsets
 
 
 def _open_pickle(path: Path, writable: bool) -> TensorFile:
-    is_zip = _start(path).startswith(b"PK\x03\x04")
-    try:
-        content = _places(path) if is_zip else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted or is_zip:
-            raise TurboError(
-                f"{path} was refused: it tried to load something other than tensors "
-                f"({wanted[1] if wanted else 'an unknown object'}), which could run code on this machine. Nothing was "
-                "run. Expected a plain dictionary of tensors: use the published file or a .safetensors version."
-            ) from error
-        raise _foreign(path, "it is not a PyTorch file") from error
-    state, notes = _enter(content)
-    if not isinstance(state, dict) or not _tensors_in(state, 0):
-        kind = type(content).__name__
-        raise TurboError(f"{path} holds a {kind} without named tensors. Expected a model: use another file.")
-    tensors = {k: v.detach() for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-    mapping = _map(path, writable) if is_zip else None
-    for name, tensor in tensors.items():
-        place = None
-        if tensor.layout == torch.strided and not tensor.is_quantized:
-            place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if is_zip else 0
-        if place is None:
+    if path.stat().st_size < 2:
+        raise Damaged("it is empty")
+    file = Checkpoint(_map(path, writable))
+    state, notes = _enter(file.content)
+    tensors = {}
+    for name, place in state.items() if isinstance(state, dict) else ():
+        if not isinstance(name, str) or not isinstance(place, (Place, Unreadable)):
+            continue
+        if isinstance(place, Unreadable):
             raise TurboError(f"{path}: {name} is sparse, quantized by torch or without data. Expected dense tensors.")
-        if is_zip:
-            count = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-            flat = _tensor(mapping, tensor.dtype, place, count)
-            tensors[name] = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return TensorFile("pth", {}, tensors, notes, is_zip)
+        tensors[name] = file.tensor(name, place)
+    if not tensors:
+        kind = type(file.content).__name__
+        raise TurboError(f"{path} holds a {kind} without named tensors. Expected a model: use another file.")
+    if path.suffix.lower() in SAFETENSORS_SUFFIXES:
+        notes = [*notes, f"a PyTorch checkpoint, named {path.suffix}"]
+    return TensorFile("pth", {}, tensors, notes, file.mapped)
 
 
-def _places(path: Path):
-    """The content of a zip .pth with tensors that have no data, only its place in the file (_checkpoint_offset)."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it was packed again, with compression")
-    # weights_only: the unpickler knows tensors and plain containers only and never calls anything else
-    if torch.__version__ >= "2.11":
-        return torch.load(path, map_location="meta", weights_only=True)
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _tensors_in(content, depth: int) -> int:
+def _tensors_in(content, depth: int, known: dict) -> int:
+    """How many tensors are in a dictionary and those within it, so deep. known: what was counted, as dictionaries may
+    hold one another many times."""
     if not isinstance(content, dict):
-        return int(torch.is_tensor(content))
-    return sum(_tensors_in(v, depth - 1) for v in content.values() if depth or torch.is_tensor(v))
+        return int(isinstance(content, (Place, Unreadable)))
+    key = id(content), depth
+    if key not in known:
+        known[key] = 0  # a pickled dictionary may contain itself
+        known[key] = sum(
+            _tensors_in(value, depth - 1, known) for value in content.values() if depth or not isinstance(value, dict)
+        )
+    return known[key]
 
 
 def _enter(content):
     """The dictionary inside a training dump that holds the network, and a note of where it was."""
-    notes = []
-    for _ in range(3):  # a pickled dictionary may contain itself
+    notes, known = [], {}
+    for _ in range(3):
         if not isinstance(content, dict):
             break
-        nested = {k: _tensors_in(v, 2) for k, v in content.items() if isinstance(v, dict)}
+        nested = {k: _tensors_in(v, 2, known) for k, v in content.items() if isinstance(v, dict)}
         most = max(nested.values(), default=0)
-        if most <= _tensors_in(content, 0):
+        if most <= _tensors_in(content, 0, known):
             break
         # among the large ones: an optimizer's few tensors, or a counter kept under "ema", are not the network
         candidates = [k for k, count in nested.items() if 2 * count >= most]

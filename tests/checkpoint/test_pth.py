@@ -1,0 +1,273 @@
+"""PyTorch checkpoints: the right weights from every honest one, wrong ones from none, and nothing is ever run."""
+
+import struct
+import time
+import tracemalloc
+import zipfile
+import zlib
+
+import pytest
+import torch
+
+from tests.helpers.pickles import Call, Global, Raw, Storage, pickled, repacked, tensor, zipped
+from turbo_core.checkpoint.read import open_tensors
+from turbo_core.errors import TurboError
+
+STATE = {
+    "a": torch.randn(37, 5),
+    "half": torch.randn(3, 300).bfloat16(),
+    "int8": torch.randint(-128, 128, (130,), dtype=torch.int8),  # an odd length: what follows may lie anywhere
+    "fp8": torch.randn(9).to(torch.float8_e4m3fn),
+    "none": torch.zeros(0, 4),
+    "one": torch.tensor(2.5),
+}
+
+
+def same(loaded, state):
+    assert loaded.keys() == state.keys()
+    for name, expected in state.items():
+        assert loaded[name].dtype == expected.dtype and loaded[name].shape == expected.shape
+        assert torch.equal(loaded[name].float(), expected.float()), name
+    return True
+
+
+@pytest.fixture
+def good(tmp_path):
+    torch.save(STATE, tmp_path / "good.pth")
+    return tmp_path / "good.pth"
+
+
+def refused(path, *words):
+    with pytest.raises(TurboError) as error:
+        open_tensors(path)
+    for word in (str(path), *words):
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_packed_again_in_any_way(good, tmp_path, method, streamed):
+    """Stored records lie at odd addresses then: torch's own reader computes other places and takes wrong weights."""
+    file = open_tensors(repacked(good, tmp_path / "again.pth", method, streamed=streamed))
+    assert same(file.tensors, STATE) and not file.mapped
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_protocol_and_the_format_before_torch_1_6(tmp_path, protocol, zipped):
+    state = STATE if zipped else {name: t for name, t in STATE.items() if name != "fp8"}
+    torch.save(state, tmp_path / "x.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    assert same(open_tensors(tmp_path / "x.pth").tensors, state)
+
+
+def test_as_torch_writes_it_stays_in_the_file(good):
+    file = open_tensors(good)
+    assert file.mapped and same(file.tensors, STATE)
+
+
+def test_a_directory_in_64_bits(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # as in a file of more than 4 GB
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = repacked(good, tmp_path / "x.pth")
+    assert b"PK\6\6" in path.read_bytes() and same(open_tensors(path).tensors, STATE)
+
+
+def test_without_checksums(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(open_tensors(tmp_path / "x.pth").tensors, STATE)
+
+
+def test_views_parameters_and_negated_tensors(tmp_path):
+    whole = torch.randn(6, 8)
+    state = {
+        "view": whole[1:5, ::2],
+        "turned": whole.t(),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "negative": torch._neg_view(whole),
+        "imaginary": torch.complex(torch.zeros(4), torch.ones(4)).conj().imag,
+        "expanded": torch.ones(1).expand(1000),
+    }
+    torch.save(state, tmp_path / "x.pth")
+    assert same(open_tensors(tmp_path / "x.pth").tensors, {name: t.detach() for name, t in state.items()})
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "y.pth")  # with _metadata, a state of its own
+    assert open_tensors(tmp_path / "y.pth").tensors.keys() == {"weight", "bias"}
+
+
+def test_what_training_dumps_carry_beside_the_weights(tmp_path):
+    dump = {
+        "model": STATE, "step": 3, "lr": 1e-4, "shape": torch.Size([1, 2]), "where": torch.device("cuda:0"),
+        "names": ("a", b"bytes"), "done": None, "big": 1 << 70, "seen": {1, 2}, "kind": torch.bfloat16,
+    }  # fmt: skip
+    torch.save(dump, tmp_path / "x.pth")
+    file = open_tensors(tmp_path / "x.pth")
+    assert same(file.tensors, STATE) and "'model'" in file.notes[0]
+
+
+FLOATS = struct.pack("<16f", *range(16))
+
+
+def test_a_pickle_by_hand(tmp_path):
+    path = zipped(tmp_path / "x.pth", pickled({"a": tensor()}), {"0": FLOATS}, byteorder=None, root="any/where")
+    assert same(open_tensors(path).tensors, {"a": torch.arange(16.0).view(4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("content", "records", "words"),
+    [
+        (tensor((4, 5), storage=Storage(count=16)), {"0": FLOATS}, "does not lie within its 16 numbers"),
+        (tensor(offset=1), {"0": FLOATS}, "does not lie within"),
+        (tensor(stride=(4, 2)), {"0": FLOATS}, "does not lie within"),
+        (tensor(stride=(4, -1)), {"0": FLOATS}, "shape or strides are none"),
+        (tensor(offset=-1), {"0": FLOATS}, "not described as torch does"),
+        (tensor((10**9,), (0,), storage=Storage(count=16)), {"0": FLOATS}, "does not lie within"),
+        (tensor(storage=Storage(count=15)), {"0": FLOATS}, "has 64 bytes, its 15 numbers have 60"),
+        (tensor(storage=Storage(kind="DoubleStorage")), {"0": FLOATS}, "its 16 numbers have 128"),
+        (tensor(storage=Storage("1")), {"0": FLOATS}, "record '1', which is not there"),
+        (tensor((True, 4)), {"0": FLOATS}, "shape or strides are none"),
+    ],
+)
+def test_a_tensor_lies_within_what_the_file_holds(tmp_path, content, records, words):
+    refused(zipped(tmp_path / "x.pth", pickled({"a": content}), records), words)
+
+
+HARMFUL = Global("os", "system")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Call(HARMFUL, ("touch canary",)),
+        HARMFUL,  # named is enough
+        Call(Global("builtins", "eval"), ("1",)),
+        Call(Global("torch", "load"), ("x",)),
+        Call(Global("torch._utils", "_rebuild_tensor_v2.__globals__"), ()),
+        Call(Global("_codecs", "encode"), ("a" * 100, "hex")),
+        Call(Global("torch._tensor", "_rebuild_from_type_v2"), (HARMFUL, Global("torch", "Tensor"), (), {})),
+        Raw(b"(ios\nsystem\n"),  # INST
+        Raw(b"X\x02\0\0\0osX\x06\0\0\0system\x93"),  # STACK_GLOBAL
+        Raw(b"ccollections\nOrderedDict\n)\x81"),  # NEWOBJ
+        Raw(b"Pname\n"),
+        Raw(b"\x82\x01"),
+        {(("a",),): 1},  # tuples of tuples may take for ever to hash
+    ],
+)
+def test_whatever_is_no_tensor_is_refused_by_name(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        zipped(tmp_path / "x.pth", pickled({"a": tensor(), "b": value}), {"0": FLOATS}),
+        tmp_path / "old.pth",
+    ):
+        if path.name == "old.pth":
+            path.write_bytes(pickled({"b": value}))
+        refused(path, "was refused", "Nothing was run")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "pickle",
+    [
+        b"\x80\x02}J\x01", b"\x80\x02.", b"", b"\x80\x02}(X\xff\xff\xff\xffa", b"\x80\x02s.", b"\x80\x02(u.",
+        b"\x80\x02}X\x01\0\0\0as.", b"\x80\x02h\x05.", b"\x80\x02}(X\x01\0\0\0a]]]u.", b"\x80\x02\x8b\xff\xff\xff\x7f",
+        b"\x80\x02I" + b"9" * 5000 + b"\n.", b"\x80\x02]" + b"2" * 100, b"\x80\x02Iabc\n.", b"\x80\x02)R.",
+    ],
+)  # fmt: skip
+def test_a_broken_pickle_is_damage(tmp_path, pickle):
+    path = zipped(tmp_path / "x.pth", pickle, {"0": FLOATS})
+    with pytest.raises(TurboError, match=r"damaged, cut short|was refused|without named tensors"):
+        open_tensors(path)
+
+
+def test_a_flipped_bit_in_the_names_or_shapes_is_found_by_the_checksum(good):
+    data = bytearray(good.read_bytes())
+    data[data.index(b"storage") + 60] ^= 0x10
+    good.write_bytes(data)
+    refused(good, "checksum")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d[:-22], "directory is missing"),
+        (lambda d: d + b"more", "follows"),
+        (lambda d: d[: len(d) // 2], "directory is missing"),
+        (lambda d: b"PK\3\4" + bytes(100) + d[104:], "not where the zip's directory says"),
+    ],
+)
+def test_a_damaged_zip(good, change, words):
+    good.write_bytes(change(good.read_bytes()))
+    refused(good, words)
+
+
+def test_two_directories_are_one_too_many(good):
+    """A zip with a second directory in front of the end is read differently by different readers."""
+    data = good.read_bytes()
+    end = data.rfind(b"PK\5\6")
+    size, start = struct.unpack("<2L", data[end + 12 : end + 20])
+    good.write_bytes(data[:end] + data[start : start + size] + data[end:])
+    refused(good, "not where it is said to be")
+
+
+def test_big_endian_numbers(good, tmp_path):
+    path = repacked(good, tmp_path / "x.pth", change=lambda name, data: b"big" if "byteorder" in name else data)
+    refused(path, "big-endian")
+
+
+def test_the_alignment_that_a_file_claims_is_nobody_s_business(good, tmp_path):
+    """torch divides by it."""
+    path = repacked(good, tmp_path / "x.pth", change=lambda name, data: b"0" if "alignment" in name else data)
+    assert same(open_tensors(path).tensors, STATE)
+
+
+def test_a_bomb_is_refused_by_its_size(tmp_path):
+    zeros = zlib.compressobj(9, wbits=-15)
+    assert len(zeros.compress(bytes(1 << 24)) + zeros.flush()) < 1 << 15
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("a/data.pkl", pickled({"a": tensor((1 << 26,))}))
+        archive.writestr("a/data/0", bytes(1 << 28))
+    refused(path, "no weights shrink so far")
+
+
+def test_shared_dictionaries_are_counted_once(tmp_path):
+    """Three levels of a thousand names for one dictionary each are a thousand million leaves."""
+    levels = b"}(" + b"".join(_text(f"k{i}") + b"N" for i in range(1000)) + b"uq\0"
+    for level in range(1, 4):
+        levels = (
+            levels
+            + b"0}("
+            + b"".join(_text(f"k{i}") + b"h" + bytes([level - 1]) for i in range(1000))
+            + b"uq"
+            + bytes([level])
+        )
+    began = time.perf_counter()
+    refused(zipped(tmp_path / "x.pth", b"\x80\x02" + levels + b".", {}), "without named tensors")
+    assert time.perf_counter() - began < 2
+
+
+def test_a_text_larger_than_any_pickle_takes_no_memory(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"\x80\x02\x8d" + struct.pack("<Q", 1 << 40) + bytes(1 << 12))
+    tracemalloc.start()
+    refused(path, "damaged")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_what_a_file_is_its_content_says(good, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3)}, tmp_path / "x.pth")
+    file = open_tensors(tmp_path / "x.pth")
+    assert file.container == "safetensors" and "named .pth" in file.notes[0]
+    good.rename(tmp_path / "y.safetensors")
+    file = open_tensors(tmp_path / "y.safetensors")
+    assert file.container == "pth" and "named .safetensors" in file.notes[0] and same(file.tensors, STATE)
+
+
+def _text(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
