@@ -4,7 +4,6 @@ import struct
 import time
 import tracemalloc
 import zipfile
-import zlib
 
 import pytest
 import torch
@@ -224,12 +223,10 @@ def test_the_alignment_that_a_file_claims_is_nobody_s_business(good, tmp_path):
 
 
 def test_a_bomb_is_refused_by_its_size(tmp_path):
-    zeros = zlib.compressobj(9, wbits=-15)
-    assert len(zeros.compress(bytes(1 << 24)) + zeros.flush()) < 1 << 15
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        archive.writestr("a/data.pkl", pickled({"a": tensor((1 << 26,))}))
-        archive.writestr("a/data/0", bytes(1 << 28))
+        archive.writestr("a/data.pkl", pickled({"a": tensor((1 << 24,))}))
+        archive.writestr("a/data/0", bytes(1 << 26))
     refused(path, "no weights shrink so far")
 
 
