@@ -2,7 +2,21 @@
 
 
 class TurboError(ValueError):
-    """Input that a user can correct; the message names what was expected, what came, and the cure."""
+    """Input that a user can correct; the message names what was expected, what came, and the cure, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text that may come from a file, without what a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text, most: int = 80) -> str:
+    """A name or value from a file, as an error may show it: printable, and not longer than a line."""
+    text = printable(str(text)[: 4 * most])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def missing_library(name: str, purpose: str) -> TurboError:

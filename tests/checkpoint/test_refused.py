@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.states import saved
+from tests.helpers.states import official, saved
 from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.names import PROJ_L, looks_like
@@ -182,3 +182,72 @@ def test_a_dtype_that_is_not_read_is_named(tmp_path, state):
 def test_other_families_are_named(tmp_path, keys, kind):
     assert kind in looks_like(keys)
     refuse(saved({k: torch.zeros(2) for k in keys}, tmp_path / "x.safetensors"), "not a Wan", kind, "head.modulation")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s | {"__metadata__": torch.ones(4)}, ["is called __metadata__"]),
+        (lambda s: s | {"\ud800": torch.ones(4)}, ["is called \\ud800"]),
+        (lambda s: s | {"x": torch.ones(3, dtype=torch.complex64)}, ["x is torch.complex64"]),
+        (lambda s: s | {"blocks.x": torch.ones(1)}, ["not part of any Wan model", "blocks.x"]),
+        (lambda s: s | {"head.head.weight": s["head.head.weight"].to(torch.int8)}, ["head.head.weight", "torch.int8"]),
+        (lambda s: s | {"time_projection.1.weight": s["time_projection.1.weight"].bool()}, ["torch.bool"]),
+        (lambda s: {name: t[:0] if name == "head.modulation" else t for name, t in s.items()}, ["is empty"]),
+    ],
+)
+def test_names_and_types_that_no_model_has(tmp_path, state, change, words):
+    """Some of these were converted to files that nothing could read."""
+    refuse(saved(change(state), tmp_path / "x.pth"), *words)
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), 1e300])
+def test_scales_are_finite_and_not_negative_in_float32(tiny, tmp_path, scale):
+    state = torch.load(tiny / "TinyWan2.1-T2V-quant.pth", weights_only=True)
+    name = "blocks.0.ffn.0.scale"
+    state[name] = state[name].double() * 0 + scale
+    path = saved(state, tmp_path / "x.pth")
+    for call in (checkpoint.load, lambda p: checkpoint.convert(p, tmp_path / "y.safetensors", "bf16")):
+        with pytest.raises(TurboError, match=r"blocks\.0\.ffn\.0\.weight_scale"):
+            call(path)
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "quant", "words"),
+    [
+        ({"config": "[" * 100000}, None, ["config", "is not JSON"]),
+        ({"_quantization_metadata": '{"layers": {"a": {"format": []}}}'}, None, ["a.weight is quantized as '[]'"]),
+        ({}, b'{"format": {}}', ["is quantized as '{}'"]),
+        ({}, b"[" * 4097, ["4,097 bytes", "few words"]),
+    ],
+)
+def test_what_a_file_says_of_itself_may_be_anything(tmp_path, state, metadata, quant, words):
+    state = official(state)
+    if quant:
+        state["blocks.0.ffn.0.comfy_quant"] = torch.frombuffer(bytearray(quant), dtype=torch.uint8)
+    save_file(state, tmp_path / "x.safetensors", metadata)
+    refuse(tmp_path / "x.safetensors", *words)
+
+
+def test_what_a_terminal_obeys_is_escaped(tmp_path):
+    path = saved({"\r\x1b[2K\x1b[32mall is well\x1b[0m\x1b]0;owned\x07": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(TurboError) as error:
+        checkpoint.inspect(path)
+    assert str(error.value).isprintable() and "x1b" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]", b"[" * 5000, b"{}x", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"\xff\xff",
+        b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b'{"a": {}, "a": {}}',
+        b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', b'{"__metadata__": [1]}',
+        b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}',
+    ],
+)  # fmt: skip
+def test_a_header_may_be_any_json(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refuse(path, "damaged, cut short or not a checkpoint")

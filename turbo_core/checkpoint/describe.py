@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import TurboError
 from .formats import declared_formats, layer_format
 from .names import PROJ_L, is_quantizable
-from .shapes import block_count, check_names, check_shapes, read_sizes
+from .shapes import block_count, check_names, check_shapes, check_types, expected_shapes, read_sizes
 
 _SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # by (dim, blocks)
 _MARKERS = {  # keys that only one kind of Wan model has
@@ -61,6 +61,7 @@ def describe(path, container: str, metadata: dict, stored: int, tensors: dict, n
     sizes = read_sizes(tensors, metadata, path)
     check_shapes(tensors, blocks, has_sla, sizes, path)
     formats = stored_formats(tensors, path)
+    check_types(tensors, expected_shapes(blocks, has_sla), path)
     for name, kind in declared.items():
         if formats.get(name, kind) != kind:
             raise TurboError(f"{path}: {name} is stated to be {kind} and stored as {formats[name]}. Save it again.")

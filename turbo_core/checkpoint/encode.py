@@ -6,7 +6,7 @@ import torch
 
 from ..errors import TurboError
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
-from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, decode, encode_fp8, is_finite
+from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
 from .read import open_tensors
 from .write import Layout
@@ -72,7 +72,7 @@ def rewritten(source, tensors: dict, mapped: bool, plan: Plan, stored: dict[str,
         weight, scale = tensors[name], tensors.get(f"{name}_scale")
         read += weight.nbytes
         if scale is not None:
-            check_finite(f"{name}_scale", scale, source)
+            check_scale_values(f"{name}_scale", scale, source)
         for output, tensor in written_as(kind, name, weight, scale, stored.get(name), source).items():
             yield output, tensor
             count(tensor.nbytes)

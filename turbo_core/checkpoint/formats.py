@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..int8 import block_scale_shape, dequantize
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -17,6 +17,7 @@ _STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(FP8.va
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(FP8, "fp8")
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 _SLAB = 512  # rows in float32 at a time
+_MOST_TEXT = 4096  # bytes of X.comfy_quant
 
 
 def layer_format(name: str, tensors: dict, path) -> str:
@@ -60,13 +61,15 @@ def declared_formats(tensors: dict, metadata: dict, path) -> dict[str, str]:
     stated = {f"{layer}.weight": _dict(config) for layer, config in _dict(layers).items()}
     for name, tensor in tensors.items():
         if name.endswith(".comfy_quant"):
+            if tensor.numel() > _MOST_TEXT:
+                raise TurboError(f"{path}: {shown(name)} has {tensor.numel():,} bytes. Expected a few words of JSON.")
             text = bytes(tensor.flatten().to(torch.uint8).tolist()).decode("utf-8", "replace")
             stated[name.removesuffix("comfy_quant") + "weight"] = _json(text, name, path)
     for name, config in stated.items():
-        rotated = config.get("convrot") or _dict(config.get("params")).get("convrot")
-        if config.get("format") not in _STATED or rotated:
+        rotated, kind = config.get("convrot") or _dict(config.get("params")).get("convrot"), str(config.get("format"))
+        if kind not in _STATED or rotated:
             raise TurboError(
-                f"{path}: {name} is quantized as {config.get('format')!r}{' with convrot' if rotated else ''}, which "
+                f"{path}: {shown(name)} is quantized as {shown(kind)!r}{' with convrot' if rotated else ''}, which "
                 f"is not read here. Expected {', '.join(_STATED)}: use the bf16 version of this model."
             )
     return {name: _STATED[config["format"]] for name, config in stated.items()}
@@ -80,8 +83,8 @@ def transformer_config(metadata: dict, path) -> dict:
 def _json(text: str, where: str, path) -> dict:
     try:
         return _dict(json.loads(text))
-    except ValueError as error:
-        raise TurboError(f"{path}: {where} is not JSON ({text[:60]!r}). The file is damaged.") from error
+    except (ValueError, RecursionError) as error:
+        raise TurboError(f"{path}: {shown(where)} is not JSON ({text[:60]!r}). The file is damaged.") from error
 
 
 def _dict(value) -> dict:
@@ -114,6 +117,14 @@ def encode_fp8(weight):
 def is_finite(tensor) -> bool:
     """True for a float tensor without NaN and infinity."""
     return tensor.numel() == 0 or all(torch.isfinite(edge) for edge in tensor.aminmax())  # NaN shows in both
+
+
+def check_scale_values(name: str, scale, path) -> None:
+    """Raise TurboError where a scale, in float32 as it is used, is not finite or below zero."""
+    scale = scale.float()
+    check_finite(name, scale, path)
+    if scale.numel() and scale.min() < 0:
+        raise TurboError(f"{path}: {name} is negative. Expected scales above zero: the file is damaged.")
 
 
 def check_finite(name: str, tensor, path) -> None:

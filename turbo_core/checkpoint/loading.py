@@ -6,7 +6,7 @@ import torch
 
 from ..errors import TurboError
 from .describe import Description, describe
-from .formats import check_finite, decode
+from .formats import check_scale_values, decode
 from .names import canonical, is_helper, is_scale
 from .read import open_tensors
 
@@ -65,8 +65,8 @@ def weights(file: Opened, device="cpu") -> dict[str, torch.Tensor]:
         if is_scale(name, file.tensors):
             if file.tensors[name.removesuffix("_scale")].dtype != torch.int8:
                 continue
+            check_scale_values(name, tensor, file.description.path)
             tensor = tensor.float().contiguous()
-            check_finite(name, tensor, file.description.path)
         elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             tensor = decode(tensor, file.tensors.get(f"{name}_scale"))
         result[name] = tensor.to(device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from .converting import Progress, file_metadata
 from .describe import Description, describe, stored_formats
 from .encode import REMAP, mapped_anew, on_disk, plan, written_as
@@ -131,6 +131,7 @@ def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Pa
                 continue
             lacking = [other for other in (finetune, base, *turbo) if name not in files[other]]
             if not lacking:
+                _check_alike(files, name)
                 result[name] = None
             elif path == finetune and PROJ_L not in name:
                 result[name] = finetune
@@ -148,6 +149,14 @@ def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Pa
                     "accelerated models of the finetune's original."
                 )
     return result
+
+
+def _check_alike(files: dict[Path, dict], name: str) -> None:
+    """Raise TurboError unless a tensor that all files have, of a branch perhaps, has one shape in them."""
+    shapes = {path: tuple(tensors[name].shape) for path, tensors in files.items()}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{list(shape)} in {path.name}" for path, shape in shapes.items())
+        raise TurboError(f"{shown(name)} is {found}. Expected models trained from the same original.")
 
 
 def _hollow(files, finetune, sources) -> dict[str, torch.Tensor]:

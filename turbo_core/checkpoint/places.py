@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import shown
+
 _MOST_AXES = 16
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -61,7 +63,7 @@ class Global(NamedTuple):
     name: str
 
     def __str__(self):
-        return f"{self.module}.{self.name}"
+        return shown(f"{self.module}.{self.name}")
 
 
 class Opaque:
@@ -116,7 +118,7 @@ def _ordered(*pairs):
 def _encoded(text, encoding="utf-8", *_):
     """What protocol 2 makes of bytes: a text and "latin1"."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):
-        raise Refused(f"_codecs.encode to {str(encoding)[:20]}")
+        raise Refused(f"_codecs.encode to {shown(encoding)}")
     return text.encode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import shown
 from .places import Damaged, Place, Refused, Storage
 from .unpickle import MOST, read
 
@@ -36,8 +37,8 @@ class Record(NamedTuple):
 
 
 class Checkpoint:
-    """content: as unpickle.read gives it. tensor(name, place) lies in the mapping, or, where it was packed or is
-    at an odd address, in memory."""
+    """content: as unpickle.read gives it. tensor(name, place) lies in the mapping, or in memory where it was
+    packed."""
 
     def __init__(self, mapping: mmap.mmap):
         self._mapping, self._flat = mapping, {}
@@ -53,14 +54,15 @@ class Checkpoint:
         """The tensor at a place. Raises Damaged naming it where it does not lie within what the file holds."""
         storage, dtype = place.storage, place.dtype
         if dtype is None:
-            raise Damaged(f"{name} is of a type that torch does not have")
+            raise Damaged(f"{shown(name)} is of a type that torch does not have")
         run = self._runs.get(storage.key)
         if run is None:
-            raise Damaged(f"{name} lies in the record {storage.key[:40]!r}, which is not there")
+            raise Damaged(f"{shown(name)} lies in the record {shown(storage.key)!r}, which is not there")
         itemsize = dtype.itemsize if storage.dtype is None else storage.dtype.itemsize
         wanted = storage.count if storage.dtype is None else storage.count * itemsize
         if run.size != wanted:
-            raise Damaged(f"the record of {name} has {run.size:,} bytes, its {storage.count:,} numbers have {wanted:,}")
+            has = f"{run.size:,} bytes, its {storage.count:,} numbers have {wanted:,}"
+            raise Damaged(f"the record of {shown(name)} has {has}")
         count = run.size // itemsize
         elements = 1
         for size in place.shape:
@@ -69,7 +71,7 @@ class Checkpoint:
             return torch.empty(place.shape, dtype=dtype)
         last = place.offset + sum((size - 1) * step for size, step in zip(place.shape, place.stride))
         if last >= count or elements > count + _REPEATED:
-            raise Damaged(f"{name} of the shape {list(place.shape)} does not lie within its {count:,} numbers")
+            raise Damaged(f"{shown(name)} of the shape {list(place.shape)} does not lie within its {count:,} numbers")
         key = storage.key, dtype
         if key not in self._flat:
             self._flat[key] = self._numbers(name, run, dtype, count)
@@ -77,10 +79,10 @@ class Checkpoint:
         return tensor.neg() if place.negative else tensor
 
     def _numbers(self, name, run, dtype, count):
-        if run.method == _STORED and run.start % dtype.itemsize == 0:
+        if run.method == _STORED:  # at odd addresses too, where it was packed again: processors read them
             return numbers(self._mapping, dtype, count, run.start)
         self.mapped = False
-        data = bytearray(_contents(self._mapping, run, f"the record of {name}"))
+        data = bytearray(_contents(self._mapping, run, f"the record of {shown(name)}"))
         return numbers(data, dtype, count, 0)
 
 
@@ -141,14 +143,14 @@ def directory(mapping) -> dict[str, Record]:
     for _ in range(count):
         name, record, at = _entry(mapping, at, stop)
         if name in records:
-            raise Damaged(f"the zip has two records {name[:60]!r}")
+            raise Damaged(f"the zip has two records {shown(name)!r}")
         records[name] = record
     if at != stop:
         raise Damaged("the zip's directory is longer than its records")
     end = 0
     for name, record in sorted(records.items(), key=lambda item: item[1].start):
         if record.start < end or record.start + record.packed > start:
-            raise Damaged(f"the record {name[:60]!r} lies over another one")
+            raise Damaged(f"the record {shown(name)!r} lies over another one")
         end = record.start + record.packed
     return records
 
@@ -167,12 +169,12 @@ def _entry(mapping, at, stop):
     name = raw.decode("utf-8", "replace")
     local = mapping[header : header + 30]
     if len(local) < 30 or local[:4] != _LOCAL or mapping[header + 30 : header + 30 + len(raw)] != raw:
-        raise Damaged(f"the record {name[:60]!r} is not where the zip's directory says")
+        raise Damaged(f"the record {shown(name)!r} is not where the zip's directory says")
     here_method, here_name, here_extra = struct.unpack("<H", local[8:10])[0], *struct.unpack("<2H", local[26:30])
     if flags & 1 or method not in (_STORED, _DEFLATED) or here_method != method or here_name != name_length:
-        raise Damaged(f"the record {name[:60]!r} is encrypted or packed in an unknown way, expected a plain zip")
+        raise Damaged(f"the record {shown(name)!r} is encrypted or packed in an unknown way, expected a plain zip")
     if method == _STORED and packed != size:
-        raise Damaged(f"the record {name[:60]!r} has two sizes")
+        raise Damaged(f"the record {shown(name)!r} has two sizes")
     return name, Record(header + 30 + here_name + here_extra, packed, size, method, crc), end
 
 
@@ -228,12 +230,12 @@ def _legacy(mapping):
     for key in keys:
         storage = storages.get(key)
         if storage is None:
-            raise Damaged(f"its storage {key[:40]!r} belongs to no tensor")
+            raise Damaged(f"its storage {shown(key)!r} belongs to no tensor")
         count = int.from_bytes(mapping[at : at + 8], "little")
         size = count * (1 if storage.dtype is None else storage.dtype.itemsize)
         if count != storage.count or at + 8 + size > len(mapping):
             raise Damaged(
-                f"its storage {key[:40]!r} has {count:,} numbers, expected {storage.count:,}: it is cut short"
+                f"its storage {shown(key)!r} has {count:,} numbers, expected {storage.count:,}: it is cut short"
             )
         runs[key] = Record(at + 8, size, size, _STORED, 0)
         at += 8 + size

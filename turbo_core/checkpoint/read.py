@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from .places import Damaged, Place, Refused, Unreadable
 from .pth import Checkpoint, numbers
 
@@ -52,7 +52,7 @@ class TensorFile(NamedTuple):
     metadata: dict[str, str]
     tensors: dict[str, torch.Tensor]
     notes: list[str]
-    mapped: bool = True  # False: some of it had to be unpacked, or lies at odd addresses, and is in memory
+    mapped: bool = True  # False: some of it had to be unpacked and is in memory
 
 
 def open_tensors(path, writable: bool = False) -> TensorFile:
@@ -70,9 +70,7 @@ def open_tensors(path, writable: bool = False) -> TensorFile:
         raise TurboError(f"{path} does not exist.{_near_names(path)}")
     try:
         is_pickle = _start(path)[:1] in (b"P", b"\x80") or path.suffix.lower() not in SAFETENSORS_SUFFIXES
-        if is_pickle and not _has_header(path):
-            return _open_pickle(path, writable)
-        return _open_safetensors(path, writable)
+        file = (_open_pickle if is_pickle and not _has_header(path) else _open_safetensors)(path, writable)
     except PermissionError as error:
         raise TurboError(f"{path} may not be read. Check the rights to it.") from error
     except Refused as error:
@@ -83,6 +81,17 @@ def open_tensors(path, writable: bool = False) -> TensorFile:
         ) from error
     except (Damaged, OSError) as error:
         raise _foreign(path, str(error)[:200]) from error
+    for name, tensor in file.tensors.items():
+        _check_writable(path, name, tensor)
+    return file
+
+
+def _check_writable(path, name, tensor) -> None:
+    """Raise TurboError for what no safetensors file can hold."""
+    if tensor.dtype not in DTYPES.values():
+        raise TurboError(f"{path}: {shown(name)} is {tensor.dtype}. Expected floats, integers or booleans.")
+    if name == "__metadata__" or not name.isprintable():  # a lone surrogate is not
+        raise TurboError(f"{path}: a tensor is called {shown(name)}, which no file can name so. Save it without.")
 
 
 def _near_names(path: Path) -> str:
@@ -146,9 +155,9 @@ def _open_safetensors(path: Path, writable: bool) -> TensorFile:
     for name, (dtype, shape, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
         count = math.prod(shape)
         if begin != end or stop - begin != count * dtype.itemsize:
-            raise Damaged(f"the place of {name} in the file does not fit its shape {shape}")
+            raise Damaged(f"the place of {shown(name)} in the file does not fit its shape {shape}")
         if start + stop > size:
-            raise Damaged(f"{name} ends at byte {start + stop}, the file at {size}")
+            raise Damaged(f"{shown(name)} ends at byte {start + stop}, the file at {size}")
         end = stop
         tensors[name] = numbers(mapping, dtype, count, start + begin).reshape(shape)
     if start + end != size:
@@ -181,9 +190,9 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     sizes = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if len(sizes) > _MOST_AXES or len(offsets or ()) != 2 or any(type(n) is not int or n < 0 for n in sizes):
-        raise Damaged(f"{name[:80]} has no shape or place")
+        raise Damaged(f"{shown(name)} has no shape or place")
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise Damaged(f"{name[:80]} has the unknown type {str(kind)[:20]}")
+        raise Damaged(f"{shown(name)} has the unknown type {shown(kind)}")
     return DTYPES[kind], shape, *offsets
 
 
@@ -197,7 +206,8 @@ def _open_pickle(path: Path, writable: bool) -> TensorFile:
         if not isinstance(name, str) or not isinstance(place, (Place, Unreadable)):
             continue
         if isinstance(place, Unreadable):
-            raise TurboError(f"{path}: {name} is sparse, quantized by torch or without data. Expected dense tensors.")
+            what = "sparse, quantized by torch or without data"
+            raise TurboError(f"{path}: {shown(name)} is {what}. Expected dense tensors.")
         tensors[name] = file.tensor(name, place)
     if not tensors:
         kind = type(file.content).__name__
@@ -234,6 +244,6 @@ def _enter(content):
         # among the large ones: an optimizer's few tensors, or a counter kept under "ema", are not the network
         candidates = [k for k, count in nested.items() if 2 * count >= most]
         name = next((k for k in _NESTED if k in candidates), candidates[0])
-        notes.append(f"read from {name!r} of a training dump")
+        notes.append(f"read from {shown(name)!r} of a training dump")
         content = content[name]
     return content, notes

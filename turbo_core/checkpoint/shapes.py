@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import TurboError
+import torch
+
+from ..errors import TurboError, shown
 from ..wan import QUANTIZED_LINEARS
 from .formats import transformer_config
 from .names import PROJ_L, is_helper, looks_like
@@ -63,7 +65,7 @@ def block_count(tensors: dict, path) -> int:
     """Number of blocks; raises TurboError saying what the file looks like when it is not a Wan model."""
     if "head.modulation" not in tensors or not any(name.startswith("blocks.") for name in tensors):
         kind = looks_like(tensors)
-        looks = f"It looks like {kind}." if kind else f"Its first keys are {', '.join(list(tensors)[:3])}."
+        looks = f"It looks like {kind}." if kind else f"Its first keys are {', '.join(map(shown, list(tensors)[:3]))}."
         raise TurboError(
             f"{path} is not a Wan diffusion model{_shard_hint(path)}. {looks} Expected keys such as head.modulation "
             "and blocks.0.self_attn.q.weight: choose a TurboWan or Wan 2.1 / 2.2 checkpoint."
@@ -97,7 +99,7 @@ def check_names(tensors: dict, blocks: int, has_sla: bool, variant: str | None, 
         and name not in expected
         and not is_helper(name)
         and not (name.endswith(".weight_scale") and name.removesuffix("_scale") in expected)
-        and not _IMAGE_BRANCH.fullmatch(name.split(".", 2)[2])
+        and not _IMAGE_BRANCH.fullmatch(name.split(".", 2)[-1])
     ]
     if extra:
         raise TurboError(
@@ -108,7 +110,7 @@ def check_names(tensors: dict, blocks: int, has_sla: bool, variant: str | None, 
 
 def _listed(names: list[str], what: str) -> str:
     blocks = sorted({int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))})
-    first = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    first = ", ".join(map(shown, names[:4])) + (", ..." if len(names) > 4 else "")
     numbers = ", ".join(map(str, blocks[:6])) + (", ..." if len(blocks) > 6 else "")
     where = f" (block{'s' if len(blocks) > 1 else ''} {numbers})" if blocks else ""
     return f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}{where}: {first}"
@@ -121,6 +123,8 @@ def read_sizes(tensors: dict, metadata: dict, path) -> Sizes:
     for name, axes in rank.items():
         if tensors[name].ndim != axes:
             raise TurboError(f"{path}: {name} has the shape {list(tensors[name].shape)}. Expected {axes} axes.")
+        if 0 in tensors[name].shape:
+            raise TurboError(f"{path}: {name} is empty, {list(tensors[name].shape)}. Expected weights.")
     dim = tensors["head.modulation"].shape[-1]
     return Sizes(
         dim,
@@ -151,6 +155,14 @@ def _head_dim(tensors, dim, config, path) -> int:
             "Use a Wan or TurboWan checkpoint, or state num_heads in the metadata `config`."
         )
     return head_dim
+
+
+def check_types(tensors: dict, names, path) -> None:
+    """Raise TurboError for a tensor of a Wan model that is no float and has no scale to make it one."""
+    for name in names:
+        dtype = tensors[name].dtype
+        if not dtype.is_floating_point and not (dtype == torch.int8 and f"{name}_scale" in tensors):
+            raise TurboError(f"{path}: {name} is stored as {dtype}. Expected floats: use the published file.")
 
 
 def check_shapes(tensors: dict, blocks: int, has_sla: bool, sizes: Sizes, path) -> None:

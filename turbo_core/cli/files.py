@@ -45,6 +45,7 @@ def _add_source_and_target(command) -> None:
 
 def run_inspect(arguments) -> None:
     from .. import checkpoint
+    from ..errors import shown
     from ..files import human_bytes
     from .console import table
 
@@ -61,15 +62,10 @@ def run_inspect(arguments) -> None:
                 ("heads", f"{found.num_heads} x {found.head_dim}"),
                 ("channels", f"{found.in_dim} in, {found.out_dim} out, text {found.text_dim}"),
                 ("file", f"{found.container}, {found.tensors} tensors, {human_bytes(found.bytes)}"),
-                *(("metadata", f"{key} = {_shorten(value)}") for key, value in found.metadata.items()),
+                *(("metadata", f"{shown(key)} = {shown(value)}") for key, value in found.metadata.items()),
                 *(("note", note) for note in found.notes),
             ],
         )
-
-
-def _shorten(value, length: int = 100) -> str:
-    text = str(value)
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def run_convert(arguments) -> None:
