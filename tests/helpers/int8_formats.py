@@ -11,10 +11,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"block": int8.quantize_block, "row": int8.quantize_rows}
 
 
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def exact_blocks(x):
     """The published formula in float64, block by block: (x / scale before rounding, scale)."""
     x = x.double().numpy()

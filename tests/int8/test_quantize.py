@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.int8_reference import DTYPES, EXACT, FORMATS, SIZES, gaussian, rounded
+from tests.helpers.int8_formats import DTYPES, EXACT, FORMATS, SIZES, rounded
+from tests.helpers.tensors import gaussian
 from turbo_core import int8
 from turbo_core.bench.linear import CHAINS
+from turbo_core.errors import TurboError
 
 
 def check(fmt, x, near_ties_may_differ=False):
@@ -133,21 +135,6 @@ def test_a_bad_number_stays_in_its_block(fmt, bad):
     assert decoded[inside].isnan().all() and decoded[~inside].isfinite().all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantize_multiplies_each_value_by_its_own_scale(fmt, dtype):
-    m, k = 300, 129
-    q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    shape = int8.block_scale_shape(m, k) if fmt == "block" else (m, 1)
-    scale = gaussian(*shape).abs()
-    decode = int8.dequantize_block if fmt == "block" else int8.dequantize_rows
-    out = decode(q, scale, dtype)
-    assert out.dtype == dtype and torch.equal(out, int8.dequantize(q, scale, dtype))
-    for i, j in [(0, 0), (127, 127), (128, 0), (0, 128), (299, 128), (255, 128), (256, 127)]:
-        s = scale[i // 128, j // 128] if fmt == "block" else scale[i, 0]
-        assert out[i, j] == (q[i, j] * s).to(dtype)
-
-
 def test_stochastic_rounding_is_right_on_average_and_repeats_with_its_seed():
     x = torch.full((128, 128), 0.3) + 0.1 * gaussian(128, 128).clamp(-1, 1)
     x[0, :3] = torch.tensor([128.0, -128.0, 0.0])  # the scale is 1: values round to 0 or 1
@@ -157,3 +144,21 @@ def test_stochastic_rounding_is_right_on_average_and_repeats_with_its_seed():
     assert q[1:].float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(q, int8.quantize_block(x, seed=7)[0]) and not torch.equal(q, int8.quantize_block(x, seed=8)[0])
     assert not int8.quantize_block(x)[0][1:].any()
+
+
+@pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("x", [torch.zeros(5), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int32)], ids=str)
+def test_only_float_matrices_are_quantized(quantize, x):
+    with pytest.raises(TurboError, match=r"\[M, K\]"):
+        quantize(x)
+
+
+def test_rows_are_written_where_they_are_wanted():
+    x = gaussian(5, 200)
+    q, scale = torch.zeros(9, 200, dtype=torch.int8), torch.zeros(9, 1)
+    out = int8.quantize_rows(x, out=(q[2:7], scale[2:7]))
+    for whole, part, expected in zip((q, scale), out, int8.quantize_rows(x)):
+        assert part.data_ptr() == whole[2:].data_ptr() and torch.equal(whole[2:7], expected)
+        assert not whole[:2].any() and not whole[7:].any()
+    with pytest.raises(TurboError, match=r"out must be contiguous torch\.int8"):
+        int8.quantize_rows(x, out=(q[:4], scale[:5]))
