@@ -83,6 +83,11 @@ def _has_triton():
     return importlib.util.find_spec("triton") is not None
 
 
+def asked_for() -> bool:
+    """True where the environment says to take the kernels without proof."""
+    return os.environ.get(SWITCH, "") == "triton"
+
+
 def trust(device) -> None:
     """Let every family that can run on the device compute there, proved or not."""
     for family in FAMILIES:
@@ -91,7 +96,7 @@ def trust(device) -> None:
 
 def _unproved(device) -> bool:
     """What an operation does on a card that nobody has proved the kernels for; says so once."""
-    if os.environ.get(SWITCH, "") == "triton":
+    if asked_for():
         trust(device)
         return cannot_run(device) is None
     _tell_unproved(device)

@@ -70,11 +70,13 @@ def prove(device, families=FAMILIES) -> dict[str, str | None]:
     """Hold the kernels to their references on a device, those that have no verdict yet; cheap when all have one.
 
     Returns {family: None where its kernels compute there from now on, else why not, in a few words}. A card without
-    the memory to try them is tried again by the next call. Raises TurboError where a kernel broke the connection to
-    the card.
+    the memory to try them is tried again by the next call; with TURBOWAN_KERNELS=triton nothing is tried. Raises
+    TurboError where a kernel broke the connection to the card.
     """
     device = dispatch.whole_name(device)
-    if dispatch.cannot_run(device) is None:
+    if dispatch.asked_for():
+        dispatch.trust(device)
+    elif dispatch.cannot_run(device) is None:
         for family in families:
             if not dispatch.is_decided(device, family) or dispatch.why_not(device, family) == _NO_MEMORY:
                 _prove(device, family)
