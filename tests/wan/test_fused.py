@@ -1,4 +1,4 @@
-"""The fused block against the block made of layers: on the torch twins, as a CPU without Triton computes them.
+"""The fused block against the block made of layers: on the torch reference, as a CPU without Triton computes them.
 
 What separates the two is rounding: layers round a normed activation to their dtype before they round it to int8, and a
 value on the edge between two int8 steps may fall on either side. The oracle of both is the model in float64.
@@ -6,15 +6,15 @@ value on the edge between two int8 steps may fall on either side. The oracle of 
 
 import functools
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.test_wan import DIM, HEADS, complex_rope, inputs, quantized, relative, rotate, weights
-from tests.triton_cpu.process import run_pytest
-from turbo_core import int8, wan, wan_fused
-from turbo_core.wan import WanModel, rope_angles
+from tests.helpers.tensors import assert_close, gaussian, relative
+from tests.helpers.wan import DIM, HEADS, complex_rope, inputs, quantized, rotate, weights
+from turbo_core import int8
+from turbo_core.rope import rope_angles
+from turbo_core.wan import Attention, WanModel, fused
 
 FORMATS = [pytest.param(int8.quantize_block, id="block"), pytest.param(int8.quantize_rows, id="row")]
 RAGGED = (3, 10, 18)  # latent: 3 * 5 * 9 = 135 tokens, a whole block of 128 and one of 7
@@ -27,14 +27,10 @@ def fuse(monkeypatch):
 
     def run(function, on=True):
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr(wan_fused, "pays", lambda device: on)
+            patched.setattr(fused, "pays", lambda device: on)
             return function()
 
     return run
-
-
-def int8_model(quantize, dtype=torch.float32, **kind):
-    return WanModel.from_state_dict(quantized(weights(**kind), quantize), dtype=dtype)
 
 
 def one_block(quantize=int8.quantize_block, heads=HEADS, dtype=torch.float32, seed=0, **kind):
@@ -90,9 +86,7 @@ def test_fused_bf16_model_is_no_further_from_floats(fuse, quantize, topk):
 @pytest.mark.parametrize("quantize", FORMATS)
 def test_one_block(fuse, quantize, heads):
     block, args = one_block(quantize, heads), block_inputs(2, heads=heads)
-    figure = relative(fuse(lambda: block(*args)), fuse(lambda: block(*args), on=False))
-    print(f"{figure:.1e}")
-    assert figure < 1e-3
+    assert_close(fuse(lambda: block(*args)), fuse(lambda: block(*args), on=False), 1e-3)
 
 
 def slow_block(block, x, modulation, context, grid):
@@ -132,24 +126,22 @@ def slow_block(block, x, modulation, context, grid):
 def test_modulation_of_each_frame(fuse, quantize):
     """A row of modulation for each frame of each sample, as models with a timestep a frame have it."""
     block, (x, _, context, angles) = one_block(quantize), block_inputs(2)
-    frames = 0.5 * torch.randn(6, 2 * 3, 1, DIM, generator=torch.Generator().manual_seed(4))
+    frames = 0.5 * gaussian(6, 2 * 3, 1, DIM, seed=4)
     whole = frames.expand(-1, -1, 45, -1).reshape(6, 2, 135, DIM)  # 3 frames of 45 tokens
     ours = fuse(lambda: block.fused(x, [m.view(1, 6, DIM) for m in frames], context, angles))
     exact = slow_block(block, x, whole, context, (3, 5, 9))
-    figure = relative(ours - x, exact - x)
-    print(f"{figure:.2%}")
-    assert figure < 0.02
+    assert_close(ours - x, exact - x, 0.02)
     assert relative(ours - x, slow_block(block, x, whole.roll(1, 0), context, (3, 5, 9)) - x) > 0.2  # and it matters
 
 
 def test_attention_hands_over_int8_only_where_its_blocks_are_those_of_the_product(fuse, monkeypatch):
-    seen, attend = [], wan.Attention.attend_self
+    seen, attend = [], Attention.attend_self
 
     def spy(self, qkv, sums, quantized, **settings):
         seen.append(quantized)
         return attend(self, qkv, sums, quantized, **settings)
 
-    monkeypatch.setattr(wan.Attention, "attend_self", spy)
+    monkeypatch.setattr(Attention, "attend_self", spy)
     even = (2, 8, 8)
     for quantize, batch, grid, heads in [
         (int8.quantize_block, 1, (3, 5, 9), 2),
@@ -164,8 +156,8 @@ def test_attention_hands_over_int8_only_where_its_blocks_are_those_of_the_produc
 
 
 def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch):
-    calls, block = [], wan_fused.block
-    monkeypatch.setattr(wan_fused, "block", lambda *args: calls.append(1) or block(*args))
+    calls, block = [], fused.block
+    monkeypatch.setattr(fused, "block", lambda *args: calls.append(1) or block(*args))
     args, rows = block_inputs(), one_block(int8.quantize_rows)
     for change, on, used in [
         (None, True, 1),
@@ -179,15 +171,15 @@ def test_only_where_it_pays_and_all_ten_are_int8_in_one_format(fuse, monkeypatch
         calls.clear()
         fuse(functools.partial(layers, *args), on)
         assert len(calls) == used
-    assert not wan_fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
+    assert not fused.pays(torch.device("cpu")), "a CPU without the interpreter keeps the layers"
 
 
 def test_gradients_flow_by_the_layers(monkeypatch):
-    monkeypatch.setattr(wan_fused, "pays", lambda device: True)
+    monkeypatch.setattr(fused, "pays", lambda device: True)
     block, (x, *rest) = one_block(), block_inputs()
     for learns in (x, block.norm3.weight):
         learns.requires_grad_()
-        monkeypatch.setattr(wan_fused, "block", lambda *_: pytest.fail("kernels have no gradient"))
+        monkeypatch.setattr(fused, "block", lambda *_: pytest.fail("kernels have no gradient"))
         (gradient,) = torch.autograd.grad(block(x, *rest).square().sum(), learns)
         assert gradient.isfinite().all() and gradient.any()
         learns.requires_grad_(False)
@@ -199,9 +191,4 @@ def test_compiles_into_one_graph(fuse, quantize, topk):
     eager = fuse(lambda: block(*args, topk=topk))
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert relative(fuse(lambda: compiled(*args, topk=topk)), eager) < 1e-3
-
-
-def test_fused_model_through_the_interpreter():
-    pytest.importorskip("triton", reason="the Triton tests need triton (pip install triton)")
-    run_pytest(Path(__file__).with_name("kernels") / "fused_interpreted.py", interpret=True)
+    assert_close(fuse(lambda: compiled(*args, topk=topk)), eager, 1e-3)
