@@ -6,18 +6,15 @@ own and holds the bounds; README.md says how to run it by hand.
 
 import json
 
+from tests.helpers.tensors import relative
 from tests.parity import network, official, parts, sampling
-
-
-def relative_error(ours, theirs):
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def main():
     theirs = official.load()
-    figures = parts.figures(theirs, relative_error)
-    figures |= network.figures(theirs, relative_error)
-    figures |= sampling.figures(relative_error)  # last: it replaces modules for good
+    figures = parts.figures(theirs, relative)
+    figures |= network.figures(theirs, relative)
+    figures |= sampling.figures(relative)  # last: it replaces modules for good
     print(json.dumps(figures, indent=1))
 
 

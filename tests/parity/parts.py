@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tests.parity import cuda_ops
 from turbo_core import sla, wan
 from turbo_core.int8 import int8_linear, quantize_block
+from turbo_core.rope import rope_angles
 
 
 def attention_figures(theirs, error):
@@ -41,7 +42,7 @@ def rope_figures(theirs, error):
         grid = (21, 45, 80)  # 1280x720, 81 frames
         table = theirs.wan2pt1.VideoRopePosition3DEmb(head_dim, len_h=128, len_w=128, len_t=32)
         expected = table.generate_embeddings(torch.Size([1, *grid, head_dim]))
-        ours = wan.rope_angles(grid, head_dim)
+        ours = rope_angles(grid, head_dim)
         figures[f"rope angles D {head_dim}: largest difference"] = (ours - expected).abs().max().item()
         x = torch.randn(1, 500, 2, head_dim, generator=torch.Generator().manual_seed(3))
         figures[f"rope D {head_dim}"] = error(
