@@ -1,0 +1,205 @@
+"""The plan of the house: imports point one way, no file waits for itself, no room is crowded, no file too long."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "turbo_core", "nodes")
+GROUND = "errors files devices dispatch kernels rope __init__"
+# of turbo_core, from the ground up; rooms of one floor do not know each other
+FLOORS = (GROUND, "schedule sampler", "int8", "sla", "wan", "selfcheck", "checkpoint", "pipeline", "diagnostics train",
+          "bench tinywan", "cli", "__main__")  # fmt: skip
+HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
+        "node_helpers", "server"}  # fmt: skip
+MOST_LINES, REASON = 350, "Long because"  # a longer file says why in its docstring
+
+
+def files(root):
+    """{module: path}; a package is its __init__.py."""
+    found = {}
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(root):
+    """(module, line, imported, relative): a module of the pack where it names one, else the name as it stands."""
+    modules = files(root)
+
+    def known(name):
+        # turbo_core.kernels is the bridge to the folder kernels/
+        return "kernels" + name.removeprefix("turbo_core.kernels") if name.startswith("turbo_core.kernels.") else name
+
+    for module, path in modules.items():
+        package = path.relative_to(root).parts[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield module, node.lineno, known(alias.name), False
+            elif isinstance(node, ast.ImportFrom):
+                above = package[: max(0, len(package) + 1 - node.level)] if node.level else ()
+                base = ".".join([*above, *filter(None, [node.module])])
+                for alias in node.names:
+                    name = known(f"{base}.{alias.name}" if base else alias.name)
+                    yield module, node.lineno, name if name in modules else known(base), node.level > 0
+
+
+def inside(root):
+    """The imports of one file of the pack by another."""
+    modules = files(root)
+    return [(module, line, name) for module, line, name, _ in imports(root) if name in modules and name != module]
+
+
+def circle(root):
+    """The files of a circle, each imported by the next; empty where there is none."""
+    graph = {module: set() for module in files(root)}
+    for module, _, name in inside(root):
+        graph[module].add(name)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def place(module):
+    """(floor, room) of a module; the higher may import the lower."""
+    room, _, inner = module.partition(".")
+    inner = inner.partition(".")[0]
+    if room == "kernels":
+        return 0, "kernels"
+    if room == "turbo_core":
+        inner = inner or "__init__"
+        floor = next((n for n, names in enumerate(FLOORS) if inner in names.split()), None)
+        assert floor is not None, f"{module} has no place in FLOORS"
+        return 1 + floor, "ground" if floor == 0 else inner
+    nodes = {"host": 0, "reports": 1, "": 3}  # then the nodes, then the __init__ that lists them
+    return 1 + len(FLOORS) + nodes.get(inner, 2), inner if inner in nodes else module
+
+
+def upward(root):
+    """Imports that point up or sideways."""
+    found = []
+    for module, line, name in inside(root):
+        (floor, room), (other_floor, other_room) = place(module), place(name)
+        skipped = module.startswith("nodes") and other_room == "kernels"
+        if other_floor > floor or (other_floor == floor and room != other_room) or skipped:
+            found.append(f"{module}, line {line}, imports {name}")
+    return list(dict.fromkeys(found))
+
+
+def foreign(root):
+    """Imports that a room must not have; the pack's own names are somebody else's in ComfyUI, unless relative."""
+    found = []
+    for module, line, name, relative in imports(root):
+        top, room = name.partition(".")[0], module.partition(".")[0]
+        allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}
+        unknown = (room == "kernels" and top not in allowed) or (room == "turbo_core" and top in {"nodes", *HOST})
+        if unknown or (top in ROOMS and not relative):
+            found.append(f"{module}, line {line}, imports {name}")
+    return list(dict.fromkeys(found))
+
+
+def crowded(root):
+    """Folders with more files than one sees at a glance."""
+    counts = {}
+    for path in files(root).values():
+        counts[path.parent] = counts.get(path.parent, 0) + 1
+    most = {root / "turbo_core": 14, root / "kernels": len(files(root))}
+    return [f"{folder.relative_to(root)}: {n} files" for folder, n in counts.items() if n > most.get(folder, 15)]
+
+
+def long(root):
+    """Files of more than MOST_LINES lines that do not say why."""
+    found = []
+    for path in files(root).values():
+        text = path.read_text(encoding="utf-8")
+        lines = text.count("\n")
+        if lines > MOST_LINES and REASON not in (ast.get_docstring(ast.parse(text)) or ""):
+            found.append(f"{path.relative_to(root)}: {lines} lines")
+    return found
+
+
+RULES = upward, foreign, crowded, long
+
+
+def test_no_file_waits_for_itself():
+    around = circle(ROOT)
+    assert not around, " <- ".join(around)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rules_hold(rule):
+    broken = rule(ROOT)
+    assert not broken, "\n".join([rule.__doc__, *broken])
+
+
+def test_the_rules_see_what_breaks_them(tmp_path):
+    def write(texts):
+        for name, text in texts.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    rooms = ("turbo_core", "turbo_core/int8", "turbo_core/sla", "turbo_core/cli", "nodes", "nodes/host", "kernels")
+    write({f"{room}/__init__.py": "" for room in rooms})
+    write(
+        {
+            "turbo_core/kernels.py": "",
+            "turbo_core/errors.py": "from .kernels.launch import run",
+            "turbo_core/int8/fast.py": "import comfy_kitchen\nfrom ..kernels import launch\nfrom ..errors import Error",
+            "turbo_core/cli/start.py": "def run():\n    from ..sla import blocks",
+            "kernels/launch.py": "import math\nimport torch\nimport triton.language as tl\nfrom . import tile",
+            "kernels/tile.py": "",
+            "nodes/host/ops.py": "import comfy.ops\nfrom ...turbo_core import int8",
+            "nodes/save.py": "from ..turbo_core.errors import Error\nfrom .host.ops import linear",
+        }
+    )
+    assert not circle(tmp_path) and not any(rule(tmp_path) for rule in RULES)
+
+    write(
+        {
+            "turbo_core/int8/reference.py": "def run():\n    from . import formats",
+            "turbo_core/int8/formats.py": "from ..int8.reference import run",
+        }
+    )
+    assert set(circle(tmp_path)) == {"turbo_core.int8.reference", "turbo_core.int8.formats"}
+    write(
+        {
+            "nodes/load.py": "from .save import Save, save\nfrom ..turbo_core.kernels.tile import tile",
+            "turbo_core/sla/blocks.py": "import torch\n\n\ndef f():\n    from ..cli.start import run",
+        }
+    )
+    assert upward(tmp_path) == [
+        "nodes.load, line 1, imports nodes.save",
+        "nodes.load, line 2, imports kernels.tile",
+        "turbo_core.sla.blocks, line 5, imports turbo_core.cli.start",
+    ]
+    write(
+        {
+            "kernels/tile.py": "import numpy\nfrom ..turbo_core import errors",
+            "nodes/host/run.py": "from kernels import tile",
+            "turbo_core/files.py": "from comfy import utils\nfrom ..nodes import save",
+        }
+    )
+    assert foreign(tmp_path) == [
+        "kernels.tile, line 1, imports numpy",
+        "kernels.tile, line 2, imports turbo_core.errors",
+        "nodes.host.run, line 1, imports kernels.tile",
+        "turbo_core.files, line 1, imports comfy",
+        "turbo_core.files, line 2, imports nodes.save",
+    ]
+    write({f"{room}/part{i}.py": "" for i in range(16) for room in ("nodes/host", "kernels")})
+    write(
+        {
+            "turbo_core/schedule.py": '"""Steps."""\n' + "\n" * MOST_LINES,
+            "turbo_core/sampler.py": f'"""Steps. {REASON} it is."""\n' + "\n" * MOST_LINES,
+        }
+    )
+    assert crowded(tmp_path) == ["nodes/host: 19 files"]
+    assert long(tmp_path) == [f"turbo_core/schedule.py: {MOST_LINES + 1} lines"]
