@@ -4,6 +4,7 @@ import ast
 import graphlib
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,47 +19,47 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "f
 MOST_LINES, REASON = 350, "Long because"  # a longer file says why in its docstring
 
 
-def files(root):
-    """{module: path}; a package is its __init__.py."""
-    found = {}
+class Pack(NamedTuple):
+    root: Path
+    files: dict[str, Path]  # by module; a package is its __init__.py
+    imports: list[tuple[str, int, str, bool]]  # module, line, imported, whether relative
+
+
+def read(root):
+    """The pack below a folder; an import is of a module of the pack where it names one, else as it stands."""
+    modules = {}
     for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imports(root):
-    """(module, line, imported, relative): a module of the pack where it names one, else the name as it stands."""
-    modules = files(root)
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
 
     def known(name):
         # turbo_core.kernels is the bridge to the folder kernels/
         return "kernels" + name.removeprefix("turbo_core.kernels") if name.startswith("turbo_core.kernels.") else name
 
+    imports = []
     for module, path in modules.items():
         package = path.relative_to(root).parts[:-1]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield module, node.lineno, known(alias.name), False
+                imports += [(module, node.lineno, known(alias.name), False) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 above = package[: max(0, len(package) + 1 - node.level)] if node.level else ()
                 base = ".".join([*above, *filter(None, [node.module])])
-                for alias in node.names:
-                    name = known(f"{base}.{alias.name}" if base else alias.name)
-                    yield module, node.lineno, name if name in modules else known(base), node.level > 0
+                names = [known(f"{base}.{alias.name}" if base else alias.name) for alias in node.names]
+                names = [name if name in modules else known(base) for name in names]
+                imports += [(module, node.lineno, name, node.level > 0) for name in names]
+    return Pack(root, modules, list(dict.fromkeys(imports)))
 
 
-def inside(root):
+def inside(pack):
     """The imports of one file of the pack by another."""
-    modules = files(root)
-    return [(module, line, name) for module, line, name, _ in imports(root) if name in modules and name != module]
+    return [(module, line, name) for module, line, name, _ in pack.imports if name in pack.files and name != module]
 
 
-def circle(root):
+def circle(pack):
     """The files of a circle, each imported by the next; empty where there is none."""
-    graph = {module: set() for module in files(root)}
-    for module, _, name in inside(root):
+    graph = {module: set() for module in pack.files}
+    for module, _, name in inside(pack):
         graph[module].add(name)
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -82,60 +83,65 @@ def place(module):
     return 1 + len(FLOORS) + nodes.get(inner, 2), inner if inner in nodes else module
 
 
-def upward(root):
+def upward(pack):
     """Imports that point up or sideways."""
     found = []
-    for module, line, name in inside(root):
+    for module, line, name in inside(pack):
         (floor, room), (other_floor, other_room) = place(module), place(name)
         skipped = module.startswith("nodes") and other_room == "kernels"
         if other_floor > floor or (other_floor == floor and room != other_room) or skipped:
             found.append(f"{module}, line {line}, imports {name}")
-    return list(dict.fromkeys(found))
+    return found
 
 
-def foreign(root):
+def foreign(pack):
     """Imports that a room must not have; the pack's own names are somebody else's in ComfyUI, unless relative."""
     found = []
-    for module, line, name, relative in imports(root):
+    for module, line, name, relative in pack.imports:
         top, room = name.partition(".")[0], module.partition(".")[0]
         allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}
         unknown = (room == "kernels" and top not in allowed) or (room == "turbo_core" and top in {"nodes", *HOST})
         if unknown or (top in ROOMS and not relative):
             found.append(f"{module}, line {line}, imports {name}")
-    return list(dict.fromkeys(found))
+    return found
 
 
-def crowded(root):
+def crowded(pack):
     """Folders with more files than one sees at a glance."""
     counts = {}
-    for path in files(root).values():
+    for path in pack.files.values():
         counts[path.parent] = counts.get(path.parent, 0) + 1
-    most = {root / "turbo_core": 14, root / "kernels": len(files(root))}
-    return [f"{folder.relative_to(root)}: {n} files" for folder, n in counts.items() if n > most.get(folder, 15)]
+    most = {pack.root / "turbo_core": 14, pack.root / "kernels": len(pack.files)}
+    return [f"{folder.relative_to(pack.root)}: {n} files" for folder, n in counts.items() if n > most.get(folder, 15)]
 
 
-def long(root):
+def long(pack):
     """Files of more than MOST_LINES lines that do not say why."""
     found = []
-    for path in files(root).values():
+    for path in pack.files.values():
         text = path.read_text(encoding="utf-8")
         lines = text.count("\n")
         if lines > MOST_LINES and REASON not in (ast.get_docstring(ast.parse(text)) or ""):
-            found.append(f"{path.relative_to(root)}: {lines} lines")
+            found.append(f"{path.relative_to(pack.root)}: {lines} lines")
     return found
 
 
 RULES = upward, foreign, crowded, long
 
 
-def test_no_file_waits_for_itself():
-    around = circle(ROOT)
+@pytest.fixture(scope="module")
+def pack():
+    return read(ROOT)
+
+
+def test_no_file_waits_for_itself(pack):
+    around = circle(pack)
     assert not around, " <- ".join(around)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_rules_hold(rule):
-    broken = rule(ROOT)
+def test_the_rules_hold(pack, rule):
+    broken = rule(pack)
     assert not broken, "\n".join([rule.__doc__, *broken])
 
 
@@ -160,7 +166,8 @@ def test_the_rules_see_what_breaks_them(tmp_path):
             "nodes/save.py": "from ..turbo_core.errors import Error\nfrom .host.ops import linear",
         }
     )
-    assert not circle(tmp_path) and not any(rule(tmp_path) for rule in RULES)
+    pack = read(tmp_path)
+    assert not circle(pack) and not any(rule(pack) for rule in RULES)
 
     write(
         {
@@ -168,14 +175,14 @@ def test_the_rules_see_what_breaks_them(tmp_path):
             "turbo_core/int8/formats.py": "from ..int8.reference import run",
         }
     )
-    assert set(circle(tmp_path)) == {"turbo_core.int8.reference", "turbo_core.int8.formats"}
+    assert set(circle(read(tmp_path))) == {"turbo_core.int8.reference", "turbo_core.int8.formats"}
     write(
         {
             "nodes/load.py": "from .save import Save, save\nfrom ..turbo_core.kernels.tile import tile",
             "turbo_core/sla/blocks.py": "import torch\n\n\ndef f():\n    from ..cli.start import run",
         }
     )
-    assert upward(tmp_path) == [
+    assert upward(read(tmp_path)) == [
         "nodes.load, line 1, imports nodes.save",
         "nodes.load, line 2, imports kernels.tile",
         "turbo_core.sla.blocks, line 5, imports turbo_core.cli.start",
@@ -187,7 +194,7 @@ def test_the_rules_see_what_breaks_them(tmp_path):
             "turbo_core/files.py": "from comfy import utils\nfrom ..nodes import save",
         }
     )
-    assert foreign(tmp_path) == [
+    assert foreign(read(tmp_path)) == [
         "kernels.tile, line 1, imports numpy",
         "kernels.tile, line 2, imports turbo_core.errors",
         "nodes.host.run, line 1, imports kernels.tile",
@@ -201,5 +208,5 @@ def test_the_rules_see_what_breaks_them(tmp_path):
             "turbo_core/sampler.py": f'"""Steps. {REASON} it is."""\n' + "\n" * MOST_LINES,
         }
     )
-    assert crowded(tmp_path) == ["nodes/host: 19 files"]
-    assert long(tmp_path) == [f"turbo_core/schedule.py: {MOST_LINES + 1} lines"]
+    assert crowded(read(tmp_path)) == ["nodes/host: 19 files"]
+    assert long(read(tmp_path)) == [f"turbo_core/schedule.py: {MOST_LINES + 1} lines"]
