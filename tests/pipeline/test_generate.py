@@ -53,6 +53,13 @@ def test_topk_defaults_to_what_the_file_was_trained_for(tiny):
     assert t2v(tiny, dit="tiny_wan_stock_bf16.safetensors", steps=1).settings["topk"] is None
 
 
+def test_kernels_are_proved_once_before_the_model_is_loaded(tiny, monkeypatch):
+    events = []
+    monkeypatch.setattr(pipeline, "prove", lambda device: events.append(str(device)))
+    i2v(tiny, steps=2, progress=lambda stage, *_: events.append(stage))
+    assert events.count("cpu") == 1 and events.index("cpu") < events.index("load DiT")
+
+
 def test_progress_times_and_memory_are_reported(tiny):
     events = []
     result = i2v(tiny, progress=lambda *event: events.append(event))

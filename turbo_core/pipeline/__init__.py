@@ -101,6 +101,7 @@ def generate(
             f"text encoder {text_encoder} gives {context.shape[-1]} numbers a token, {dit} expects {model.text_dim}: "
             "use umT5-xxl with the published models."
         )
+    prove(device)  # before weights fill its memory
     y = None
     if picture is not None:
         with stage("encode image"):
