@@ -1,14 +1,15 @@
 """What tests of any room may ask for."""
 
 import pytest
-import torch
-
-from turbo_core import dispatch, selfcheck
 
 
 @pytest.fixture
 def card(monkeypatch):
     """A device that could run kernels and that nobody has proved them for; a name alone, nothing computes there."""
+    import torch  # here, for tests that do without
+
+    from turbo_core import dispatch, selfcheck
+
     dispatch._tell_unproved.cache_clear()
     monkeypatch.setattr(dispatch, "cannot_run", lambda device: None)
     monkeypatch.setattr(dispatch, "_verdicts", {})
