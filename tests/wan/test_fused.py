@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.tensors import assert_close, gaussian, relative
-from tests.helpers.wan import DIM, HEADS, complex_rope, inputs, quantized, rotate, weights
+from tests.helpers.wan import DIM, HEADS, exact_block, inputs, quantized, weights
 from turbo_core import int8
 from turbo_core.rope import rope_angles
 from turbo_core.wan import Attention, WanModel, fused
@@ -89,37 +89,11 @@ def test_one_block(fuse, quantize, heads):
     assert_close(fuse(lambda: block(*args)), fuse(lambda: block(*args), on=False), 1e-3)
 
 
-def slow_block(block, x, modulation, context, grid):
-    """The block in float64 from its dequantized weights; modulation: six [B, L, dim]."""
-
-    def linear(name, x):
-        layer = block.get_submodule(name)
-        return x @ int8.dequantize(layer.weight, layer.weight_scale).double().T + layer.bias.double()
-
-    def normal(x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + block.eps).sqrt()
-
-    def attention(name, x, source, turn=None):
-        part = block.get_submodule(name)
-        q, k, v = linear(f"{name}.q", x), linear(f"{name}.k", source), linear(f"{name}.v", source)
-        q, k = (
-            t / (t.square().mean(-1, keepdim=True) + block.eps).sqrt() * n.weight.double()
-            for t, n in ((q, part.norm_q), (k, part.norm_k))
-        )
-        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in (q, k, v))
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        p = (torch.einsum("blhd,bkhd->bhlk", q, k) / (DIM // HEADS) ** 0.5).softmax(-1)
-        return linear(f"{name}.o", torch.einsum("bhlk,bkhd->blhd", p, v).flatten(2))
-
-    turn = complex_rope(grid, DIM // HEADS)
-    x, context, m = x.double(), context.double(), [part.double() for part in modulation]
-    y = normal(x) * (1 + m[1]) + m[0]
-    x = x + m[2] * attention("self_attn", y, y, turn)
-    norm3 = normal(x) * block.norm3.weight.double() + block.norm3.bias.double()
-    x = x + attention("cross_attn", norm3, context)
-    y = linear("ffn.0", normal(x) * (1 + m[4]) + m[3])
-    return x + m[5] * linear("ffn.2", torch.nn.functional.gelu(y, approximate="tanh"))
+def floats(block):
+    """The block's parameters in float64, int8 ones as what they stand for."""
+    sd = block.state_dict()
+    scales = {name: sd.pop(f"{name}_scale") for name in list(sd) if f"{name}_scale" in sd}
+    return {name: (int8.dequantize(t, scales[name]) if name in scales else t).double() for name, t in sd.items()}
 
 
 @pytest.mark.parametrize("quantize", FORMATS)
@@ -129,9 +103,12 @@ def test_modulation_of_each_frame(fuse, quantize):
     frames = 0.5 * gaussian(6, 2 * 3, 1, DIM, seed=4)
     whole = frames.expand(-1, -1, 45, -1).reshape(6, 2, 135, DIM)  # 3 frames of 45 tokens
     ours = fuse(lambda: block.fused(x, [m.view(1, 6, DIM) for m in frames], context, angles))
-    exact = slow_block(block, x, whole, context, (3, 5, 9))
+    exact, other = (
+        exact_block(floats(block), x.double(), context.double(), m.double(), (3, 5, 9))
+        for m in (whole, whole.roll(1, 0))
+    )
     assert_close(ours - x, exact - x, 0.02)
-    assert relative(ours - x, slow_block(block, x, whole.roll(1, 0), context, (3, 5, 9)) - x) > 0.2  # and it matters
+    assert relative(ours - x, other - x) > 0.2  # and it matters
 
 
 def test_attention_hands_over_int8_only_where_its_blocks_are_those_of_the_product(fuse, monkeypatch):

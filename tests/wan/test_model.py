@@ -4,62 +4,10 @@ import pytest
 import torch
 
 from tests.helpers.tensors import relative
-from tests.helpers.wan import DIM, HEADS, PROJ_L, complex_rope, inputs, quantized, rotate, weights
+from tests.helpers.wan import PROJ_L, exact_wan, inputs, quantized, weights
 from turbo_core import int8
 from turbo_core.errors import TurboError
 from turbo_core.wan import WanModel, layers
-
-
-def slow_wan(sd, x, timestep, context):
-    """The network once more in float64, from the state dict and the equations alone."""
-    p = {k: v.double() for k, v in sd.items()}
-    x, timestep, context = x.double(), timestep.double(), context.double()
-
-    def linear(name, x):
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    def normal(x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-
-    def rms(x, name):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"]
-
-    def gelu(x):
-        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-    def silu(x):
-        return x / (1 + torch.exp(-x))
-
-    def attention(name, x, source, turn=None):
-        q, k = rms(linear(f"{name}.q", x), f"{name}.norm_q"), rms(linear(f"{name}.k", source), f"{name}.norm_k")
-        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in (q, k, linear(f"{name}.v", source)))
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        p_attn = (torch.einsum("blhd,bkhd->bhlk", q, k) / (DIM // HEADS) ** 0.5).softmax(-1)
-        return linear(f"{name}.o", torch.einsum("bhlk,bkhd->blhd", p_attn, v).flatten(2))
-
-    b, _, t, h, w = x.shape
-    grid = (t, h // 2, w // 2)
-    patches = x.reshape(b, -1, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-    tokens = patches @ p["patch_embedding.weight"].flatten(1).T + p["patch_embedding.bias"]
-    angle = timestep[:, None] * 10000.0 ** -(torch.arange(128).double() / 128)
-    time = linear("time_embedding.2", silu(linear("time_embedding.0", torch.cat([angle.cos(), angle.sin()], 1))))
-    e = linear("time_projection.1", silu(time)).unflatten(1, (6, DIM))
-    context = linear("text_embedding.2", gelu(linear("text_embedding.0", context)))
-    turn = complex_rope(grid, DIM // HEADS)
-    for n in range(1 + max(int(k.split(".")[1]) for k in p if k.startswith("blocks."))):
-        name = f"blocks.{n}"
-        m = (p[f"{name}.modulation"] + e).unsqueeze(2).unbind(1)  # shift, scale, gate; twice
-        y = normal(tokens) * (1 + m[1]) + m[0]
-        tokens = tokens + m[2] * attention(f"{name}.self_attn", y, y, turn)
-        y = normal(tokens) * p[f"{name}.norm3.weight"] + p[f"{name}.norm3.bias"]
-        tokens = tokens + attention(f"{name}.cross_attn", y, context)
-        y = normal(tokens) * (1 + m[4]) + m[3]
-        tokens = tokens + m[5] * linear(f"{name}.ffn.2", gelu(linear(f"{name}.ffn.0", y)))
-    shift, scale = (p["head.modulation"] + time[:, None]).unsqueeze(2).unbind(1)
-    out = linear("head.head", normal(tokens) * (1 + scale) + shift)
-    out = out.view(b, *grid, 2, 2, 16)  # a patch's rows, its columns, then channels
-    return torch.einsum("bthwrsc->bcthrws", out).reshape(b, 16, t, h, w)
 
 
 @pytest.mark.parametrize("grid", [(3, 6, 10), (1, 2, 2), (2, 10, 6)])
@@ -68,7 +16,7 @@ def test_float32_model_is_the_equations(grid):
     x, t, context = inputs(2, grid=grid)
     out = WanModel.from_state_dict(sd)(x, t, context)
     assert out.shape == x.shape and out.dtype == x.dtype
-    torch.testing.assert_close(out.double(), slow_wan(sd, x, t, context), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(out.double(), exact_wan(sd, x, t, context), rtol=1e-4, atol=2e-5)
 
 
 def test_image_to_video_takes_mask_and_clip_behind_the_noise():
@@ -77,7 +25,7 @@ def test_image_to_video_takes_mask_and_clip_behind_the_noise():
     y = inputs(2, channels=20, seed=5)[0]
     out = WanModel.from_state_dict(sd)(x, t, context, y=y)
     assert out.shape == x.shape
-    torch.testing.assert_close(out.double(), slow_wan(sd, torch.cat([x, y], 1), t, context), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(out.double(), exact_wan(sd, torch.cat([x, y], 1), t, context), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("sla", [False, True])
