@@ -108,7 +108,6 @@ def generate(
             y = encode_image(vae.to(device), prepare_image(picture, width, height), frames).to(dtype)
             vae.to("cpu")
             release(device)
-    prove(device)
     experts = Experts(files, boundary, sigmas, device, dtype, stage)
     del files  # see Experts
     try:
