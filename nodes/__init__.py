@@ -1,11 +1,14 @@
 """ComfyUI nodes of TurboWan: thin adapters, the only code of the pack that imports comfy."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
 
 from comfy_api.latest import ComfyExtension
 
+FILES = ("loader", "lora_report", "quantize", "attention", "scheduler", "sampler", "save", "text_encoder", "size",
+         "compare", "doctor", "convert", "merge")  # fmt: skip
 MINIMUM_COMFYUI = (0, 33)
 LIBRARIES = ("einops", "numpy", "safetensors")  # those of requirements.txt; the host's own file has all others
 
@@ -38,22 +41,10 @@ class TurboWanExtension(ComfyExtension):
     async def get_node_list(self):
         _check_host()
         try:
-            from . import (
-                attention,
-                compare,
-                convert,
-                doctor,
-                loader,
-                lora_report,
-                quantize,
-                sampling,
-                save,
-                size,
-                text_encoder,
-            )
+            files = [importlib.import_module(f".{name}", __package__) for name in FILES]
+            from .host.schedule import register_scheduler
         except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
             raise ImportError(_cure(error)) from error
 
-        sampling.register_scheduler()
-        modules = loader, lora_report, quantize, attention, sampling, save, text_encoder, size, compare, doctor, convert
-        return [node for module in modules for node in module.NODES]
+        register_scheduler()
+        return [node for file in files for node in file.NODES]

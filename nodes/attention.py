@@ -3,11 +3,10 @@
 from comfy_api.latest import io
 
 from ..turbo_core.sla import PRECISIONS
-from .host.blocks import OPTIONS, has_trained_sla, wan_network
-from .host.inputs import check_choice, check_number, parse_blocks
-from .host.override import OVERRIDE, training_free
+from .host.inputs import check_choice, check_number, parse_blocks, wan_network
+from .host.kernels import prove_for
+from .host.override import MODES, with_settings
 
-MODES = ("auto", "sparse only", "dense")
 SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
 
@@ -119,23 +118,11 @@ class SparseLowBitAttention(io.ComfyNode):
         check_choice("precision", precision, PRECISIONS)
         check_choice("mode", mode, MODES)
         check_choice("selection", selection, SELECTIONS)
-        trained = has_trained_sla(network)
-        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-        model = model.clone()
-        options = model.model_options["transformer_options"]
-        options[OPTIONS] = {
-            "mode": {"auto": "sparse-linear" if trained else "sparse", "sparse only": "sparse", "dense": "dense"}[mode],
-            "topk": topk,
-            "coverage": None if selection == SELECTIONS[0] else coverage,
-            "precision": precision,
-            "sigma_start": to_sigma(start_percent) if start_percent > 0 else None,
-            "sigma_end": to_sigma(end_percent) if end_percent < 1 else None,
-            "dense_blocks": parse_blocks(dense_blocks, len(network.blocks)),
-            "min_tokens": min_tokens,
-            "verbose": verbose,
-        }
-        if not trained:
-            options[OVERRIDE] = training_free(options.get(OVERRIDE))
+        settings = {"topk": topk, "precision": precision, "min_tokens": min_tokens, "verbose": verbose}
+        settings["coverage"] = None if selection == SELECTIONS[0] else coverage
+        settings["dense_blocks"] = parse_blocks(dense_blocks, len(network.blocks))
+        model = with_settings(model, mode, start_percent, end_percent, **settings)
+        prove_for(model)
         return io.NodeOutput(model)
 
 

@@ -3,16 +3,14 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..turbo_core.diagnostics.compare import error_of, picture, table
+from ..turbo_core.diagnostics.compare import picture, table
 from ..turbo_core.errors import TurboError
-from ..turbo_core.schedule import MAX_STEPS
-from .host.blocks import wan_network
-from .host.inputs import check_choice, check_number, check_sigmas
-from .host.run import sigmas_of
+from .host.inputs import check_choice, check_number, seed_input, steps_input, wan_network
+from .host.run import MODES
+from .host.schedule import sigmas_of
 from .reports.compare_run import run_both
 from .reports.facts import summary
 from .reports.show import show
-from .sampling import MODES
 
 MIN_TOKENS, MAX_TOKENS = 16, 8192
 TITLE = "Turbo Compare: B against A, both on A's states"
@@ -47,15 +45,8 @@ class TurboCompare(io.ComfyNode):
                     "latent_image",
                     tooltip="Gives the size and the number of frames; what sparsity costs depends on both.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise, the same for both.",
-                ),
-                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Steps of the Turbo Scheduler."),
+                seed_input("Of the noise, the same for both."),
+                steps_input("Steps of the Turbo Scheduler."),
                 io.Combo.Input("mode", options=list(MODES), tooltip="How A goes from step to step."),
                 io.Int.Input(
                     "tokens",
@@ -89,15 +80,11 @@ class TurboCompare(io.ComfyNode):
         cls, model_a, model_b, positive, latent_image, seed, steps, mode="SDE", tokens=512, sigmas=None
     ) -> io.NodeOutput:
         _check_alike(model_a, model_b)
-        if sigmas is None:
-            sigmas = sigmas_of(steps, 0.0, model_a)
-        check_sigmas(sigmas)
+        sigmas = sigmas_of(steps, 0.0, model_a, sigmas)
         check_choice("mode", mode, MODES)
         check_number("tokens", tokens, MIN_TOKENS, MAX_TOKENS)
         a, b, trial = run_both(model_a, model_b, positive, latent_image, seed, sigmas, mode == "ODE", tokens)
-        size = len(sigmas) - 1, len(model_a.model.diffusion_model.blocks)
-        errors, denoised = trial.block_errors(*size), [error_of(norms) for norms in trial.denoised]
-        figures = sigmas.tolist(), errors, denoised, trial.recalls(*size)
+        figures = sigmas.tolist(), *trial.figures(len(model_a.model.diffusion_model.blocks))
         head = [f"A: {summary(model_a)}", f"B: {summary(model_b)}"]
         drawn = torch.from_numpy(picture(TITLE, head, *figures)).float()[None] / 255
         text = table([TITLE, *head], *figures)

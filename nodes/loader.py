@@ -1,9 +1,9 @@
 """TurboLoader: any TurboWan or Wan file as an ordinary MODEL."""
 
-import folder_paths
 from comfy_api.latest import io
 
-from .host.inputs import check_choice, model_file
+from .host.files import file_input, model_file
+from .host.inputs import check_choice
 from .host.loading import DTYPES, load_turbo_model
 
 
@@ -18,11 +18,7 @@ class TurboLoader(io.ComfyNode):
             "or not), safetensors, files saved by ComfyUI or by turbo-core, and stock Wan files.",
             search_aliases=["TurboDiffusion", "TurboWan", "load diffusion model", "unet loader"],
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file in models/diffusion_models.",
-                ),
+                file_input("model_name", "A file in models/diffusion_models."),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
@@ -37,8 +33,7 @@ class TurboLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:
         check_choice("dtype", dtype, DTYPES)
-        path = model_file("diffusion_models", model_name)
-        return io.NodeOutput(load_turbo_model(path, DTYPES[dtype]))
+        return io.NodeOutput(load_turbo_model(model_file(model_name), DTYPES[dtype]))
 
 
 NODES = [TurboLoader]

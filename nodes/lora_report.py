@@ -1,12 +1,11 @@
 """TurboLoraReport: a LoRA in any tool's spelling on a MODEL, and what of it acts where, as text."""
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..turbo_core.errors import TurboError
-from .host.blocks import network_of
-from .host.inputs import check_number, model_file, read_tensors
+from .host.files import file_input, model_file, read_tensors
+from .host.inputs import check_number, network_of
 from .reports.lora_facts import Examined
 from .reports.show import show
 
@@ -26,9 +25,7 @@ class TurboLoraReport(io.ComfyNode):
             search_aliases=["lora", "lora keys", "lora key not loaded", "diffusers lora", "load lora", "TurboWan"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the LoRA is for."),
-                io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
-                ),
+                file_input("lora_name", "A file in models/loras.", "loras"),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -47,7 +44,7 @@ class TurboLoraReport(io.ComfyNode):
     def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:
         network_of(model, "TurboLoraReport")
         check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
-        path = model_file("loras", lora_name)
+        path = model_file(lora_name, "loras")
         tensors, metadata = read_tensors(path)
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise TurboError(f"{path} is not a LoRA: expected a flat file of tensors, got nested entries.")

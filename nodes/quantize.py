@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..turbo_core.errors import TurboError
 from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
-from .host.blocks import network_of, wan_network
-from .host.inputs import check_choice, parse_blocks
+from .host.inputs import check_choice, network_of, parse_blocks, wan_network
 from .host.quantizing import matching_layers, quantize_patcher, wan_layers
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}

@@ -1,13 +1,9 @@
 """TurboSave: any Wan MODEL as one file that TurboLoader reads back bit for bit."""
 
-import os
-
-import folder_paths
 from comfy_api.latest import io
 
-from ..turbo_core.errors import TurboError
-from .host.blocks import wan_network
-from .host.inputs import check_name
+from .host.files import new_output
+from .host.inputs import wan_network
 from .host.saving import save_model
 
 
@@ -36,14 +32,7 @@ class TurboSave(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         wan_network(model, "TurboSave")
-        output, prefix = folder_paths.get_output_directory(), (filename_prefix or "").strip()
-        check_name(prefix)
-        if not folder_paths.is_within_directory(output, os.path.join(output, os.path.normpath(prefix))):
-            raise TurboError(
-                f"{prefix!r} lies outside {output}. Expected a file name, or a folder below it and a name."
-            )
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
-        save_model(model, os.path.join(folder, f"{name}_{counter:05}_.safetensors"))
+        save_model(model, new_output(filename_prefix))
         return io.NodeOutput()
 
 

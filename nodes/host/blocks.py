@@ -1,71 +1,13 @@
 """ComfyUI's Wan block with sparse-linear self-attention and its trained projection proj_l."""
 
-import logging
-
 import comfy.ldm.wan.model as wan
 import comfy.ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
 
-from ...turbo_core.errors import TurboError
-from ...turbo_core.sla import HEAD_DIMS, sla_from_qkv, sparse_linear_attention
-from .fused import FusedWanBlock, copied
-
-OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
-DEFAULTS = {
-    "mode": "sparse-linear",
-    "topk": 0.1,
-    "coverage": None,  # in place of topk, see turbo_core.sla
-    "precision": "bf16",
-    "sigma_start": None,  # None: no limit, and no comparison in the model's forward
-    "sigma_end": None,
-    "dense_blocks": frozenset(),
-    "min_tokens": 0,
-    "verbose": False,
-}
-_SIGMA = "turbowan_sigma"  # of one evaluation, in its options: (sigmas, the largest of them)
-_logged = set()
-
-
-def log_once(message):
-    if message not in _logged:
-        _logged.add(message)
-        logging.info("TurboWan: %s", message)
-
-
-def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
-    """The settings for this block and step, or None where attention is to be dense."""
-    settings = transformer_options.get(OPTIONS, defaults)
-    if settings is None or settings["mode"] == "dense":
-        return None
-    if head_dim not in HEAD_DIMS:
-        log_once(f"dense attention, because head_dim {head_dim} is not 64 or 128")
-        return None
-    block = transformer_options.get("block_index")
-    reason = None
-    if block in settings["dense_blocks"]:
-        reason = f"block {block} is in dense_blocks"
-    elif tokens < settings["min_tokens"]:
-        reason = f"{tokens} tokens are fewer than min_tokens {settings['min_tokens']}"
-    elif settings["sigma_start"] is not None or settings["sigma_end"] is not None:
-        sigma = _sigma(transformer_options)
-        start, end = settings["sigma_start"], settings["sigma_end"]
-        if (start is not None and sigma > start) or (end is not None and sigma < end):
-            reason = f"sigma {sigma:.4f} is outside start_percent..end_percent"
-    if reason is None:
-        return settings
-    if settings["verbose"]:
-        log_once(f"dense attention where {reason}")
-    return None
-
-
-def _sigma(transformer_options):
-    """The largest sigma of this evaluation, read from the device by its first block alone: each read waits for it."""
-    sigmas = transformer_options["sigmas"]
-    known = transformer_options.get(_SIGMA)
-    if known is None or known[0] is not sigmas:
-        known = transformer_options[_SIGMA] = sigmas, float(sigmas.max())
-    return known[1]
+from ...turbo_core.sla import sla_from_qkv
+from .fused import FusedWanBlock, copied, in_float32
+from .settings import active_settings, attend
 
 
 def _matrix(linear, device):
@@ -97,37 +39,35 @@ class SLASelfAttention(wan.WanSelfAttention):
         k = apply_rope1(self.norm_k(self.k(x)).unflatten(-1, heads), freqs)
         v = self.v(x).unflatten(-1, heads)
 
-        def attend(weight, bias):
-            given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
-            return sparse_linear_attention(q, k, v, weight, bias, settings["topk"], **given)
+        def attended(weight, bias):
+            return attend(q, k, v, weight, bias, settings)
 
-        out = self.with_projection(attend, settings, x.device).flatten(2)
+        out = self.with_projection(attended, settings, x.device).flatten(2)
         for patch in transformer_options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": transformer_options})
         return out
 
-    def with_projection(self, attend, settings, device):
-        """attend(weight, bias) with those of proj_l, or with None where the mode leaves the linear branch out."""
+    def with_projection(self, attended, settings, device):
+        """attended(weight, bias) with those of proj_l, or with None where the mode leaves the linear branch out."""
         proj_l = self.attn_op["local_attn"]["proj_l"]
         if settings["mode"] == "sparse":
-            return attend(None, None)
+            return attended(None, None)
         if getattr(proj_l.forward, "__func__", None) is not type(proj_l).forward:
-            return attend(*_matrix(proj_l, device))
-        cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": device, "offloadable": True}
-        with comfy.ops.CastBiasWeightContext(proj_l, **cast) as (weight, bias):
-            return attend(weight, bias)
+            return attended(*_matrix(proj_l, device))
+        with in_float32(proj_l, device) as (weight, bias):
+            return attended(weight, bias)
 
     def attend_qkv(self, qkv, sums, quantized, freqs, settings):
-        """The same on q, k, v [3, B, L, dim] as they leave their linears, see turbo_core.fused.block."""
+        """The same on q, k, v [3, B, L, dim] as they leave their linears, see turbo_core.wan_fused.block."""
         qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim))
         cos, sin = (part.contiguous() for part in freqs[0, :, 0, :, :, 0].float().unbind(-1))
         norms = [copied(norm, qkv.device)[0] for norm in (self.norm_q, self.norm_k)]
 
-        def attend(weight, bias):
-            given = settings["topk"], settings["precision"], quantized, settings.get("coverage")
+        def attended(weight, bias):
+            given = settings["topk"], settings["precision"], quantized, settings["coverage"]
             return sla_from_qkv(qkv, sums, *norms, self.eps, cos, sin, weight, bias, *given)
 
-        out = self.with_projection(attend, settings, qkv.device)
+        out = self.with_projection(attended, settings, qkv.device)
         return out if isinstance(out, tuple) else out.flatten(2)
 
 
@@ -145,23 +85,6 @@ class SLAWanBlock(FusedWanBlock):
         if settings is None:
             return super().attend(qkv, sums, quantized, freqs, transformer_options)
         return self.self_attn.attend_qkv(qkv, sums, quantized, freqs, settings)
-
-
-def network_of(model, node) -> torch.nn.Module:
-    """The network of any MODEL. Raises TurboError naming the node where there is none."""
-    network = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if network is None:
-        raise TurboError(f"{node} got no MODEL but {type(model).__name__}: connect one, from Turbo Loader for example.")
-    return network
-
-
-def wan_network(model, node, otherwise="") -> wan.WanModel:
-    """The network of a Wan MODEL. Raises TurboError naming the node, and another way out, for any other."""
-    network = network_of(model, node)
-    if not isinstance(network, wan.WanModel):
-        cure = ", ".join(filter(None, ["connect a Wan MODEL", otherwise]))
-        raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: {cure}.")
-    return network
 
 
 def has_trained_sla(diffusion_model) -> bool:

@@ -1,4 +1,4 @@
-"""ComfyUI's Wan block over turbo_core.fused, where its ten linears are int8 and nobody has a hand in between.
+"""ComfyUI's Wan block over turbo_core.wan.fused, where its ten linears are int8 and nobody has a hand in between.
 
 The host keeps its weights: they are borrowed layer by layer through its casting contexts, so that offload, lowvram and
 dynamic VRAM work as in its own Linear. Attention goes through the host's attention call, overrides included.
@@ -18,8 +18,8 @@ from ...turbo_core.dispatch import FLOATS, learning
 from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 from ...turbo_core.wan import fused as wan_fused
+from .ops import ROW
 
-_ROW = "TensorWiseINT8Layout"
 _BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
 
 
@@ -41,7 +41,7 @@ def _format(layer, device):
     if weight._layout_cls == layout.NAME:
         return "block"
     scale = weight._params.scale
-    return "row" if weight._layout_cls == _ROW and scale.ndim == 2 and is_row_scale(weight._qdata, scale) else None
+    return "row" if weight._layout_cls == ROW and scale.ndim == 2 and is_row_scale(weight._qdata, scale) else None
 
 
 def may_fuse(block, x, e, freqs, context, transformer_options) -> bool:
@@ -95,10 +95,15 @@ def borrowed(layers, dtype, device):
         yield triples
 
 
+def in_float32(module, device):
+    """The host's context that lends (weight, bias) of a module in float32 on the device."""
+    dtypes = {"dtype": torch.float32, "bias_dtype": torch.float32}
+    return comfy.ops.CastBiasWeightContext(module, device=device, offloadable=True, **dtypes)
+
+
 def copied(module, device):
     """(weight, bias) of a norm in float32: a few kilobytes, and its buffer is free for the next layer at once."""
-    cast = {"dtype": torch.float32, "bias_dtype": torch.float32, "device": device, "offloadable": True}
-    with comfy.ops.CastBiasWeightContext(module, **cast) as tensors:
+    with in_float32(module, device) as tensors:
         return tuple(None if t is None else t.to(torch.float32, copy=True) for t in tensors)
 
 
@@ -114,7 +119,7 @@ class FusedWanBlock(wan.WanAttentionBlock):
 
     @torch.compiler.disable
     def fused(self, x, e, freqs, context, transformer_options):
-        """The block through turbo_core.fused, or None where it has to be the host's way.
+        """The block through turbo_core.wan.fused, or None where it has to be the host's way.
 
         A break in torch.compile's graph, and an error with fullgraph=True. It could be traced, but the compiler does
         not look again at hooks and replaced forwards: a bypass LoRA added later would be ignored. There is little to
@@ -141,7 +146,7 @@ class FusedWanBlock(wan.WanAttentionBlock):
         return wan_fused.block(x, context, modulation, borrow, attend, attend_text, norm3, self.num_heads, self.eps)
 
     def attend(self, qkv, sums, quantized, freqs, transformer_options):
-        """Self-attention between the products, see turbo_core.fused.block: the host's dense one. Overwrites qkv."""
+        """Self-attention between the products, see turbo_core.wan.fused.block: the host's dense one. Overwrites qkv."""
         part = self.self_attn
         q, k, v = qkv
         for x, norm in ((q, part.norm_q), (k, part.norm_k)):

@@ -1,16 +1,60 @@
-"""What comes through a link has not passed the limits of the page: the same limits again, with the cure."""
+"""Inputs of nodes: those that several have, and checks of all.
 
-import os
-import pickle
+What comes through a link has not passed the limits of the page: the same limits again, with the cure.
+"""
+
 import re
 from numbers import Real
 
-import comfy.utils
-import folder_paths
+import comfy.ldm.wan.model as wan
 import torch
-from safetensors import SafetensorError
+from comfy_api.latest import io
 
 from ...turbo_core.errors import TurboError
+from ...turbo_core.schedule import MAX_STEPS
+
+MAX_SEED = 2**64 - 1
+
+
+def seed_input(tooltip):
+    """For GuidedRun, which checks it."""
+    limits = {"default": 0, "min": 0, "max": MAX_SEED}
+    return io.Int.Input("seed", control_after_generate=True, tooltip=tooltip, **limits)
+
+
+def steps_input(tooltip="4 is best, 1 is fastest."):
+    """For sigmas_of, which checks it."""
+    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
+
+
+def sigma_max_input():
+    """For sigmas_of, which checks it."""
+    return io.Float.Input(
+        "sigma_max",
+        default=0.0,
+        min=0.0,
+        max=1600.0,
+        step=1.0,
+        tooltip="Noise level of the first step. 0: what the model was distilled with, 80 for T2V and 200 for I2V. "
+        "Higher (up to 1600) is sharper and less varied.",
+    )
+
+
+def network_of(model, node) -> torch.nn.Module:
+    """The network of any MODEL. Raises TurboError naming the node where there is none."""
+    network = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if network is None:
+        raise TurboError(f"{node} got no MODEL but {type(model).__name__}: connect one, from Turbo Loader for example.")
+    return network
+
+
+def wan_network(model, node, otherwise="") -> wan.WanModel:
+    """The network of a Wan MODEL. Raises TurboError naming the node, and another way out, for any other."""
+    network = network_of(model, node)
+    if not isinstance(network, wan.WanModel):
+        cure = ", ".join(filter(None, ["connect a Wan MODEL", otherwise]))
+        raise TurboError(f"{node} expects a Wan model, got {type(network).__name__}: {cure}.")
+    return network
 
 
 def check_number(name, value, low, high):
@@ -23,6 +67,38 @@ def check_choice(name, value, options):
     """Raise TurboError unless value is one of the options."""
     if value not in options:
         raise TurboError(f"{name} must be one of {', '.join(options)}, got {value!r}: choose one of them.")
+
+
+def parse_blocks(text: str | None, count: int) -> frozenset[int]:
+    """Block numbers in a text such as "0, 1, 38-39" or "first 2, last 1"; empty means none. Raises TurboError else."""
+    blocks = set()
+    for part in filter(None, (p.strip() for p in (text or "").split(","))):
+        first, last = _range(part, count)
+        if not 0 <= first <= last < count:
+            raise TurboError(
+                f"block list: {part!r} is not within 0 to {count - 1}; write it like "
+                f'"0, 1, {count - 1}" or "first 2, last 1".'
+            )
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+def _range(part, count):
+    """First and last block of one part; what cannot be read is an empty range."""
+    if match := re.fullmatch(r"(first|last)\s*(\d+)", part.lower()):
+        number = int(match[2])
+        return (0, number - 1) if match[1] == "first" else (count - number, count - 1)
+    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+
+
+def check_sigmas(sigmas):
+    """Raise TurboError unless sigmas are a schedule: a row of numbers that falls from at most 1 to at least 0."""
+    row = sigmas if isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 else torch.empty(0)
+    falling = len(row) > 1 and bool((row[:-1] > row[1:]).all())
+    if not falling or row[0] > 1 or row[-1] < 0:
+        got = ", ".join(f"{sigma:.4g}" for sigma in row[:6].tolist()) or "none"
+        raise TurboError(f"sigmas must fall from at most 1 to at least 0, got {got}: use Turbo Scheduler.")
 
 
 def check_positive(positive, model):
@@ -65,76 +141,3 @@ def check_channels(what, channels, model):
             f"{what} has {channels} channels, this model takes {expected}: it was made with another VAE, "
             "encode it with the VAE of this model (Wan 2.1's for all but the 5B model)."
         )
-
-
-def model_file(kind, name):
-    """Path of a file in models/`kind`. Raises TurboError where none is chosen, the host's error where it is gone."""
-    if not isinstance(name, str) or not name.strip():
-        raise TurboError(f"No file is chosen, got {name!r}: choose one that lies in models/{kind}.")
-    return folder_paths.get_full_path_or_raise(kind, name)
-
-
-def read_tensors(path):
-    """(tensors, metadata) of a file as the host reads it. Raises TurboError for one that is damaged or no such file."""
-    try:
-        return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TurboError(f"{path} is damaged, cut short or refused: {reason} Download the file again.") from error
-
-
-def check_sigmas(sigmas):
-    """Raise TurboError unless sigmas are a schedule: a row of numbers that falls from at most 1 to at least 0."""
-    row = sigmas if isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 else torch.empty(0)
-    falling = len(row) > 1 and bool((row[:-1] > row[1:]).all())
-    if not falling or row[0] > 1 or row[-1] < 0:
-        got = ", ".join(f"{sigma:.4g}" for sigma in row[:6].tolist()) or "none"
-        raise TurboError(f"sigmas must fall from at most 1 to at least 0, got {got}: use Turbo Scheduler.")
-
-
-def parse_blocks(text: str | None, count: int) -> frozenset[int]:
-    """Block numbers in a text such as "0, 1, 38-39" or "first 2, last 1"; empty means none. Raises TurboError else."""
-    blocks = set()
-    for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        first, last = _range(part, count)
-        if not 0 <= first <= last < count:
-            raise TurboError(
-                f"block list: {part!r} is not within 0 to {count - 1}; write it like "
-                f'"0, 1, {count - 1}" or "first 2, last 1".'
-            )
-        blocks.update(range(first, last + 1))
-    return frozenset(blocks)
-
-
-def _range(part, count):
-    """First and last block of one part; what cannot be read is an empty range."""
-    if match := re.fullmatch(r"(first|last)\s*(\d+)", part.lower()):
-        number = int(match[2])
-        return (0, number - 1) if match[1] == "first" else (count - number, count - 1)
-    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-
-
-_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
-_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-_LONGEST = 200  # bytes of one part of a path: file systems hold 255, and a number, .safetensors and .part are added
-
-
-def check_name(name):
-    """Raise TurboError unless name, folders before it and all, can be written on Linux, macOS and Windows alike."""
-    parts = name.replace(os.sep, "/").split("/")
-    if parts[-1].strip(" .") == "":
-        raise TurboError(f"{name!r} names no file: write a name, with folders before it if you like.")
-    for part in parts:
-        forbidden = _FORBIDDEN.search(part)
-        if forbidden:
-            raise TurboError(
-                f"{name!r} holds {forbidden[0]!r}, which Windows does not allow in file names (nor any of "
-                '< > : " | ? * \\ and control characters): leave it out. Folders are separated by /.'
-            )
-        if part.split(".")[0].rstrip().upper() in _RESERVED:
-            raise TurboError(f"{name!r} holds {part!r}, a name that Windows keeps for a device: choose another one.")
-        if part not in (".", "..") and part != part.rstrip(" ."):
-            raise TurboError(f"{name!r}: {part!r} ends in a dot or a space, which Windows drops: leave it out.")
-        if len(os.fsencode(part)) > _LONGEST:
-            raise TurboError(f"{name[:40]!r}... is too long, more than {_LONGEST} bytes: choose a shorter name.")

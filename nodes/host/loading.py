@@ -1,4 +1,6 @@
-"""A TurboWan file as a MODEL of the host."""
+"""Files as the host's MODEL and CLIP: any TurboWan or Wan model, umT5 in any size."""
+
+import json
 
 import comfy.model_detection
 import comfy.model_management
@@ -6,21 +8,28 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...turbo_core import checkpoint
+from ...turbo_core.checkpoint.names import looks_like
 from ...turbo_core.errors import TurboError
-from ...turbo_core.schedule import default_sigma_max
 from .blocks import SLAWanBlock
+from .files import read_tensors
 from .fused import FusedWanBlock
+from .kernels import prove_for
 from .ops import quant_entry, quantized_ops
+from .schedule import mark_sigma_max
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # whose network is the host's plain WanModel, which takes a block class; others are built from blocks of their own
 _PLAIN = (getattr(comfy.supported_models, name, None) for name in ("WAN21_T2V", "WAN21_I2V", "WAN22_T2V"))
 PLAIN = tuple(filter(None, _PLAIN))  # a name that the host has no more costs the fused block, not the pack
 SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
+TEXT_CONFIG = "umt5xxl_model_config"  # the host's name for sizes that differ from umT5-xxl, also in a file's metadata
+# what sets umT5 apart from other T5 files, and the tokenizer, which the host takes from the file as well
+_OF_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "spiece_model"
 
 
 def build_patcher(sd, description, dtype=None, disable_dynamic=False):
@@ -58,17 +67,9 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    if description.has_sla or quantized:
+        prove_for(patcher)
     return patcher
-
-
-def sigma_max_of(model):
-    """Sigma of the first step that an rCM model with these input channels was distilled for."""
-    return default_sigma_max(model.model_config.unet_config.get("in_dim"))
-
-
-def mark_sigma_max(model):
-    """Leave it where the scheduler of a plain KSampler finds it, which sees nothing but model_sampling."""
-    model.model_sampling.rcm_sigma_max = sigma_max_of(model)
 
 
 def _as_distilled(network, x, timestep, *args, **kwargs):
@@ -91,3 +92,23 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
     patcher.set_attachments(SOURCE, description)
     patcher.cached_patcher_init = (load_turbo_model, (path, dtype))
     return patcher
+
+
+def load_text_encoder(path):
+    """A CLIP from a umT5 file; sizes other than umT5-xxl come from the file's own metadata."""
+    sd, metadata = read_tensors(path)
+    missing = [name for name in _OF_UMT5 if name not in sd]
+    if missing:  # the host would take it for another kind, and start that with random weights
+        kind = looks_like(sd) or "something else"
+        kind = "umT5 in another layout" if "umT5" in kind else kind
+        raise TurboError(
+            f"{path} is not a umT5 encoder as ComfyUI has them ({missing[0]} is missing), it is {kind}. Use ComfyUI's "
+            "repack, umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors."
+        )
+    config = json.loads((metadata or {}).get("config", "{}")).get(TEXT_CONFIG)
+    return comfy.sd.load_text_encoder_state_dicts(
+        [sd],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.WAN,
+        model_options={} if config is None else {TEXT_CONFIG: config},
+    )

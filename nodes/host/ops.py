@@ -9,6 +9,8 @@ from comfy.quant_ops import QUANT_ALGOS
 from ...turbo_core.errors import TurboError
 from ...turbo_core.int8 import block_scale_shape, int8_linear, is_row_scale, layout
 
+ROW = "TensorWiseINT8Layout"  # the host's own layout, whose scales are one a row here
+
 QUANT_ALGOS[layout.FORMAT] = {
     "storage_t": torch.int8,
     "parameters": {"weight_scale"},

@@ -1,24 +1,29 @@
-"""Training-free sparse attention of stock Wan models through the host's attention override."""
+"""A MODEL with attention settings; one without a trained branch is sparse through the host's attention override."""
 
-from ...turbo_core.sla import DTYPES, sparse_linear_attention
-from .blocks import active_settings, log_once
+from ...turbo_core.sla import DTYPES
+from .blocks import has_trained_sla
+from .settings import OPTIONS, active_settings, attend, log_once
 
 OVERRIDE = "optimized_attention_override"
+MODES = {"auto": "sparse-linear", "sparse only": "sparse", "dense": "dense"}  # {as the node says: as the settings do}
 _LAST = "turbowan_last_self_attention"  # block of the last one, in the options of one evaluation
 
 
-def _is_self_attention(q, k, options, of_image):
-    """Cross-attention comes through the override as well: its keys differ in number, or it follows self-attention."""
-    block = options.get("block_index")
-    if q.shape != k.shape:
-        if not of_image:  # attention to an image prompt stands between self-attention and the text
-            options.pop(_LAST, None)
-        return False
-    if block is not None and options.get(_LAST) == block:
-        del options[_LAST]
-        return False
-    options[_LAST] = block
-    return True
+def with_settings(model, mode, start_percent, end_percent, **settings):
+    """A clone of the MODEL that attends by these settings; mode and percents as the node has them."""
+    trained = has_trained_sla(model.model.diffusion_model)
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    model = model.clone()
+    options = model.model_options["transformer_options"]
+    options[OPTIONS] = {
+        "mode": MODES["sparse only" if mode == "auto" and not trained else mode],
+        "sigma_start": to_sigma(start_percent) if start_percent > 0 else None,
+        "sigma_end": to_sigma(end_percent) if end_percent < 1 else None,
+        **settings,
+    }
+    if not trained:
+        options[OVERRIDE] = training_free(options.get(OVERRIDE))
+    return model
 
 
 def training_free(previous):
@@ -40,8 +45,20 @@ def training_free(previous):
                 q, k, v, heads, *args, **kwargs
             )
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        given = {"precision": settings["precision"], "coverage": settings.get("coverage")}
-        out = sparse_linear_attention(q, k, v, None, None, settings["topk"], **given)
-        return out.flatten(2)
+        return attend(q, k, v, None, None, settings).flatten(2)
 
     return attention
+
+
+def _is_self_attention(q, k, options, of_image):
+    """Cross-attention comes through the override as well: its keys differ in number, or it follows self-attention."""
+    block = options.get("block_index")
+    if q.shape != k.shape:
+        if not of_image:  # attention to an image prompt stands between self-attention and the text
+            options.pop(_LAST, None)
+        return False
+    if block is not None and options.get(_LAST) == block:
+        del options[_LAST]
+        return False
+    options[_LAST] = block
+    return True

@@ -17,11 +17,12 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from ...turbo_core.errors import TurboError
 from ...turbo_core.int8 import layout, quantize_block, quantize_rows
 from .fused import FusedWanBlock
-from .loading import mark_sigma_max
-from .ops import quant_entry, quantized_ops
+from .kernels import prove_for
+from .ops import ROW, quant_entry, quantized_ops
+from .schedule import mark_sigma_max
 from .weights import PREFIX, float_weight, original_weight
 
-LAYOUTS = {quantize_block: layout.NAME, quantize_rows: "TensorWiseINT8Layout"}
+LAYOUTS = {quantize_block: layout.NAME, quantize_rows: ROW}
 _BLOCK = re.compile(r"(vace_)?blocks\.(\d+)\.(.+)")  # VACE's own blocks are Wan blocks as well
 
 
@@ -104,6 +105,8 @@ def quantize_patcher(patcher, quantize, layers):
     that the host does not build from the operations it is given, as proj_l, stay as they are.
     """
     _check_unbound(patcher)
+    patcher = patcher.clone()
+    prove_for(patcher)
     old = patcher.model.model_config
     config = object.__new__(type(old))  # copy.copy stumbles over the config's catch-all __getattr__
     config.__dict__.update(old.__dict__)

@@ -1,4 +1,6 @@
-"""A sampling run of the host with one expert or two."""
+"""A sampling run of the host with one model, or with the two experts of Wan 2.2 A14B."""
+
+import os
 
 import comfy.model_management
 import comfy.sample
@@ -7,11 +9,12 @@ import comfy.utils
 import latent_preview
 from comfy.k_diffusion.sampling import default_noise_sampler
 
+from ...turbo_core.errors import TurboError
 from ...turbo_core.sampler import sample_rcm
-from ...turbo_core.schedule import default_sigma_max, rcm_sigmas
-from .blocks import wan_network
-from .inputs import check_channels, check_latent, check_number, check_positive
-from .loading import sigma_max_of
+from .inputs import MAX_SEED, check_channels, check_latent, check_number, check_positive
+from .loading import SOURCE
+
+MODES = ("SDE", "ODE")  # how a run goes from step to step
 
 
 class Relay:
@@ -24,7 +27,7 @@ class Relay:
         if self.x is None:
             seed = (extra_args or {}).get("seed")
             # on a CPU the host's sampler adds one, which the highest seed of the node has no room for
-            self.x, self.noise = x, default_noise_sampler(x, None if seed is None else seed % 0xFFFFFFFFFFFFFFFF)
+            self.x, self.noise = x, default_noise_sampler(x, None if seed is None else seed % MAX_SEED)
         if self.stages is not None:
             model = self.stages.timed(model)
         self.x = sample_rcm(model, self.x.to(x), sigmas, extra_args, callback, disable, self.ode, self.noise)
@@ -41,7 +44,7 @@ class GuidedRun:
     def __init__(self, model, positive, latent, seed, total):
         check_positive(positive, model)
         check_latent(latent)
-        check_number("seed", seed, -(2**63), 2**64 - 1)
+        check_number("seed", seed, -(2**63), MAX_SEED)
         ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
         self.image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
         check_channels("latent_image", self.image.shape[1], model)
@@ -87,8 +90,41 @@ def sample_experts(experts, positive, latent, seed, ode=False, stages=None):
     return run.packed(samples)
 
 
-def sigmas_of(steps, sigma_max, model):
-    if model is not None:
-        wan_network(model, "TurboScheduler")
-    default = default_sigma_max(16) if model is None else sigma_max_of(model.model)
-    return rcm_sigmas(steps, sigma_max or default).float()
+def experts_of(high, low, sigmas, boundary):
+    """[(MODEL, its sigmas)]: high while sigma >= boundary, low from the first step below it; all for high without low.
+
+    Raises TurboError when the two cannot be the high-noise and the low-noise expert of one family.
+    """
+    if low is None:
+        return [(high, sigmas)]
+    _check_experts(high, low)
+    steps = sigmas[:-1].tolist()
+    first_low = next((i for i, sigma in enumerate(steps) if sigma < boundary), len(steps))
+    parts = [(high, sigmas[: first_low + 1]), (low, sigmas[first_low:])]
+    return [(model, part) for model, part in parts if len(part) > 1]
+
+
+def _check_experts(high, low):
+    """Raise TurboError when the two MODELs cannot be the high and low expert of one family."""
+    ours, theirs = _facts(high), _facts(low)
+    if ours != theirs:
+        differ = ", ".join(f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name])
+        raise TurboError(
+            f"model ({_file(high) or 'high-noise'}) and model_low ({_file(low) or 'low-noise'}) are of different "
+            f"families ({differ}): connect the two experts of the same Wan 2.2 A14B model."
+        )
+    names = _file(high).lower(), _file(low).lower()
+    if "low" in names[0] and "high" not in names[0] and "high" in names[1]:
+        raise TurboError(
+            f"the experts look swapped: model is {_file(high)}, model_low is {_file(low)}: exchange the two."
+        )
+
+
+def _facts(model):
+    config = model.model.model_config.unet_config
+    return {name: config.get(name) for name in ("model_type", "dim", "ffn_dim", "num_layers", "in_dim", "text_dim")}
+
+
+def _file(model):
+    source = model.get_attachment(SOURCE)
+    return "" if source is None else os.path.basename(str(source.path))

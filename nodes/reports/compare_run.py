@@ -4,8 +4,9 @@ import torch
 
 from ...turbo_core.diagnostics.compare import TOPKS, error_of, recall_by_topk, sample_tokens, squared_norms
 from ...turbo_core.errors import TurboError
-from ..host.blocks import DEFAULTS, active_settings, has_trained_sla
+from ..host.blocks import has_trained_sla
 from ..host.run import GuidedRun, Relay
+from ..host.settings import DEFAULTS, active_settings
 
 _HEADS, _ROWS = 8, 128  # of each self-attention, for the recall
 
@@ -91,25 +92,20 @@ class Trial:
         q, k = q[:, :, heads], k[:, :, heads]
         rows = sample_tokens(q.shape[1], _ROWS, q.device)
         topks = TOPKS if settings is None else (settings["topk"], *TOPKS)
-        coverage = None if settings is None else settings.get("coverage")
+        coverage = None if settings is None else settings["coverage"]
         share = recall_by_topk(q, k, topks, rows, coverage=coverage).mean(-1).flatten(1).cpu()  # [top-k, B * heads]
         share = share if settings is not None else torch.cat([torch.ones_like(share[:1]), share])
         found = self.recall.setdefault((self.step, options["block_index"]), [])
         found.append(torch.stack([share.mean(1), share.amin(1)], 1))
         return args["x"]
 
-    def block_errors(self, steps, blocks):
-        """[steps][blocks] relative errors, nan where a block was not seen."""
-        nan = float("nan")
-        return [
-            [error_of(self.errors[s, b]) if (s, b) in self.errors else nan for b in range(blocks)] for s in range(steps)
-        ]
-
-    def recalls(self, steps, blocks):
-        """[steps, blocks, 1 + len(TOPKS), 2]: mean and least head, for B's own settings and for TOPKS; or nan."""
-        nothing = torch.full((1 + len(TOPKS), 2), torch.nan)
-        cells = [self.recall.get((s, b), [nothing]) for s in range(steps) for b in range(blocks)]
-        return torch.stack([torch.stack(cell).mean(0) for cell in cells]).view(steps, blocks, -1, 2)
+    def figures(self, blocks):
+        """(errors, denoised, recall) as turbo_core.diagnostics.compare takes them, nan where nothing was seen."""
+        steps, nan = range(len(self.denoised)), torch.full((2,), torch.nan).double()
+        errors = [[error_of(self.errors.get((s, b), nan)) for b in range(blocks)] for s in steps]
+        unseen = [torch.full((1 + len(TOPKS), 2), torch.nan)]
+        recall = [torch.stack(self.recall.get((s, b), unseen)).mean(0) for s in steps for b in range(blocks)]
+        return errors, [error_of(n) for n in self.denoised], torch.stack(recall).view(len(steps), blocks, -1, 2)
 
 
 def run_both(model_a, model_b, positive, latent, seed, sigmas, ode, tokens):

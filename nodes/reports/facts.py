@@ -10,11 +10,13 @@ from comfy.quant_ops import QuantizedTensor
 from ...turbo_core.files import human_bytes
 from ...turbo_core.int8 import layout
 from ...turbo_core.wan import QUANTIZED_LINEARS
-from ..host.blocks import DEFAULTS, OPTIONS, has_trained_sla
+from ..host.blocks import has_trained_sla
 from ..host.loading import SOURCE
+from ..host.ops import ROW
 from ..host.override import OVERRIDE
+from ..host.settings import DEFAULTS, OPTIONS
 
-_LAYOUTS = {layout.NAME: "int8_block", "TensorWiseINT8Layout": "int8_row", "TensorCoreFP8Layout": "fp8"}
+_LAYOUTS = {layout.NAME: "int8_block", ROW: "int8_row", "TensorCoreFP8Layout": "fp8"}
 
 
 def weight_format(weight) -> str:
@@ -51,7 +53,7 @@ def attention_text(model, network) -> str:
     limits += [f"dense below {settings['min_tokens']} tokens"] * bool(settings["min_tokens"])
     limits += ["part of the sigmas only"] * (settings["sigma_start"] is not None or settings["sigma_end"] is not None)
     as_trained = [] if OPTIONS in options else ["no Sparse Low-Bit Attention node: the default"]
-    coverage = settings.get("coverage")
+    coverage = settings["coverage"]
     kept = f"top-k {settings['topk']:g}" if coverage is None else f"cumulative score to {coverage:g}"
     return ", ".join([kind, kept, settings["precision"], *limits, *as_trained])
 

@@ -1,0 +1,127 @@
+"""Files that nodes read and write: where they lie, what they may be called, what is wrong with them."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+from safetensors import SafetensorError
+
+from ...turbo_core.checkpoint.formats import FORMATS
+from ...turbo_core.errors import TurboError
+
+MODELS = "diffusion_models"
+_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+_LONGEST = 200  # bytes of one part of a path: file systems hold 255, and a number, .safetensors and .part are added
+
+
+def file_input(name, tooltip, kind=MODELS):
+    """An input that offers the files in models/`kind`, for model_file."""
+    return io.Combo.Input(name, options=folder_paths.get_filename_list(kind), tooltip=tooltip)
+
+
+def model_file(name, kind=MODELS):
+    """Path of a file in models/`kind`. Raises TurboError where none is chosen, the host's error where it is gone."""
+    if not isinstance(name, str) or not name.strip():
+        raise TurboError(f"No file is chosen, got {name!r}: choose one that lies in models/{kind}.")
+    return folder_paths.get_full_path_or_raise(kind, name)
+
+
+def read_tensors(path):
+    """(tensors, metadata) of a file as the host reads it. Raises TurboError for one that is damaged or no such file."""
+    try:
+        return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TurboError(f"{path} is damaged, cut short or refused: {reason} Download the file again.") from error
+
+
+def format_input(default=None):
+    """The number format of a new file."""
+    return io.Combo.Input(
+        "format",
+        options=list(FORMATS),
+        default=default,
+        tooltip="int8_block: 128x128 blocks as the published TurboWan files, for Turbo Loader. int8_row and fp8: "
+        "ComfyUI's own formats, which its loaders read as well. bf16, fp16, fp32: unquantized.",
+    )
+
+
+def filename_input():
+    """The name of a new file, for new_model."""
+    return io.String.Input(
+        "filename",
+        default="",
+        tooltip="Of the new file in models/diffusion_models; .safetensors is added. Empty: the source's name and the "
+        "format. Press R afterwards and loaders list it.",
+    )
+
+
+def overwrite_input():
+    """The leave to replace a file, for new_model."""
+    return io.Boolean.Input("overwrite", default=False, advanced=True, tooltip="Replace a file of that name.")
+
+
+def new_model(filename, overwrite):
+    """Path of a new file below the folder named diffusion_models. Raises TurboError for any other place."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(MODELS)]
+    folder = next((f for f in folders if f.name == MODELS), folders[0])
+    check_name(filename)
+    if Path(filename).suffix.lower() != ".safetensors":
+        filename += ".safetensors"
+    target = Path(os.path.normpath(folder / filename))  # links are followed: models lie on other disks
+    if not target.is_relative_to(os.path.normpath(folder)):
+        raise _outside(filename, folder)
+    if target.exists() and not overwrite:
+        raise TurboError(f"{target} exists already. Choose another filename, or switch overwrite on.")
+    return target
+
+
+def new_output(prefix):
+    """Path of a new numbered file below the host's output folder. Raises TurboError for any other place."""
+    output, prefix = folder_paths.get_output_directory(), (prefix or "").strip()
+    check_name(prefix)
+    if not folder_paths.is_within_directory(output, os.path.join(output, os.path.normpath(prefix))):
+        raise _outside(prefix, output)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def _outside(name, folder):
+    return TurboError(f"{name!r} lies outside {folder}. Expected a file name, or a folder below it and a name.")
+
+
+def check_name(name):
+    """Raise TurboError unless name, folders before it and all, can be written on Linux, macOS and Windows alike."""
+    parts = name.replace(os.sep, "/").split("/")
+    if parts[-1].strip(" .") == "":
+        raise TurboError(f"{name!r} names no file: write a name, with folders before it if you like.")
+    for part in parts:
+        forbidden = _FORBIDDEN.search(part)
+        if forbidden:
+            raise TurboError(
+                f"{name!r} holds {forbidden[0]!r}, which Windows does not allow in file names (nor any of "
+                '< > : " | ? * \\ and control characters): leave it out. Folders are separated by /.'
+            )
+        if part.split(".")[0].rstrip().upper() in _RESERVED:
+            raise TurboError(f"{name!r} holds {part!r}, a name that Windows keeps for a device: choose another one.")
+        if part not in (".", "..") and part != part.rstrip(" ."):
+            raise TurboError(f"{name!r}: {part!r} ends in a dot or a space, which Windows drops: leave it out.")
+        if len(os.fsencode(part)) > _LONGEST:
+            raise TurboError(f"{name[:40]!r}... is too long, more than {_LONGEST} bytes: choose a shorter name.")
+
+
+def progress_bar():
+    """A callback (done, total) that moves the node's bar in the page and stops when the run is interrupted."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done, total):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return progress
