@@ -58,7 +58,7 @@ def demo(arguments):
         "this project, in 4 steps with sparse-linear attention and W8A8."
     )
     if os.environ.get("COMFYUI_DIR"):
-        return call(host_environment(), "-m", "tests.host.demo", OUTPUT)
+        return call(host_environment(), "-m", "tests.tools.demo", OUTPUT)
     return 0
 
 
@@ -123,7 +123,7 @@ def host(arguments):
 def soak(arguments):
     if find_comfyui() is None:
         return host(arguments)
-    return call(host_environment(), "-m", "tests.host.soak", *arguments)
+    return call(host_environment(), "-m", "tests.tools.soak", *arguments)
 
 
 def bench(arguments):

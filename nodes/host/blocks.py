@@ -58,7 +58,7 @@ class SLASelfAttention(wan.WanSelfAttention):
             return attended(weight, bias)
 
     def attend_qkv(self, qkv, sums, quantized, freqs, settings):
-        """The same on q, k, v [3, B, L, dim] as they leave their linears, see turbo_core.wan_fused.block."""
+        """The same on q, k, v [3, B, L, dim] as they leave their linears, see turbo_core.wan.fused.block."""
         qkv = qkv.unflatten(-1, (self.num_heads, self.head_dim))
         cos, sin = (part.contiguous() for part in freqs[0, :, 0, :, :, 0].float().unbind(-1))
         norms = [copied(norm, qkv.device)[0] for norm in (self.norm_q, self.norm_k)]

@@ -1,6 +1,6 @@
 """A MODEL with attention settings; one without a trained branch is sparse through the host's attention override."""
 
-from ...turbo_core.sla import DTYPES
+from ...turbo_core.dispatch import FLOATS
 from .blocks import has_trained_sla
 from .settings import OPTIONS, active_settings, attend, log_once
 
@@ -37,7 +37,7 @@ def training_free(previous):
         # asked for [B, H, L, D], it is the given function's to answer; it is self-attention all the same
         if plain and _is_self_attention(q, k, options, of_image) and not kwargs.get("skip_output_reshape"):
             settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)
-        if settings is not None and q.dtype not in DTYPES:
+        if settings is not None and q.dtype not in FLOATS:
             log_once(f"dense attention, because q, k and v are {q.dtype}")
             settings = None
         if settings is None:

@@ -16,13 +16,13 @@ class Counted:
 
 def test_sigma_is_read_once_for_all_blocks(lab):
     """Each read would let the host wait for the card, 40 times a step."""
-    blocks = lab.pack.blocks
-    settings = {**blocks.DEFAULTS, "sigma_start": 0.7}
-    options = {blocks.OPTIONS: settings}
+    part = lab.pack.settings
+    settings = {**part.DEFAULTS, "sigma_start": 0.7}
+    options = {part.OPTIONS: settings}
     for sigma, expected in ((0.5, settings), (0.9, None)):  # the second evaluation comes with the same options
         options["sigmas"] = Counted(sigma)
         for options["block_index"] in range(4):
-            assert blocks.active_settings(options, 360, 64) is expected
+            assert part.active_settings(options, 360, 64) is expected
         assert options["sigmas"].reads == 1
 
 

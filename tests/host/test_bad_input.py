@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-T2V, QUANT, HIGH, LOW = (
-    f"{name}.pth" for name in ("TinyWan2.1-T2V", "TinyWan2.1-T2V-quant", "TinyWan2.2-I2V-high", "TinyWan2.2-I2V-low")
-)
+from tests.helpers.lab import HIGH, LOW, QUANT, STOCK, T2V
+
 SHAPE = (1, 16, 2, 8, 10)
 
 
@@ -57,7 +56,7 @@ def truncated(lab, folder):
 
 
 def truncated_safetensors(lab, folder):
-    data = (lab.tiny / "tiny_wan_stock_bf16.safetensors").read_bytes()
+    data = (lab.tiny / STOCK).read_bytes()
     (folder / "bad.safetensors").write_bytes(data[: len(data) // 2])
 
 
@@ -142,7 +141,7 @@ def test_missing_file(lab, loading):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         loading("gone.pth")
     with pytest.raises(lab.pack.errors.TurboError, match="does not exist"):
-        lab.pack.loading.load_turbo_model("/nowhere/gone.pth")
+        lab.load("/nowhere/gone.pth")
 
 
 def test_weights_that_are_not_finite(lab, healthy):
@@ -169,7 +168,7 @@ def test_experts_that_do_not_belong_together(lab, healthy, tmp_path):
     # files that do not say what they are get the benefit of the doubt
     shutil.copy(lab.path(HIGH), tmp_path / "a.pth")
     shutil.copy(lab.path(LOW), tmp_path / "b.pth")
-    unnamed = [lab.pack.loading.load_turbo_model(str(tmp_path / name)) for name in ("a.pth", "b.pth")]
+    unnamed = [lab.load(tmp_path / name) for name in ("a.pth", "b.pth")]
     assert lab.turbo(unnamed[1], latent, model_low=unnamed[0]).isfinite().all()
     healthy()
 

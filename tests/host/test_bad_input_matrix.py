@@ -14,9 +14,8 @@ import socket
 import pytest
 import torch
 
-from tests.helpers.tiny_dits import STOCK
+from tests.helpers.lab import HIGH, STOCK, T2V, flux
 
-T2V, I2V = "TinyWan2.1-T2V.pth", "TinyWan2.2-I2V-high.pth"
 SHAPE = (1, 16, 2, 8, 10)
 NAN, BLOCK = math.nan, "block (TurboWan)"
 
@@ -37,16 +36,8 @@ def _no_network(comfy):
 @pytest.fixture(scope="module")
 def given(comfy, lab):
     """Models and inputs that are good, by name; they are shared, as in a graph."""
-    flux = importlib.import_module("comfy.supported_models").Flux
-    config = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64}
-    config |= {"hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
-    config |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True}
-    config = flux({**config, "txt_ids_dims": []})
-    config.set_inference_dtype(torch.float32, None)
-    device = torch.device("cpu")
     with torch.inference_mode():
-        flux = comfy.model_patcher.CoreModelPatcher(config.get_model({}, ""), load_device=device, offload_device=device)
-        models = {"t2v": lab.load(T2V), "i2v": lab.load(I2V), "stock": lab.load(STOCK), "flux": flux}
+        models = {"t2v": lab.load(T2V), "i2v": lab.load(HIGH), "stock": lab.load(STOCK), "flux": flux(comfy)}
     return models | {"positive": lab.positive(), "latent": lab.latent(SHAPE)}
 
 

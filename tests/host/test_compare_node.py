@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-T2V, I2V = "TinyWan2.1-T2V", "TinyWan2.2-I2V-high"
+from tests.helpers.lab import HIGH, STOCK
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def by_topk(output):
 
 
 def test_model_against_itself_has_no_error(lab, compare):
-    model = lab.dense(lab.load(f"{T2V}.pth"))
+    model = lab.dense(lab.load())
     output = compare(model, model)
     assert table(output) == [[0, 0, 0, 0, 1, 1]] * 2
     assert torch.equal(output[2]["samples"], output[3]["samples"])
 
 
 def test_reference_run_is_the_samplers_run(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     for mode, seed in (("SDE", 3), ("ODE", 3), ("SDE", 2**64 - 1)):
         output = compare(model, lab.dense(model), steps=3, mode=mode, seed=seed)
         assert torch.equal(output[2]["samples"], lab.turbo(model, steps=3, mode=mode, seed=seed))
@@ -49,7 +49,7 @@ def test_reference_run_is_the_samplers_run(lab, compare):
 
 def test_error_is_that_of_whole_block_outputs(lab, compare):
     """With all tokens compared, the last block's error is that of forward hooks on the network itself."""
-    a = lab.dense(lab.load(f"{T2V}.pth"))
+    a = lab.dense(lab.load())
     b = lab.attention(a, 0.3, mode="sparse only")
     output = compare(a, b, steps=1, tokens=8192)
     seen = []
@@ -64,7 +64,7 @@ def test_error_is_that_of_whole_block_outputs(lab, compare):
 
 
 def test_sampled_tokens_tell_about_the_same(lab, compare):
-    a = lab.dense(lab.load(f"{T2V}.pth"))
+    a = lab.dense(lab.load())
     b = lab.quantize(a)
     few, all_of_them = (table(compare(a, b, steps=1, tokens=tokens))[0] for tokens in (64, 8192))
     assert few[0] == all_of_them[0], "x0 is compared whole"
@@ -72,7 +72,7 @@ def test_sampled_tokens_tell_about_the_same(lab, compare):
 
 
 def test_quantized_against_float_is_a_small_error(lab, compare):
-    a = lab.dense(lab.load(f"{T2V}.pth"))
+    a = lab.dense(lab.load())
     output = compare(a, lab.quantize(a))
     for x0, first, _, last, kept, _ in table(output):
         assert 1e-3 < x0 < 0.2 and 1e-4 < first < 0.1 and 1e-4 < last < 0.2 and kept == 1
@@ -81,7 +81,7 @@ def test_quantized_against_float_is_a_small_error(lab, compare):
 
 
 def test_sparse_keeps_less_and_errs_more_with_smaller_topk(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     dense = lab.dense(model)
     outputs = [compare(dense, lab.attention(model, topk, mode="sparse only")) for topk in (0.2, 0.5, 1.0)]
     last = [table(output)[0] for output in outputs]
@@ -91,7 +91,7 @@ def test_sparse_keeps_less_and_errs_more_with_smaller_topk(lab, compare):
 
 
 def test_kept_mass_of_the_settings_is_that_of_the_row_of_the_same_topk(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     output = compare(lab.dense(model), lab.attention(model, 0.3))
     means = [row[4] for row in table(output)]
     assert sum(means) / 2 == pytest.approx(by_topk(output)[0.3], abs=2e-4)
@@ -99,7 +99,7 @@ def test_kept_mass_of_the_settings_is_that_of_the_row_of_the_same_topk(lab, comp
 
 
 def test_blocks_that_stay_dense_keep_all(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     output = compare(lab.dense(model), lab.attention(model, 0.2, dense_blocks="0"), steps=1)
     rows = output[1].split("kept at each step\n")[1].splitlines()
     kept = [float(row.split()[3]) for row in rows]
@@ -108,14 +108,14 @@ def test_blocks_that_stay_dense_keep_all(lab, compare):
 
 def test_recall_of_a_stock_model_under_the_override(comfy, lab, compare):
     """Training-free sparsity has another way to the attention, and the same numbers must come out."""
-    stock = comfy.sd.load_diffusion_model(lab.path("tiny_wan_stock_bf16.safetensors"))
+    stock = comfy.sd.load_diffusion_model(lab.path(STOCK))
     output = compare(stock, lab.attention(stock, 0.3), steps=1)
     assert 0 < table(output)[0][4] < 1 and table(output)[0][4] == pytest.approx(by_topk(output)[0.3], abs=2e-4)
     assert "sparse, without a linear branch, top-k 0.3" in output[1]
 
 
 def test_picture(lab, compare, tmp_path):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     output = compare(lab.dense(model), lab.attention(lab.quantize(model), 0.3, "int8"), steps=4)
     picture = output[0]
     assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3 and picture.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_picture(lab, compare, tmp_path):
 
 
 def test_image_to_video_with_two_videos_at_once(lab, compare):
-    model = lab.load(f"{I2V}.pth")
+    model = lab.load(HIGH)
     shape = (2, *lab.shape[1:])
     extra = {"concat_latent_image": lab.draw(1, 16, *shape[2:], seed=5), "concat_mask": torch.ones(1, 1, *shape[2:])}
     dense, sparse = lab.dense(model), lab.attention(model, 0.2)
@@ -135,7 +135,7 @@ def test_image_to_video_with_two_videos_at_once(lab, compare):
 
 
 def test_sigmas_take_the_place_of_steps(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     output = compare(model, model, steps=4, sigmas=torch.tensor([0.9, 0.5, 0.0]))
     assert len(table(output)) == 2 and "  0.9000 " in output[1]
     with pytest.raises(ValueError, match="Turbo Scheduler"):
@@ -144,11 +144,11 @@ def test_sigmas_take_the_place_of_steps(lab, compare):
 
 def test_models_of_two_families_are_refused(lab, compare):
     with pytest.raises(ValueError, match=r"one family.*\(256, 2, 2, 16\) and \(256, 2, 2, 36\)"):
-        compare(lab.load(f"{T2V}.pth"), lab.load(f"{I2V}.pth"))
+        compare(lab.load(), lab.load(HIGH))
 
 
 def test_models_are_left_as_they_were(lab, compare):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     before = lab.denoise(model)
     compare(lab.dense(model), lab.attention(model, 0.2))
     assert "patches" not in model.model_options["transformer_options"]
@@ -157,7 +157,7 @@ def test_models_are_left_as_they_were(lab, compare):
 
 def test_patches_of_other_nodes_are_seen_and_kept(lab, compare):
     """Another node's patch on the block outputs acts before they are compared."""
-    a = lab.dense(lab.load(f"{T2V}.pth"))
+    a = lab.dense(lab.load())
     b = a.clone()
     b.set_model_double_block_patch(lambda args: {"img": args["img"] * 1.5})
     assert table(compare(a, b, steps=1))[0][1] == pytest.approx(0.5, abs=1e-4)

@@ -1,6 +1,5 @@
 """TurboConvert and TurboMerge in the real host, and fp8 files in the host's own loader."""
 
-import importlib
 import shutil
 
 import pytest
@@ -59,13 +58,13 @@ def test_converts_as_the_command_does_and_loaders_list_the_file(models, convert,
     assert bar[-1][0] == bar[-1][1] > 0
     assert str(target) in done.ui.as_dict()["text"][0]
     assert set(folder_paths.get_filename_list("diffusion_models")) - set(before) == {target.name}
-    lab.pack.loading.load_turbo_model(done[0])
+    lab.load(done[0])
 
 
 def test_published_file_without_quantization_loads_in_every_format(models, convert, lab):
     reference = lab.denoise(lab.dense(lab.load()))
     for format in FORMATS:
-        model = lab.pack.loading.load_turbo_model(convert("TinyWan2.1-T2V.pth", format)[0])
+        model = lab.load(convert("TinyWan2.1-T2V.pth", format)[0])
         apart = lab.distance(lab.denoise(lab.dense(model)), reference)
         print(format, apart)
         assert apart < {"fp32": 1e-5, "bf16": 1e-5, "fp16": 1e-3}.get(format, 0.1)
@@ -82,7 +81,7 @@ def test_fp8_loads_in_the_host_s_own_loader_as_fp8(models, convert, comfy, lab):
     apart = lab.distance(lab.denoise(model), lab.denoise(comfy.sd.load_diffusion_model(lab.path(STOCK))))
     print("fp8 in the host", apart)
     assert 1e-4 < apart < 0.1
-    ours = lab.pack.loading.load_turbo_model(path)  # no proj_l: handed to the host's loader as well
+    ours = lab.load(path)  # no proj_l: handed to the host's loader as well
     assert lab.difference(lab.denoise(ours), lab.denoise(model)) < 1e-6
 
 
@@ -148,7 +147,7 @@ def test_merge_node_accelerates_a_finetune(models, pack, lab, bar):
     merged = load_file(done[0])  # the tiny stock file is the accelerated one without proj_l: only that is added
     assert torch.equal(merged["blocks.0.ffn.0.weight"], finetune["blocks.0.ffn.0.weight"])
     assert f"blocks.1.{PROJ_L}.weight" in merged
-    model = lab.pack.loading.load_turbo_model(done[0])
+    model = lab.load(done[0])
     assert pack.blocks.has_trained_sla(model.model.diffusion_model)
     assert torch.isfinite(lab.denoise(model)).all()
     with pytest.raises(ValueError, match="without -quant"):
@@ -157,7 +156,7 @@ def test_merge_node_accelerates_a_finetune(models, pack, lab, bar):
 
 
 def test_schemas_offer_every_format(pack):
-    module = importlib.import_module(f"{pack.name}.nodes.convert")
+    module = pack.part("nodes.convert")
     for node in module.NODES:
         inputs = {given.id: given for given in node.define_schema().inputs}
         assert inputs["format"].options == list(FORMATS) and all(given.tooltip for given in inputs.values())

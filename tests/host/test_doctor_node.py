@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-T2V = "TinyWan2.1-T2V"
+from tests.helpers.lab import QUANT, STOCK
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def test_looks_again_at_every_run(comfy, pack):
 
 
 def test_published_model(lab, doctor):
-    found = lines(doctor(lab.load(f"{T2V}-quant.pth")))
-    assert found["family"] == f"TurboWan (dim 256, 2 blocks) ({T2V}-quant.pth)"
+    found = lines(doctor(lab.load(QUANT)))
+    assert found["family"] == f"TurboWan (dim 256, 2 blocks) ({QUANT})"
     assert found["linear layers"] == "int8_block in 20" and found["proj_l"].startswith("in every block")
     assert found["attention"].startswith("sparse-linear (SLA), top-k 0.1, bf16") and "default" in found["attention"]
     assert found["rCM sigma_max"] == "80" and found["patched weights"] == "none"
 
 
 def test_settings_of_the_other_nodes_are_told(lab, doctor):
-    model = lab.quantize(lab.load(f"{T2V}.pth"), "row", skip_blocks="1")
+    model = lab.quantize(lab.load(), "row", skip_blocks="1")
     model = lab.attention(model, 0.25, "int8", mode="sparse only", dense_blocks="1", min_tokens=99, end_percent=0.5)
     found = lines(doctor(model))
     assert found["linear layers"] == "int8_row in 10, float32 in 10"
@@ -62,7 +62,7 @@ def test_settings_of_the_other_nodes_are_told(lab, doctor):
 
 
 def test_stock_model_is_dense_until_told_otherwise(comfy, lab, doctor):
-    model = comfy.sd.load_diffusion_model(lab.path("tiny_wan_stock_bf16.safetensors"))
+    model = comfy.sd.load_diffusion_model(lab.path(STOCK))
     found = lines(doctor(model))
     assert found["proj_l"].startswith("none") and found["attention"].startswith("dense, by ")
     assert found["rCM sigma_max"].startswith("unknown") and found["family"].startswith("WAN21")
@@ -72,13 +72,13 @@ def test_stock_model_is_dense_until_told_otherwise(comfy, lab, doctor):
 
 
 def test_looking_does_not_load(comfy, lab, doctor):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     before = list(comfy.model_management.current_loaded_models)
     assert " 0 B of it on cpu" in doctor(model) and before == comfy.model_management.current_loaded_models
 
 
 def test_model_of_another_kind_is_named_not_refused(comfy, lab, doctor):
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     kept = model.model.diffusion_model
     try:
         model.model.diffusion_model = torch.nn.Linear(2, 2)

@@ -8,9 +8,7 @@ pinning and the streams need a card; everything else is the host's real code.
 import pytest
 import torch
 
-T2V, QUANT = "TinyWan2.1-T2V.pth", "TinyWan2.1-T2V-quant.pth"
-PROJ_L = "diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l"
-FFN = "diffusion_model.blocks.0.ffn.0"
+from tests.helpers.lab import LINEAR, PROJ_L, QUANT, T2V
 
 
 @pytest.fixture
@@ -86,16 +84,8 @@ def dynamic(comfy, lab, monkeypatch):
 
 
 @pytest.fixture
-def with_lora(comfy, lab):
-    def add(model, layers=(FFN, PROJ_L)):
-        lora = {}
-        for layer in layers:
-            rows, cols = comfy.utils.get_attr(model.model, f"{layer}.weight").shape
-            lora[f"{layer}.lora_A.weight"] = lab.draw(4, cols) * cols**-0.5
-            lora[f"{layer}.lora_B.weight"] = lab.draw(rows, 4, seed=1) * 0.3
-        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
-
-    return add
+def with_lora(lab):
+    return lambda model: lab.merged(model, lab.lora(model, LINEAR, PROJ_L))
 
 
 @pytest.mark.parametrize("vram", [True, False])
@@ -143,5 +133,4 @@ def test_saving_an_assigned_model(lab, assigned, dynamic, tmp_path):
     dynamic(model)
     path = str(tmp_path / "saved.safetensors")
     lab.pack.saving.save_model(model, path)
-    again, first = lab.weights(lab.pack.loading.load_turbo_model(path)), lab.weights(lab.load(QUANT))
-    assert all(torch.equal(again[k], first[k]) for k in first)
+    assert lab.same(lab.weights(lab.load(path)), lab.weights(lab.load(QUANT)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.lab import HIGH, STOCK, T2V
 from turbo_core import checkpoint, pipeline
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.wan import WanModel
@@ -23,8 +24,8 @@ def seen_timesteps(model):
 @pytest.mark.parametrize(
     ("name", "steps", "expected"),
     [
-        ("TinyWan2.1-T2V.pth", 4, [988.0, 932.0, 852.0, 608.0]),
-        ("TinyWan2.2-I2V-high.pth", 2, [996.0, 932.0]),
+        (T2V, 4, [988.0, 932.0, 852.0, 608.0]),
+        (HIGH, 2, [996.0, 932.0]),
     ],
 )
 def test_a_turbowan_network_sees_the_timesteps_of_its_training(lab, name, steps, expected):
@@ -37,7 +38,7 @@ def test_quantizing_keeps_the_timesteps_and_a_stock_model_gets_its_own(lab):
     model, seen = seen_timesteps(lab.quantize(lab.load()))
     lab.turbo(model, steps=1)
     assert seen == [988.0]
-    model, seen = seen_timesteps(lab.load("tiny_wan_stock_bf16.safetensors"))
+    model, seen = seen_timesteps(lab.load(STOCK))
     lab.turbo(model, steps=1)
     assert seen == pytest.approx([987.654], abs=1e-3)
 
@@ -46,7 +47,7 @@ def test_quantizing_keeps_the_timesteps_and_a_stock_model_gets_its_own(lab):
 def test_the_sampled_latents_are_those_of_the_pipeline(lab, topk):
     """ODE, whose only noise is the first: both draw it from the seed on the CPU."""
     sigmas = rcm_sigmas(4, 80.0)
-    sd, _ = checkpoint.load(lab.path("TinyWan2.1-T2V.pth"))
+    sd, _ = checkpoint.load(lab.path(T2V))
     standalone = WanModel.from_state_dict(sd, torch.float32)
     theirs = pipeline.sample(
         lambda sigma: standalone, lab.context(), lab.shape, sigmas, seed=3, topk=topk, ode=True, device="cpu"

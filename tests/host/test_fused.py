@@ -9,15 +9,14 @@ import importlib.util
 import pytest
 import torch
 
-T2V, I2V, STOCK = "TinyWan2.1-T2V.pth", "TinyWan2.2-I2V-high.pth", "tiny_wan_stock_bf16.safetensors"
-QUANT = "TinyWan2.1-T2V-quant.pth"
-LAYER = "diffusion_model.blocks.0.ffn.0"
+from tests.helpers.lab import HIGH, PROJ_L, QUANT, STOCK, T2V
+
 ROUNDING = 0.01  # of x0; int8 against floats is 0.02 to 0.1 of it
 
 
 @pytest.fixture
 def core(pack):
-    return importlib.import_module(f"{pack.name}.turbo_core.wan.fused")
+    return pack.part("turbo_core.wan.fused")
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def compare(lab, fused, model, **given):
         (T2V, 0, 2, {"topk": 0.4, "precision": "int8"}),
         (T2V, 0, 1, {"mode": "sparse only"}),
         (T2V, 0, 2, {"mode": "dense"}),
-        (I2V, 20, 1, {"topk": 0.5, "dense_blocks": "1"}),
+        (HIGH, 20, 1, {"topk": 0.5, "dense_blocks": "1"}),
         (STOCK, 0, 2, None),
         (STOCK, 0, 1, {"topk": 0.5}),  # training-free: through the host's attention call
     ],
@@ -75,7 +74,7 @@ def test_files_that_are_int8_already(lab, fused, tmp_path):
 
     target = tmp_path / "stock.safetensors"
     checkpoint.quantize(lab.path(STOCK), target, "int8_block")
-    assert compare(lab, fused, lab.pack.loading.load_turbo_model(str(target))) < ROUNDING
+    assert compare(lab, fused, lab.load(target)) < ROUNDING
 
 
 def test_timestep_of_each_frame(lab, fused):
@@ -90,16 +89,6 @@ def test_timestep_of_each_frame(lab, fused):
     assert lab.distance(network(given["x"], times[:, -1], given["c_crossattn"]), plain) > 0.02
 
 
-def bypass(comfy, lab, model, layer=LAYER):
-    weight = comfy.utils.get_attr(model.model, f"{layer}.weight")
-    rows, cols = weight.shape
-    lora = {
-        f"{layer}.lora_A.weight": lab.draw(4, cols) * cols**-0.5,
-        f"{layer}.lora_B.weight": lab.draw(rows, 4, seed=1) * 0.3,
-    }
-    return comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0)[0]
-
-
 def identity(options):
     return options["x"]
 
@@ -108,10 +97,10 @@ def test_what_has_a_hand_in_between_goes_the_host_s_way(comfy, lab, fused):
     """Bit for bit what it was, block by block."""
 
     def bypassed(model):
-        return bypass(comfy, lab, model)
+        return lab.bypassed(model, lab.lora(model))
 
     def bypassed_projection(model):
-        return bypass(comfy, lab, model, "diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l")
+        return lab.bypassed(model, lab.lora(model, PROJ_L))
 
     def weight_function(model):
         lab.loaded(model)  # the host's own loading takes away what it finds there
@@ -159,11 +148,9 @@ def test_what_has_a_hand_in_between_goes_the_host_s_way(comfy, lab, fused):
 
 def test_lora_in_the_weights_and_other_settings_stay_fused(comfy, lab, fused):
     """A LoRA that the host has put into the int8 weights needs nothing; block replacements and overrides neither."""
-    rows, cols = comfy.utils.get_attr(lab.load(T2V).model, f"{LAYER}.weight").shape
-    lora = {f"{LAYER}.lora_A.weight": lab.draw(4, cols) * cols**-0.5, f"{LAYER}.lora_B.weight": lab.draw(rows, 4) * 0.3}
     model = lab.quantize(lab.load(T2V))
     plain = lab.denoise(model)
-    patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    patched = lab.merged(model, lab.lora(model))
     seen = []
 
     def replace(args, extra):
@@ -221,13 +208,13 @@ def test_scales_in_half_precision_are_taken_as_they_are_by_the_layers(lab, fused
     """As a file may have them."""
     import safetensors.torch
 
-    checkpoint = importlib.import_module(f"{pack.name}.turbo_core.checkpoint")
+    checkpoint = pack.part("turbo_core.checkpoint")
     target = tmp_path / "half.safetensors"
     checkpoint.quantize(lab.path(T2V), target, f"int8_{kind}")
     sd = safetensors.torch.load_file(target)
     sd = {name: t.bfloat16() if name.endswith("weight_scale") else t for name, t in sd.items()}
     safetensors.torch.save_file(sd, target)
-    assert compare(lab, fused, lab.pack.loading.load_turbo_model(str(target))) < ROUNDING
+    assert compare(lab, fused, lab.load(target)) < ROUNDING
 
 
 def test_a_host_without_one_of_the_model_classes_still_loads_the_pack(comfy, pack, monkeypatch):
@@ -246,18 +233,19 @@ def test_sampling_end_to_end(lab, fused):
     assert blocks == 4 * 2 and 0 < lab.distance(ours, plain) < 5 * ROUNDING
 
 
-def test_an_interrupt_is_heard_between_layers(comfy, lab, fused, core, monkeypatch):
+def test_an_interrupt_is_heard_between_layers(comfy, lab, pack, fused, monkeypatch):
     model, management = lab.quantize(lab.load(T2V)), comfy.model_management
     lab.loaded(model)
     network, given = model.model.diffusion_model, lab.inputs()
-    residual, left = core.int8_mm_residual, []
+    reference, left = pack.part("turbo_core.int8.reference"), []
+    residual = reference.int8_mm_residual
 
     def interrupting(*args, **kwargs):
         left.append(1)
         management.interrupt_current_processing()
         return residual(*args, **kwargs)
 
-    monkeypatch.setattr(core, "int8_mm_residual", interrupting)
+    monkeypatch.setattr(reference, "int8_mm_residual", interrupting)
     with pytest.raises(management.InterruptProcessingException):
         fused(lambda: network(given["x"], 1000 * given["t"], given["c_crossattn"]))
     management.interrupt_current_processing(False)
@@ -287,7 +275,7 @@ def test_weights_that_are_fetched_do_not_overwrite_each_other(comfy, lab, fused,
 @pytest.mark.parametrize("make", ["quantized", "loaded"])
 def test_networks_with_blocks_of_their_own_keep_them(comfy, lab, pack, make):
     """Only the host's plain Wan network takes a block class; VACE and its like are built as they were."""
-    module = importlib.import_module(f"{pack.name}.nodes.host.fused")
+    module = pack.part("nodes.host.fused")
     model = lab.quantize(lab.load(STOCK)) if make == "quantized" else lab.load(QUANT)
     network = model.model.diffusion_model
     assert all(isinstance(block, module.FusedWanBlock) for block in network.blocks)

@@ -132,7 +132,7 @@ def test_quantizing_on_the_fly_leaves_one_network(lab):
     gc.collect()
     gc.disable()
     try:
-        model = lab.load("TinyWan2.1-T2V.pth")
+        model = lab.load()
         source = weakref.ref(model.model.diffusion_model)
         model = lab.quantize(model)
         lab.turbo(model, steps=1)

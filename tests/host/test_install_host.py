@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import workflow_api
-from tests.host import server as host
-from tests.host.conftest import PACK, find_comfyui
-from tests.test_install import ODD_NAME, without_rights
+from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
+from tests.helpers.comfyui import PACK, find_comfyui
+from tests.helpers.folders import ODD_NAME, without_rights
 from turbo_core import checkpoint
 
 pytestmark = pytest.mark.host

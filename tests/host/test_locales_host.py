@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.record_schemas import LOCALES, node_defs, read
+from tests.tools.record_schemas import LOCALES, node_defs, read
 
 pytestmark = pytest.mark.host
 
 
 def test_recording_is_that_of_the_schemas(pack):
     object_info = {name: node.GET_NODE_INFO_V1() for name, node in pack.nodes.items()}
-    assert node_defs(object_info) == read("en"), "record again: see tests/record_schemas.py"
+    assert node_defs(object_info) == read("en"), "record again: see tests/tools/record_schemas.py"
 
 
 def test_host_reads_the_translations(comfy, monkeypatch):

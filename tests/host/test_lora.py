@@ -3,103 +3,85 @@
 import pytest
 import torch
 
-RANK = 4
+from tests.helpers.lab import PROJ_L
+
 KINDS = ["float", "block", "row"]
-LAYER = "blocks.1.ffn.0"
-LINEARS = ["blocks.0.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.1.ffn.2"]
-PROJ_L = "blocks.0.self_attn.attn_op.local_attn.proj_l"
+LAYER = "diffusion_model.blocks.1.ffn.0"
+LINEARS = [f"diffusion_model.blocks.{name}" for name in ("0.self_attn.q", "0.cross_attn.o", "1.ffn.0", "1.ffn.2")]
 
 
-def make_lora(lab, model, naming="diffusers", layers=LINEARS, seed=0, scale=0.3):
+def make_lora(lab, model, naming="diffusers", layers=LINEARS, seed=0):
     """A LoRA file's tensors for some layers of a MODEL, under the key names of one training tool."""
-    down, up = {"diffusers": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[naming]
-    sd = {}
-    for i, layer in enumerate(layers):
-        module = model.model.diffusion_model.get_submodule(layer)
-        key = f"lora_unet_{layer.replace('.', '_')}" if naming == "kohya" else f"diffusion_model.{layer}"
-        rows, cols = module.weight.shape
-        sd[f"{key}.{down}.weight"] = lab.draw(RANK, cols, seed=seed + 2 * i) * cols**-0.5
-        sd[f"{key}.{up}.weight"] = lab.draw(rows, RANK, seed=seed + 2 * i + 1) * scale
-        if naming == "kohya":
-            sd[f"{key}.alpha"] = torch.tensor(float(RANK))
-    return sd
+    lora = lab.lora(model, *layers, seed=seed)
+    if naming == "diffusers":
+        return lora
+    sides = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    parts = [(name.removeprefix("diffusion_model.").rsplit(".", 2), tensor) for name, tensor in lora.items()]
+    lora = {f"lora_unet_{layer.replace('.', '_')}.{sides[side]}.weight": t for (layer, side, _), t in parts}
+    return lora | {name.replace("lora_up.weight", "alpha"): torch.tensor(4.0) for name in lora if "lora_up" in name}
 
 
 def expected_change(lora, layer=LAYER):
-    return lora[f"diffusion_model.{layer}.lora_B.weight"] @ lora[f"diffusion_model.{layer}.lora_A.weight"]
+    return lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
 
 
 @pytest.fixture
 def base(lab):
     def load(kind):
-        model = lab.load("TinyWan2.1-T2V.pth")
+        model = lab.load()
         return model if kind == "float" else lab.quantize(model, kind)
 
     return load
 
 
-@pytest.fixture
-def merged(comfy):
-    return lambda model, lora, strength=1.0: comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
-
-
-@pytest.fixture
-def bypass(comfy):
-    return lambda model, lora, strength=1.0: comfy.sd.load_bypass_lora_for_models(model, None, lora, strength, 0)[0]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, merged, kind, naming):
+def test_merged_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind, naming):
     model = base(kind)
     before, weights = lab.denoise(model), lab.weights(model)
-    with_lora = merged(model, make_lora(lab, model, naming))
+    with_lora = lab.merged(model, make_lora(lab, model, naming))
     assert len(with_lora.patches) == len(LINEARS)
     changed = lab.denoise(with_lora)
     print("merged", kind, lab.distance(changed, before))
     assert lab.distance(changed, before) > 0.05
-    assert not same(lab.weights(model), weights), "a merged LoRA changes the weights in place"
+    assert not lab.same(lab.weights(model), weights), "a merged LoRA changes the weights in place"
     assert torch.equal(lab.denoise(model), before)
-    assert same(lab.weights(model), weights)
+    assert lab.same(lab.weights(model), weights)
     comfy.model_management.unload_all_models()
-    assert same(lab.weights(with_lora), weights)
+    assert lab.same(lab.weights(with_lora), weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lowvram_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, merged, kind):
+def test_lowvram_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
     """Little memory: the host leaves the weights where they are and adds the LoRA at each use."""
     model = base(kind)
     before, weights = lab.denoise(model), lab.weights(model)
-    with_lora = merged(model, make_lora(lab, model, layers=[*LINEARS, PROJ_L]))
+    with_lora = lab.merged(model, make_lora(lab, model, layers=[*LINEARS, PROJ_L]))
     full = lab.denoise(with_lora)
     comfy.model_management.unload_all_models()
     with_lora.patch_model(device_to=with_lora.load_device, lowvram_model_memory=1)
     assert with_lora.model.lowvram_patch_counter == len(LINEARS) + 1
     given = lab.inputs()
     low = with_lora.model.apply_model(**given, transformer_options={})
-    assert same(lab.weights(with_lora), weights), "nothing is merged here"
+    assert lab.same(lab.weights(with_lora), weights), "nothing is merged here"
     print("lowvram", kind, lab.distance(low, full), "lora itself", lab.distance(full, before))
     assert lab.distance(low, before) > 0.05
     assert lab.distance(low, full) < (1e-5 if kind == "float" else 0.05)
     with_lora.unpatch_model(with_lora.offload_device)
-    assert same(lab.weights(model), weights)
+    assert lab.same(lab.weights(model), weights)
     assert torch.equal(lab.denoise(model), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, merged, bypass, kind):
+def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
     model = base(kind)
     before, weights = lab.denoise(model), lab.weights(model)
     # the host runs ffn.2 of a row-quantized model fused with its activation, past the layer and any bypass of it
     lora = make_lora(lab, model, layers=[*LINEARS[: 3 if kind == "row" else 4], PROJ_L])
-    through = bypass(model, dict(lora))
+    through = lab.bypassed(model, dict(lora))
     changed = lab.denoise(through)
-    assert same(lab.weights(model), weights)
-    comparison = lab.denoise(merged(model, lora))
+    assert lab.same(lab.weights(model), weights)
+    comparison = lab.denoise(lab.merged(model, lora))
     print("bypass", kind, lab.distance(changed, comparison), "lora itself", lab.distance(changed, before))
     assert lab.distance(changed, before) > 0.05
     assert lab.distance(changed, comparison) < (1e-4 if kind == "float" else 0.05)
@@ -108,15 +90,15 @@ def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, merged, by
 
 @pytest.mark.parametrize("kind", ["float", "block"])
 @pytest.mark.parametrize("how", ["merged", "bypass"])
-def test_lora_on_proj_l_alone(lab, base, merged, bypass, kind, how):
+def test_lora_on_proj_l_alone(lab, base, kind, how):
     """proj_l is a layer like any other: it takes a LoRA by itself, and both ways agree."""
     model = base(kind)
     before = lab.denoise(model)
     lora = make_lora(lab, model, layers=[PROJ_L])
-    changed = lab.denoise({"merged": merged, "bypass": bypass}[how](model, lora))
+    changed = lab.denoise({"merged": lab.merged, "bypass": lab.bypassed}[how](model, lora))
     assert lab.distance(changed, before) > 1e-3
-    network = lab.load("TinyWan2.1-T2V.pth")
-    weight = network.model.diffusion_model.get_submodule(PROJ_L).weight
+    network = lab.load()
+    weight = network.model.get_submodule(PROJ_L).weight
     weight += expected_change(lora, PROJ_L)
     network = network if kind == "float" else lab.quantize(network)
     print("proj_l", kind, how, lab.distance(changed, lab.denoise(network)))
@@ -124,16 +106,16 @@ def test_lora_on_proj_l_alone(lab, base, merged, bypass, kind, how):
     assert torch.equal(lab.denoise(model), before)
 
 
-def test_merged_values_are_the_sum(lab, base, merged):
+def test_merged_values_are_the_sum(lab, base):
     """On the float model to rounding, on the quantized ones to one quantization step of the layer."""
     for kind in KINDS:
         model = base(kind)
-        weight = lambda m: m.model.diffusion_model.get_submodule(LAYER).weight  # noqa: E731
+        weight = lambda m: m.model.get_submodule(LAYER).weight  # noqa: E731
         before = weight(model)
         scale = before.params.scale.max().item() if kind != "float" else 1e-6
         before = before.dequantize() if kind != "float" else before.clone()
         lora = make_lora(lab, model)
-        with_lora = merged(model, lora, 0.5)
+        with_lora = lab.merged(model, lora, 0.5)
         lab.loaded(with_lora)
         after = weight(with_lora)
         after = after.dequantize() if kind != "float" else after
@@ -142,24 +124,24 @@ def test_merged_values_are_the_sum(lab, base, merged):
 
 
 @pytest.mark.parametrize("kind", ["float", "block"])
-def test_two_loras_and_another_strength(lab, base, merged, kind):
+def test_two_loras_and_another_strength(lab, base, kind):
     model = base(kind)
     first, second = make_lora(lab, model), make_lora(lab, model, "kohya", seed=50)
-    one = merged(model, first)
-    both = merged(one, second)
+    one = lab.merged(model, first)
+    both = lab.merged(one, second)
     a, ab = lab.denoise(one), lab.denoise(both)
     assert lab.distance(ab, a) > 0.05
-    weaker = lab.denoise(merged(model, first, 0.25))
+    weaker = lab.denoise(lab.merged(model, first, 0.25))
     plain = lab.denoise(model)
     assert 0 < lab.distance(weaker, plain) < lab.distance(a, plain)
     assert torch.equal(lab.denoise(one), a) and torch.equal(lab.denoise(both), ab)
-    off = lab.distance(lab.denoise(merged(model, first, 0.0)), plain)
+    off = lab.distance(lab.denoise(lab.merged(model, first, 0.0)), plain)
     assert off == 0 if kind == "float" else off < 0.03, off  # int8 sums are rounded once more, of nothing too
 
 
-def test_lora_through_the_sampler(lab, base, merged):
+def test_lora_through_the_sampler(lab, base):
     model = base("block")
     before = lab.turbo(model, steps=2)
-    with_lora = merged(model, make_lora(lab, model))
+    with_lora = lab.merged(model, make_lora(lab, model))
     assert lab.distance(lab.turbo(with_lora, steps=2), before) > 0.05
     assert torch.equal(lab.turbo(model, steps=2), before)

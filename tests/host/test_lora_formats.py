@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.lab import STOCK, flux
+
 RANK, ALPHA = 4, 8.0
 LAYERS = ["blocks.0.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.1.ffn.2"]
 KINDS = ["float", "block", "row"]
@@ -107,10 +109,6 @@ def differences(lab, network):
 MAKERS = {"LoHa": loha, "LoKr": lokr, "LoKr, full": lambda *a: lokr(*a, low=False), "DoRA": dora, "diff": differences}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.fixture(scope="module")
 def network(comfy, lab):
     return lab.load().model.diffusion_model
@@ -146,7 +144,7 @@ def test_every_spelling_is_the_same_lora(comfy, lab, base, network, report, spel
     model = base("float")
     *_, alpha, by_host = SPELLINGS[spelling]
     lora = spelled(lab, network, spelling)
-    stock = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)[0]
+    stock = lab.merged(model, lora)
     assert len(stock.patches) == (len(LAYERS) if by_host else 0)
     text, patched = report(model, lora)
     assert f"{len(lora)} of {len(lora)} tensors act, on {len(LAYERS)} layers" in text
@@ -166,20 +164,20 @@ def test_merged_lowvram_and_bypass_agree_and_come_off(comfy, lab, base, network,
     model = base(kind)
     lora = MAKERS[what](lab, network)
     before, weights = lab.denoise(model), lab.weights(model)
-    merged = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)[0]
+    merged = lab.merged(model, lora)
     full = lab.denoise(merged)
     assert lab.distance(full, before) > 0.05
-    assert torch.equal(lab.denoise(model), before) and same(lab.weights(model), weights)
+    assert torch.equal(lab.denoise(model), before) and lab.same(lab.weights(model), weights)
 
     comfy.model_management.unload_all_models()
     merged.patch_model(device_to=merged.load_device, lowvram_model_memory=1)
     low = merged.model.apply_model(**lab.inputs(), transformer_options={})
     merged.unpatch_model(merged.offload_device)
-    assert same(lab.weights(model), weights)
+    assert lab.same(lab.weights(model), weights)
 
-    bypass = comfy.sd.load_bypass_lora_for_models(model, None, dict(lora), 1.0, 0)[0]
+    bypass = lab.bypassed(model, lora)
     through = lab.denoise(bypass)
-    assert torch.equal(lab.denoise(model), before) and same(lab.weights(model), weights)
+    assert torch.equal(lab.denoise(model), before) and lab.same(lab.weights(model), weights)
     print(f"{what}, {kind}: lowvram {lab.distance(low, full):.2g}, bypass {lab.distance(through, full):.2g}")
     assert lab.distance(low, full) < (1e-5 if kind == "float" else 0.03)
     if what == "DoRA" or kind == "row":
@@ -193,11 +191,11 @@ def test_baked_in_before_quantizing(comfy, lab, base, network, what):
     """Before or after QuantizeW8A8: near each other, far from nothing; what is not a weight stays a patch."""
     lora = MAKERS[what](lab, network)
     model = base("float")
-    patched = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)[0]
+    patched = lab.merged(model, lora)
     float_ = lab.denoise(patched)
     for kind in ("block", "row"):
         before = lab.denoise(lab.quantize(patched, kind))
-        after = lab.denoise(comfy.sd.load_lora_for_models(lab.quantize(model, kind), None, dict(lora), 1.0, 0)[0])
+        after = lab.denoise(lab.merged(lab.quantize(model, kind), lora))
         print(f"{what}, {kind}: before {lab.distance(before, float_):.4f}, after {lab.distance(after, float_):.4f}")
         assert lab.distance(before, float_) < 0.05
         assert lab.distance(after, float_) < 0.06
@@ -219,7 +217,7 @@ def test_several_at_once(comfy, lab, base, network, report):
     assert lab.distance(lab.denoise(stack([2, 0, 1])), out) < 0.02
     assert lab.distance(lab.denoise(stack([0, 1])), out) > 0.05
     before = lab.denoise(model)
-    assert lab.distance(out, before) > 0.05 and same(lab.weights(model), weights)
+    assert lab.distance(out, before) > 0.05 and lab.same(lab.weights(model), weights)
     assert torch.equal(lab.denoise(report(model, files[0], strength=0.0)[1]), before)
 
 
@@ -243,7 +241,7 @@ def test_another_strength_reloads_nothing(comfy, lab, base, network, monkeypatch
     monkeypatch.setattr(lab.pack.loading.checkpoint, "load", read)
     outs = []
     for strength in (0.25, 0.5, 1.0, 0.25):
-        patched = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+        patched = lab.merged(model, lora, strength)
         outs.append(lab.denoise(patched))
         assert patched.model is model.model and patched.clone_base_uuid == model.clone_base_uuid
         assert place() == untouched
@@ -326,7 +324,7 @@ def test_few_step_lora_beside_our_schedule(comfy, lab, network, report):
     """A lightx2v-like file on a stock model: KSampler with turbo_rcm, TurboSampler, and the sigmas it was made for."""
     import nodes
 
-    stock = lab.load("tiny_wan_stock_bf16.safetensors")
+    stock = lab.load(STOCK)
     patched = report(stock, differences(lab, network))[1]
     positive, latent = lab.positive(), lab.latent()
     for model in (patched, lab.quantize(patched), report(lab.quantize(stock), differences(lab, network))[1]):
@@ -345,14 +343,7 @@ def test_few_step_lora_beside_our_schedule(comfy, lab, network, report):
 
 def test_report_on_another_model(comfy, lab, report):
     """What the host reads there acts; nothing is guessed from Wan's names."""
-    config = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64}
-    config |= {"hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
-    config |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True}
-    config = comfy.supported_models.Flux({**config, "txt_ids_dims": []})
-    config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_patcher.CoreModelPatcher(
-        config.get_model({}, ""), load_device=torch.device("cpu"), offload_device="cpu"
-    )
+    model = flux(comfy)
     name = "transformer.single_transformer_blocks.0.attn.to_q"  # a slice of one matrix here
     lora = {f"{name}.lora_A.weight": lab.draw(RANK, 256), f"{name}.lora_B.weight": lab.draw(256, RANK)}
     lora |= {"transformer.blocks.0.attn1.to_q.lora_A.weight": lab.draw(RANK, 256)}

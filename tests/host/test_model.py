@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.comfyui import load_pack
 from turbo_core import checkpoint
 from turbo_core.wan import WanModel
 
@@ -84,7 +85,7 @@ def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, nam
     if kind == "row":
         path = str(tmp_path / "row.safetensors")
         checkpoint.convert(lab.path(f"{name}.pth"), path, "int8_row")
-    model = lab.attention(lab.pack.loading.load_turbo_model(path))
+    model = lab.attention(lab.load(path))
     a = lab.denoise(model, concat=concat)
     b = standalone(path, 0.3, lab.inputs(concat=concat))
     unquantized = lab.denoise(lab.attention(lab.load(f"{name}.pth")), concat=concat)
@@ -97,7 +98,7 @@ def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, nam
 def test_quantized_sla_in_the_host_as_it_is(lab, name, concat):
     """With the host's own float32 timestep angles, 6e-6 off, which int8 rounding in random weights amplifies."""
     path = lab.path(f"{name}-quant.pth")
-    ours = lab.denoise(lab.attention(lab.pack.loading.load_turbo_model(path)), concat=concat)
+    ours = lab.denoise(lab.attention(lab.load(path)), concat=concat)
     distance = lab.distance(ours, standalone(path, 0.3, lab.inputs(concat=concat)))
     print("quantized sla, host as it is", name, distance)
     assert distance < 2e-2
@@ -140,21 +141,6 @@ def test_stock_model_is_dense_without_a_node(comfy, lab):
     ours = lab.load("tiny_wan_stock_bf16.safetensors")
     theirs = comfy.sd.load_diffusion_model(lab.path("tiny_wan_stock_bf16.safetensors"))
     assert torch.equal(lab.denoise(ours), lab.denoise(theirs))
-
-
-@pytest.fixture
-def sparse_calls(lab, monkeypatch):
-    """[(block, tokens)] of each sparse attention, in order; blocks are known by their order of evaluation."""
-    calls = []
-    for module in (lab.pack.blocks, lab.pack.attention):
-        real = module.sparse_linear_attention
-
-        def counted(q, *args, real=real, **kwargs):
-            calls.append(q.shape[1])
-            return real(q, *args, **kwargs)
-
-        monkeypatch.setattr(module, "sparse_linear_attention", counted)
-    return calls
 
 
 MODELS = [f"{T2V}.pth", "tiny_wan_stock_bf16.safetensors"]
@@ -215,7 +201,7 @@ def test_settings_belong_to_a_clone(lab):
     a, b = lab.denoise(low), lab.denoise(high)
     assert not torch.equal(a, b)
     assert torch.equal(lab.denoise(low), a) and torch.equal(lab.denoise(base), before)
-    assert lab.pack.blocks.OPTIONS not in base.model_options["transformer_options"]
+    assert lab.pack.settings.OPTIONS not in base.model_options["transformer_options"]
     again = lab.attention(low, 0.9)
     assert torch.equal(lab.denoise(again), b) and torch.equal(lab.denoise(low), a)
 
@@ -307,7 +293,7 @@ def test_other_dtypes_fall_back_with_one_line(lab, sparse_calls, caplog):
     assert len([r for r in caplog.records if "float64" in r.getMessage()]) == 1
 
 
-def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
+def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
     """Someone has the pack twice in custom_nodes: models of either copy run, quantize, save and load in the other."""
     import asyncio
     import importlib
@@ -319,7 +305,7 @@ def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     shutil.copy(root / "__init__.py", copy)
     for part in ("nodes", "turbo_core", "kernels"):
         shutil.copytree(root / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    second = lab.pack.load_pack(copy, "custom_nodes_second_TurboWan")
+    second = load_pack(copy, "custom_nodes_second_TurboWan")
     nodes = asyncio.run(asyncio.run(second.comfy_entrypoint()).get_node_list())
     nodes = {node.GET_SCHEMA().node_id: node for node in nodes}
     loader = importlib.import_module("custom_nodes_second_TurboWan.nodes.host.loading")
@@ -335,13 +321,11 @@ def test_two_copies_of_the_pack_side_by_side(comfy, lab, tmp_path):
     assert torch.equal(lab.denoise(both), expected)
     assert torch.equal(lab.turbo(both), lab.turbo(other))
     # files of one, loaded by the other; LoRA merging goes through the layout that was registered last
-    for network, load in ((first, loader.load_turbo_model), (other, lab.pack.loading.load_turbo_model)):
+    for network, load in ((first, loader.load_turbo_model), (other, lab.load)):
         path = tmp_path / "saved.safetensors"
         lab.pack.saving.save_model(network, str(path))
         assert lab.distance(lab.denoise(load(str(path))), expected) < 5e-3
-    layer = "diffusion_model.blocks.0.ffn.0"
-    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4) * 0.02}
-    changed = [lab.denoise(comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0)[0]) for m in (first, other)]
+    changed = [lab.denoise(lab.merged(m, lab.lora(m))) for m in (first, other)]
     assert torch.equal(*changed) and not torch.equal(changed[0], expected)
     assert torch.equal(lab.denoise(first), expected)
 

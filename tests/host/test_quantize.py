@@ -3,53 +3,40 @@
 import pytest
 import torch
 
+from tests.helpers.lab import LINEAR, PROJ_L, QUANT, STOCK, T2V
 from turbo_core import checkpoint
 from turbo_core.int8 import quantize_block, quantize_rows
 
-LAYER = "blocks.0.ffn.0"
-KEY = f"diffusion_model.{LAYER}"
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+LAYER = LINEAR.removeprefix("diffusion_model.")
 
 
 @pytest.fixture
-def with_lora(comfy, lab):
-    def add(model, layer=KEY, strength=1.0, seed=0):
-        weight = comfy.utils.get_attr(model.model, f"{layer}.weight")
-        rows, cols = weight.shape
-        lora = {
-            f"{layer}.lora_A.weight": lab.draw(4, cols, seed=seed) * cols**-0.5,
-            f"{layer}.lora_B.weight": lab.draw(rows, 4, seed=seed + 1) * 0.3,
-        }
-        return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0], lora
-
-    return add
+def with_lora(lab):
+    return lambda model: lab.merged(model, lab.lora(model))
 
 
 @pytest.mark.parametrize(("kind", "format"), [("block", "int8_block"), ("row", "int8_row")])
 def test_equals_turbo_core_quantize(lab, tmp_path, kind, format):
     """The node and `turbo-core quantize` write the same bits."""
     target = tmp_path / "quantized.safetensors"
-    checkpoint.quantize(lab.path("TinyWan2.1-T2V.pth"), target, format)
-    theirs = lab.pack.loading.load_turbo_model(str(target))
-    assert same(lab.weights(lab.quantize(lab.load(), kind)), lab.weights(theirs))
+    checkpoint.quantize(lab.path(T2V), target, format)
+    theirs = lab.load(target)
+    assert lab.same(lab.weights(lab.quantize(lab.load(), kind)), lab.weights(theirs))
 
 
 def test_equals_the_published_file(lab):
-    assert same(lab.weights(lab.quantize(lab.load())), lab.weights(lab.load("TinyWan2.1-T2V-quant.pth")))
+    assert lab.same(lab.weights(lab.quantize(lab.load())), lab.weights(lab.load(QUANT)))
 
 
 @pytest.mark.parametrize("kind", ["block", "row"])
-@pytest.mark.parametrize("name", ["TinyWan2.1-T2V.pth", "tiny_wan_stock_bf16.safetensors"])
+@pytest.mark.parametrize("name", [T2V, STOCK])
 def test_source_is_untouched(lab, name, kind):
     model = lab.load(name)
     before, weights = lab.denoise(model), lab.weights(model)
     quantized = lab.quantize(model, kind)
     after = lab.denoise(quantized)
     assert 2e-3 < lab.distance(after, before) < 0.1
-    assert same(lab.weights(model), weights) and torch.equal(lab.denoise(model), before)
+    assert lab.same(lab.weights(model), weights) and torch.equal(lab.denoise(model), before)
     assert torch.equal(lab.denoise(quantized), after)
 
 
@@ -81,9 +68,10 @@ def test_layers_and_skipped_blocks(lab):
 def test_lora_before_is_baked_in(lab, with_lora, kind, quantize):
     """From the exact sum in float32, rounded once."""
     model = lab.load()
-    patched, lora = with_lora(model, strength=0.7)
+    lora = lab.lora(model)
+    patched = lab.merged(model, lora, 0.7)
     weight = lab.weights(model)[f"{LAYER}.weight"]
-    expected = weight + 0.7 * (lora[f"{KEY}.lora_B.weight"] @ lora[f"{KEY}.lora_A.weight"])
+    expected = weight + 0.7 * (lora[f"{LINEAR}.lora_B.weight"] @ lora[f"{LINEAR}.lora_A.weight"])
     quantized = lab.quantize(patched, kind)
     assert not quantized.patches
     got = lab.weights(quantized)
@@ -91,52 +79,52 @@ def test_lora_before_is_baked_in(lab, with_lora, kind, quantize):
     assert (got[f"{LAYER}.weight"].int() - weight_q.int()).abs().max() <= 1
     torch.testing.assert_close(got[f"{LAYER}.weight_scale"], scale)
     other = {k: v for k, v in lab.weights(lab.quantize(model, kind)).items() if LAYER not in k}
-    assert same({k: got[k] for k in other}, other)
+    assert lab.same({k: got[k] for k in other}, other)
 
 
 def test_lora_on_layers_that_stay_float_stays_a_lora(lab, with_lora):
     """proj_l, and blocks that are skipped: still removable and part of the result."""
     for layer, settings in [
-        ("diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l", {}),
-        (KEY, {"skip_blocks": "0"}),
+        (PROJ_L, {}),
+        (LINEAR, {"skip_blocks": "0"}),
     ]:
         model = lab.load()
-        patched, _ = with_lora(model, layer)
+        patched = lab.merged(model, lab.lora(model, layer))
         quantized = lab.quantize(patched, **settings)
         assert list(quantized.patches) == [f"{layer}.weight"]
         plain = lab.quantize(model, **settings)
         assert lab.distance(lab.denoise(quantized), lab.denoise(plain)) > 1e-3
-        assert same(lab.weights(plain), lab.weights(lab.quantize(model, **settings)))
+        assert lab.same(lab.weights(plain), lab.weights(lab.quantize(model, **settings)))
 
 
 @pytest.mark.parametrize("kind", ["block", "row"])
 def test_lora_before_and_after_are_near(lab, with_lora, kind):
     model = lab.load()
     plain = lab.denoise(lab.quantize(model, kind))
-    before = lab.denoise(lab.quantize(with_lora(model)[0], kind))
-    after = lab.denoise(with_lora(lab.quantize(model, kind))[0])
+    before = lab.denoise(lab.quantize(with_lora(model), kind))
+    after = lab.denoise(with_lora(lab.quantize(model, kind)))
     print("before / after", kind, lab.distance(before, after), lab.distance(before, plain))
     assert lab.distance(before, plain) > 0.1
     assert lab.distance(before, after) < 0.03
 
 
 def test_same_format_again_keeps_every_bit(lab, with_lora):
-    model = lab.load("TinyWan2.1-T2V-quant.pth")
+    model = lab.load(QUANT)
     weights = lab.weights(model)
-    assert same(lab.weights(lab.quantize(model)), weights)
+    assert lab.same(lab.weights(lab.quantize(model)), weights)
     # also while another clone's LoRA is merged into the shared weights
-    lab.loaded(with_lora(model)[0])
-    assert not same(lab.weights(model), weights)
-    assert same(lab.weights(lab.quantize(model)), weights)
-    assert same(lab.weights(lab.quantize(model, skip_blocks="0")), weights)
+    lab.loaded(with_lora(model))
+    assert not lab.same(lab.weights(model), weights)
+    assert lab.same(lab.weights(lab.quantize(model)), weights)
+    assert lab.same(lab.weights(lab.quantize(model, skip_blocks="0")), weights)
 
 
 def test_other_format_and_lora_on_a_quantized_file(lab, with_lora):
-    model = lab.load("TinyWan2.1-T2V-quant.pth")
+    model = lab.load(QUANT)
     row = lab.quantize(model, "row")
     assert lab.weights(row)[f"{LAYER}.weight_scale"].shape == (512, 1)
     assert lab.distance(lab.denoise(row), lab.denoise(lab.load())) < 0.05
-    baked = lab.quantize(with_lora(model)[0])
+    baked = lab.quantize(with_lora(model))
     changed = [k for k, v in lab.weights(baked).items() if not torch.equal(v, lab.weights(model)[k])]
     assert sorted(changed) == [f"{LAYER}.weight", f"{LAYER}.weight_scale"]
 
@@ -145,13 +133,13 @@ def test_quantizing_a_clone_while_a_lora_is_merged(lab, with_lora):
     """Clones share weights: what one has merged must not get into what the other quantizes."""
     model = lab.load()
     clean = lab.weights(lab.quantize(model))
-    patched, _ = with_lora(model)
+    patched = lab.merged(model, lab.lora(model))
     lab.loaded(patched)
-    assert same(lab.weights(lab.quantize(model)), clean)
-    assert not same(lab.weights(lab.quantize(patched)), clean)
+    assert lab.same(lab.weights(lab.quantize(model)), clean)
+    assert not lab.same(lab.weights(lab.quantize(patched)), clean)
 
 
-@pytest.mark.parametrize("name", ["TinyWan2.1-T2V.pth", "tiny_wan_stock_bf16.safetensors"])
+@pytest.mark.parametrize("name", [T2V, STOCK])
 def test_order_with_the_attention_node_does_not_matter(lab, name):
     model = lab.load(name)
     settings = {"topk": 0.4, "dense_blocks": "1"}
@@ -204,12 +192,12 @@ def test_source_can_go(comfy, lab):
 
 def test_hosts_factory_makes_the_same_model_again(lab, with_lora):
     """The host reloads a MODEL through cached_patcher_init, on a second GPU or without dynamic VRAM."""
-    patched, _ = with_lora(lab.load())
+    patched = with_lora(lab.load())
     quantized = lab.quantize(patched)
     for model in (lab.load(), quantized):
         factory, arguments = model.cached_patcher_init
         again = factory(*arguments, disable_dynamic=True)
-        assert same(lab.weights(again), lab.weights(model))
+        assert lab.same(lab.weights(again), lab.weights(model))
     copy = quantized.deepclone_multigpu(new_load_device=quantized.load_device)
     assert copy.model is not quantized.model
     assert torch.equal(lab.denoise(copy), lab.denoise(quantized))
@@ -217,8 +205,7 @@ def test_hosts_factory_makes_the_same_model_again(lab, with_lora):
 
 def test_what_is_tied_to_the_old_network_is_refused(comfy, lab):
     """A compiled network, a bypass LoRA, patched layers: silently left out, the result would be another one."""
-    lora = {f"{KEY}.lora_A.weight": lab.draw(4, 256), f"{KEY}.lora_B.weight": lab.draw(512, 4)}
-    bypassed = comfy.sd.load_bypass_lora_for_models(lab.load(), None, lora, 1.0, 0)[0]
+    bypassed = lab.bypassed(lab.load(), lab.lora(lab.load()))
     patched = lab.load()
     patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", lambda *args, **kwargs: None)
     compiled = lab.load()
@@ -233,7 +220,7 @@ def test_interrupt_while_quantizing(comfy, lab):
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         lab.quantize(model)
-    assert same(lab.weights(lab.quantize(model)), lab.weights(lab.load("TinyWan2.1-T2V-quant.pth")))
+    assert lab.same(lab.weights(lab.quantize(model)), lab.weights(lab.load(QUANT)))
 
 
 def test_every_int8_layer_multiplies_in_int8(lab, monkeypatch):

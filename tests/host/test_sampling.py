@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-T2V, HIGH, LOW = "TinyWan2.1-T2V.pth", "TinyWan2.2-I2V-high.pth", "TinyWan2.2-I2V-low.pth"
+from tests.helpers.lab import HIGH, LOW, QUANT, T2V
+
 SIGMAS_80 = [0.9876543, 0.9337806, 0.8528947, 0.6089787, 0.0]
 SMALL = (1, 16, 2, 8, 10)  # 40 tokens: sampling itself is under test here
 
@@ -115,7 +116,7 @@ def test_sigma_max_survives_quantizing_and_a_sampling_node(lab, experts, image, 
     lab.turbo(shifted, lab.latent(SMALL), steps=1, positive=image)
     assert seen == pytest.approx([0.995025] * 2, abs=1e-6)
     with caplog.at_level("INFO"):
-        lab.pack.blocks._logged.clear()
+        lab.pack.settings.log_once.cache_clear()
         ksample(lab, shifted, steps=1, positive=image)
     assert seen[-1] == pytest.approx(SIGMAS_80[0]) and "TurboScheduler" in caplog.text
 
@@ -212,15 +213,13 @@ def test_mask_with_two_different_experts(lab, experts, image):
     assert lab.difference(out, plain) > 0.05
 
 
-def test_each_expert_keeps_its_own_settings(comfy, lab, experts, image):
+def test_each_expert_keeps_its_own_settings(lab, experts, image):
     """Attention settings and LoRA of one expert do not reach the other, and are gone afterwards."""
     high, low = experts
     latent = lab.latent((1, 16, 2, 16, 18))  # 144 tokens: three key blocks to choose from
     run = lambda a, b: lab.turbo(a, latent, model_low=b, mode="ODE", steps=3, positive=image)  # noqa: E731
     plain = run(high, low)
-    layer = "diffusion_model.blocks.0.ffn.0"
-    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1) * 0.05}
-    with_lora = comfy.sd.load_lora_for_models(low, None, lora, 1.0, 0)[0]
+    with_lora = lab.merged(low, lab.lora(low, scale=0.8))
     results = [plain, run(lab.attention(high, 0.9), low), run(high, lab.attention(low, 0.9)), run(high, with_lora)]
     results.append(run(lab.attention(high, 0.9), with_lora))
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
@@ -295,7 +294,7 @@ def test_interrupt_stops_within_a_step(comfy, lab, experts, image, when):
 
 
 def test_interrupt_inside_a_quantized_block(comfy, lab):
-    model = lab.load("TinyWan2.1-T2V-quant.pth")
+    model = lab.load(QUANT)
     expected = lab.turbo(model, lab.latent(SMALL))
     victim = model.clone()
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-NAMES = ["TinyWan2.1-T2V.pth", "TinyWan2.1-T2V-quant.pth", "TinyWan2.2-I2V-high.pth", "TinyWan2.2-I2V-high-quant.pth"]
+from tests.helpers.lab import HIGH, QUANT, STOCK, T2V
+
+NAMES = [T2V, QUANT, HIGH, "TinyWan2.2-I2V-high-quant.pth"]
 
 
 @pytest.fixture(params=["ModelSave", "TurboSave"])
@@ -28,34 +30,30 @@ def saved(request, comfy, lab, tmp_path, monkeypatch):
     return save
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_save_and_reload_is_bit_exact(lab, saved, name):
     model = lab.load(name)
     concat = 20 if "I2V" in name else 0
     expected, weights = lab.denoise(model, concat=concat), lab.weights(model)
-    again = lab.pack.loading.load_turbo_model(saved(model))
-    assert same(lab.weights(again), weights)
+    again = lab.load(saved(model))
+    assert lab.same(lab.weights(again), weights)
     assert torch.equal(lab.denoise(again, concat=concat), expected)
-    twice = lab.pack.loading.load_turbo_model(saved(again))
-    assert same(lab.weights(twice), weights)
+    twice = lab.load(saved(again))
+    assert lab.same(lab.weights(twice), weights)
 
 
 @pytest.mark.parametrize("kind", ["block", "row"])
 def test_quantize_save_reload_is_bit_exact(lab, saved, kind):
     model = lab.quantize(lab.load(), kind, layers="feed-forward", skip_blocks="0")
-    again = lab.pack.loading.load_turbo_model(saved(model))
-    assert same(lab.weights(again), lab.weights(model))
+    again = lab.load(saved(model))
+    assert lab.same(lab.weights(again), lab.weights(model))
     assert again.get_attachment(lab.pack.loading.SOURCE).format == "mixed"
     # the file's tensors are used where they lie, aligned otherwise, and float32 products may round otherwise
     assert lab.distance(lab.denoise(again), lab.denoise(model)) < 5e-3
 
 
 def test_row_file_of_a_stock_model_loads_in_the_stock_loader(comfy, lab, saved):
-    model = lab.quantize(lab.load("tiny_wan_stock_bf16.safetensors"), "row")
+    model = lab.quantize(lab.load(STOCK), "row")
     expected = lab.denoise(model)
     path = saved(model)
     config = {"transformer": {"num_heads": 2, "text_dim": 64}}  # ModelSave does not write it; real sizes need none
@@ -75,40 +73,34 @@ def test_saved_block_format_says_what_it_is(lab, saved):
 
 
 @pytest.mark.parametrize("kind", ["float", "block", "row"])
-def test_saving_bakes_a_lora_in(comfy, lab, saved, kind):
+def test_saving_bakes_a_lora_in(lab, saved, kind):
     model = lab.load() if kind == "float" else lab.quantize(lab.load(), kind)
-    layer = "diffusion_model.blocks.0.ffn.0"
-    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1) * 0.02}
-    with_lora = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    with_lora = lab.merged(model, lab.lora(model))
     expected = lab.denoise(with_lora)
-    again = lab.pack.loading.load_turbo_model(saved(with_lora))
+    again = lab.load(saved(with_lora))
     assert torch.equal(lab.denoise(again), expected)
     assert lab.distance(expected, lab.denoise(model)) > 0.01
 
 
 @pytest.mark.parametrize("state", ["never loaded", "low memory", "another LoRA merged"])
 @pytest.mark.parametrize("kind", ["block", "row"])
-def test_turbo_save_does_not_depend_on_what_is_loaded(comfy, lab, tmp_path, kind, state):
+def test_turbo_save_does_not_depend_on_what_is_loaded(lab, tmp_path, kind, state):
     """ModelSave of 0.33 refuses int8 weights that do not lie on the device, which they never do with dynamic VRAM."""
     model = lab.quantize(lab.load(), kind)
     weights = lab.weights(model)
-    layer = "diffusion_model.blocks.0.ffn.0"
-    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1)}
     if state == "low memory":
         model.patch_model(device_to=model.load_device, lowvram_model_memory=1)
     if state == "another LoRA merged":
-        lab.loaded(comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0])
-        assert not same(lab.weights(model), weights)
+        lab.loaded(lab.merged(model, lab.lora(model)))
+        assert not lab.same(lab.weights(model), weights)
     path = str(tmp_path / "saved.safetensors")
     lab.pack.saving.save_model(model, path)
-    assert same(lab.weights(lab.pack.loading.load_turbo_model(path)), weights)
+    assert lab.same(lab.weights(lab.load(path)), weights)
 
 
-def test_turbo_save_refuses_a_bypass_lora(comfy, lab, tmp_path):
+def test_turbo_save_refuses_a_bypass_lora(lab, tmp_path):
     """It lives in the layers' forward, not in the weights: leaving it out would be silent."""
-    layer = "diffusion_model.blocks.0.ffn.0"
-    lora = {f"{layer}.lora_A.weight": lab.draw(4, 256), f"{layer}.lora_B.weight": lab.draw(512, 4, seed=1)}
-    model = comfy.sd.load_bypass_lora_for_models(lab.load(), None, lora, 1.0, 0)[0]
+    model = lab.bypassed(lab.load(), lab.lora(lab.load()))
     with pytest.raises(ValueError, match="bypass"):
         lab.pack.saving.save_model(model, str(tmp_path / "saved.safetensors"))
     assert not list(tmp_path.iterdir())

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.host import server as host
-from tests.host import soak
-from tests.host.conftest import find_comfyui
-from tests.host.soak_prompts import KINDS, SMALL, schedule
+from tests.helpers import comfyui as host
+from tests.helpers.comfyui import find_comfyui
+from tests.tools import soak
+from tests.tools.soak_prompts import KINDS, SMALL, schedule
 
 pytestmark = pytest.mark.host
 MODEL = 9e6  # bytes of the smallest network of the family as it is in memory

@@ -1,6 +1,5 @@
 """The stopwatch of a run: each step by itself, the rest beside them; and text that reaches the page."""
 
-import importlib
 import re
 import time
 import types
@@ -11,7 +10,7 @@ import torch
 
 @pytest.fixture
 def stages(pack):
-    return importlib.import_module(f"{pack.name}.nodes.host.stages").Stages(torch.device("cpu"))
+    return pack.part("nodes.reports.stages").Stages(torch.device("cpu"))
 
 
 def test_steps_are_timed_one_by_one_and_what_lies_between_is_not(stages, monkeypatch):
@@ -30,7 +29,7 @@ def test_peak_is_that_of_the_process_without_a_card(stages):
 
 
 def test_text_goes_to_the_node_that_runs(pack, monkeypatch):
-    module = importlib.import_module(f"{pack.name}.nodes.reports.show")
+    module = pack.part("nodes.reports.show")
     sent = []
     instance = types.SimpleNamespace(send_progress_text=lambda text, node: sent.append((text, node)))
     monkeypatch.setattr(module, "PromptServer", types.SimpleNamespace(instance=instance))

@@ -29,7 +29,7 @@ def test_the_vae_in_the_hosts_loader(comfy, family):
 
 
 def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family):
-    clip = pack.text_encoder.load_text_encoder(str(family / FILES["text"]))
+    clip = pack.loading.load_text_encoder(str(family / FILES["text"]))
     scenes = world.random_scenes(6, torch.Generator().manual_seed(0))
     means = []
     for wording in (0, 100):
@@ -45,7 +45,7 @@ def test_the_transformer(lab, pack, family, name):
     path = family / (FILES | PAIR)[name]
     state, described = checkpoint.load(path)
     model = WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads)
-    host = lab.dense(pack.loading.load_turbo_model(str(path), torch.float32))
+    host = lab.dense(lab.load(str(path), torch.float32))
     given = lab.inputs((1, 16, 3, 16, 16), sigma=0.7, concat=described.in_dim - 16)
     context = torch.nn.functional.pad(given["c_crossattn"], (0, 0, 0, 512 - given["c_crossattn"].shape[1]))
     given["c_crossattn"] = context

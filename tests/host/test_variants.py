@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.lab import flux
 from turbo_core.wan import QUANTIZED_LINEARS
 
 SIZES = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": 64}
@@ -130,7 +131,7 @@ def stock(lab, state, tmp_path):
         config = json.dumps({"transformer": config | STATED.get(name, {})})
         path = tmp_path / f"{name}.safetensors"
         save_file({k: v.to(dtype) for k, v in state(name).items()}, path, {"config": config})
-        return lab.pack.loading.load_turbo_model(str(path))
+        return lab.load(path)
 
     return load
 
@@ -145,14 +146,10 @@ def evaluate(lab, model, name, sigma=0.9):
     return lab.loaded(model).apply_model(**given, **extra, transformer_options=options)
 
 
-def with_lora(comfy, lab, model, layers=("blocks.0.ffn.0", "blocks.1.self_attn.v"), scale=0.3):
+def with_lora(lab, model, scale=0.3):
     """A LoRA on layers that every variant has."""
-    lora = {}
-    for seed, layer in enumerate(layers):
-        rows, cols = model.model.diffusion_model.get_submodule(layer).weight.shape
-        lora[f"diffusion_model.{layer}.lora_A.weight"] = lab.draw(4, cols, seed=seed) * cols**-0.5
-        lora[f"diffusion_model.{layer}.lora_B.weight"] = lab.draw(rows, 4, seed=seed + 9) * scale
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    layers = "diffusion_model.blocks.0.ffn.0", "diffusion_model.blocks.1.self_attn.v"
+    return lab.merged(model, lab.lora(model, *layers, scale=scale))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -163,11 +160,11 @@ def test_quantized_variant(comfy, lab, stock, tmp_path, name):
     for kind in ("block", "row"):
         quantized = lab.quantize(model, kind)
         out, weights = evaluate(lab, quantized, name), lab.weights(quantized)
-        before = evaluate(lab, lab.quantize(with_lora(comfy, lab, model), kind), name)
-        after = evaluate(lab, with_lora(comfy, lab, quantized), name)
+        before = evaluate(lab, lab.quantize(with_lora(lab, model), kind), name)
+        after = evaluate(lab, with_lora(lab, quantized), name)
         path = str(tmp_path / f"{kind}.safetensors")
         lab.pack.saving.save_model(quantized, path)
-        again = lab.pack.loading.load_turbo_model(path)
+        again = lab.load(path)
         error, lora = lab.distance(out, dense), lab.distance(before, out)
         order = lab.distance(after, before)
         print(f"{name}, {kind}: error {error:.4f}, a LoRA {lora:.3f}, before or after {order:.4f}")
@@ -176,8 +173,7 @@ def test_quantized_variant(comfy, lab, stock, tmp_path, name):
         int8 = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.dtype == torch.int8}
         assert int8 == expected_layers(name)
         assert type(again.model) is type(model.model)
-        assert lab.weights(again).keys() == weights.keys()
-        assert all(torch.equal(tensor, weights[key]) for key, tensor in lab.weights(again).items())
+        assert lab.same(lab.weights(again), weights)
     assert torch.equal(evaluate(lab, model, name), dense), "the source is as it was"
 
 
@@ -188,16 +184,12 @@ def expected_layers(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_sparse_variant(lab, stock, monkeypatch, name):
+def test_sparse_variant(lab, stock, sparse_calls, name):
     """Self-attention, all of it and nothing else, goes through the sparse path; keeping every block changes nothing."""
-    calls, real = [], lab.pack.override.sparse_linear_attention
-    monkeypatch.setattr(
-        lab.pack.attention, "sparse_linear_attention", lambda q, *a, **kw: calls.append(q.shape[1]) or real(q, *a, **kw)
-    )
     model = stock(name)
     dense = evaluate(lab, model, name)
     all_kept = evaluate(lab, lab.attention(model, 1.0), name)
-    tokens = calls[:]
+    tokens = sparse_calls[:]
     sparse = evaluate(lab, lab.attention(lab.quantize(model), 0.5, "int8"), name)
     print(f"{name}: tokens {tokens}, top-k 0.5 in int8 {lab.distance(sparse, dense):.4f}")
     # VACE attends in its own blocks too, for each of the two contexts; Animate-2 in the branch of the pose only
@@ -254,7 +246,7 @@ def test_quantizing_every_stored_format(comfy, lab, state, tmp_path, name, kept)
         assert model.model.diffusion_model.blocks[0].ffn[0].weight.dtype == options["dtype"]
     before = evaluate(lab, model, "T2V")
     for kind in ("block", "row"):
-        quantized = lab.quantize(with_lora(comfy, lab, model, scale=0.01), kind)
+        quantized = lab.quantize(with_lora(lab, model, scale=0.01), kind)
         error = lab.distance(evaluate(lab, quantized, "T2V"), before)
         print(f"{name}, {kind}: {error:.4f}")
         assert 2e-3 < error < 0.03
@@ -328,18 +320,13 @@ def test_autoregressive_sampling(lab, stock):
     assert 2e-3 < lab.distance(evaluate_blocks(lab.quantize(model)), dense) < 0.03
 
 
-@pytest.fixture
-def flux(comfy, lab):
-    """A small Flux, which the host cannot tell from its weights alone at this size."""
-    config = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64}
-    config |= {"hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
-    config |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True}
-    config = comfy.supported_models.Flux({**config, "txt_ids_dims": []})
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
+@pytest.fixture(name="flux")
+def flux_with_weights(comfy):
+    patcher = flux(comfy)
+    model = patcher.model
     state = model.diffusion_model.state_dict()
     model.diffusion_model.load_state_dict({k: _random(k, v.shape, i).float() for i, (k, v) in enumerate(state.items())})
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=torch.device("cpu"), offload_device="cpu")
+    return patcher
 
 
 def flux_output(lab, model):
@@ -369,7 +356,7 @@ def test_another_model_by_pattern(comfy, lab, flux, kind):
     out = flux_output(lab, quantized)
     print("Flux", kind, lab.distance(out, before))
     assert 2e-3 < lab.distance(out, before) < 0.04
-    patched = with_lora(comfy, lab, quantized, ["double_blocks.0.img_mlp.0"])
+    patched = lab.merged(quantized, lab.lora(quantized, "diffusion_model.double_blocks.0.img_mlp.0"))
     assert lab.distance(flux_output(lab, patched), out) > 0.02
     assert torch.equal(flux_output(lab, quantized), out)
     assert torch.equal(flux_output(lab, flux), before)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import workflow_api
-from tests.host import server as host
-from tests.host.conftest import find_comfyui
+from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
+from tests.helpers.comfyui import find_comfyui
 from tests.page import stub
 
 ARGUMENTS = (

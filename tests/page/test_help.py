@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 
 from tests.page.conftest import READY
-from tests.record_schemas import read
+from tests.tools.record_schemas import read
 
 pytestmark = pytest.mark.page
 

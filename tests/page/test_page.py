@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-from tests import workflow_api
-from tests.host import server as host
+from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
 
 pytestmark = pytest.mark.page
 

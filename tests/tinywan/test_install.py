@@ -38,7 +38,7 @@ def test_bad_input_names_the_cure(tmp_path, monkeypatch):
 
 
 def test_the_demo_needs_no_random_family(tmp_path):
-    from tests.host.server import make_base
+    from tests.helpers.comfyui import make_base
 
     base = make_base(tmp_path / "base")
     assert (base / "models" / "vae" / tinywan.FILES["vae"]).is_file()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests import workflow_api
+from tests.helpers import workflow_api
 from turbo_core.cli import main
 
 NAMES = workflow_api.names()

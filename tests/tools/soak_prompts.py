@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from tests.host.server import LORAS
+from tests.helpers.comfyui import LORAS
 
 KINDS = ("t2v_ksampler", "t2v_turbo", "i2v_experts", "quantize_stock")
 TEXT = "A red circle drifts slowly across a calm blue sea at sunset."

@@ -10,7 +10,7 @@ import pytest
 
 import turbo_core.kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUMERICS = ["errors", "schedule", "sampler", "int8", "sla", "wan", "kernels"]
 
 

@@ -1,4 +1,4 @@
-"""Many runs in one ComfyUI: `python -m tests.host.soak [--runs 200]`.
+"""Many runs in one ComfyUI: `python -m tests.tools.soak [--runs 200]`.
 
 One server, prompts of every kind in turn, interrupts at random steps. Looked at: failures, resident memory of the
 server after each run, and whether each latent and frame is bit for bit what a fresh process makes of the same prompt.
@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.host import server as host
-from tests.host.conftest import PACK, find_comfyui
-from tests.host.soak_prompts import prompt, schedule
+from tests.helpers import comfyui as host
+from tests.helpers.comfyui import PACK, find_comfyui
+from tests.tools.soak_prompts import prompt, schedule
 
 RESULTS = PACK / "benchmarks" / "results" / "cpu"
 WARM_UP = 30  # runs: every kind was there three times, every node of the host imported what it needs
@@ -180,7 +180,7 @@ def main():
     if comfyui is None:
         sys.exit("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).")
     from tests.helpers.tiny_family import make_tiny
-    from tests.host.soak_plot import plot
+    from tests.tools.soak_plot import plot
 
     jobs, warm_up = schedule(args.runs, args.seed), min(WARM_UP, args.runs // 3)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
-"""A real ComfyUI server on the CPU with this pack in custom_nodes, and a client for its HTTP and websocket sides."""
+"""ComfyUI for tests: where it lies, the pack as it loads it, a server on the CPU and a client for it."""
 
 import asyncio
+import importlib.util
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PACK = HERE.parent.parent
+PACK = HERE.parents[1]
 PARTS = ("__init__.py", "pyproject.toml", "nodes", "turbo_core", "kernels", "workflows", "web", "locales")
 FINAL = {"execution_success", "execution_error", "execution_interrupted"}
 PREVIEW = 1  # type of the binary messages that carry a preview image
@@ -80,9 +81,36 @@ class Run:
         return [path for path in paths if path.suffix == ".mp4"]
 
 
+def find_comfyui():
+    """The folder of a ComfyUI, or None; run.py looks in the same places."""
+    candidates = [os.environ.get("COMFYUI_DIR"), PACK.parent.parent, Path.home() / "ComfyUI"]
+    return next((Path(c) for c in candidates if c and (Path(c) / "comfyui_version.py").is_file()), None)
+
+
+def lacks():
+    """Why nothing here can run in a ComfyUI, or None."""
+    if find_comfyui() is None:
+        return "no ComfyUI found: set COMFYUI_DIR"
+    if importlib.util.find_spec("comfy_kitchen") is None or importlib.util.find_spec("aiohttp") is None:
+        return "this Python lacks ComfyUI's requirements: run `python run.py host`"
+    return None
+
+
+def load_pack(folder, name):
+    """Import the pack from `folder` under a name of our choosing, as ComfyUI does; returns the package."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_base(base, tiny=None, copies=("ComfyUI-TurboWan",)):
-    """A ComfyUI base directory: the pack once per name, TinyWan, the random family of a folder `tiny` as
-    published, LoRAs and two pictures."""
+    """A ComfyUI base directory: the pack once per name, TinyWan, LoRAs, two pictures, and the random family of a
+    folder `tiny` under the published names.
+    """
     from turbo_core import tinywan
 
     for name in copies:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "workflows"
-RECORDING = Path(__file__).resolve().parent / "page" / "object_info.json"
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+RECORDING = Path(__file__).resolve().parents[1] / "page" / "object_info.json"
 NOTES = ("MarkdownNote", "Note")  # exist in the page only
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
 GROWING = "COMFY_AUTOGROW_V3"  # as many inputs as are connected, called name.first, name.second ...

@@ -1,6 +1,6 @@
 """Draws the workflows as ComfyUI's page shows them: a picture beside each JSON, and all of them in docs/workflows.jpg.
 
-    python tests/record_workflow_pictures.py http://127.0.0.1:8188 [turbowan_try_it ...]
+    python tests/tools/record_workflow_pictures.py http://127.0.0.1:8188 [turbowan_try_it ...]
 
 Needs a running ComfyUI with this pack and the files that host/server.py puts there, Chromium, Playwright and Pillow.
 Needed when a workflow's face changes.
@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 READY = "window.app && window.app.vueAppReady && window.LiteGraph && window.app.graph?.nodes.length"
 WIDTH, TILE, COLUMNS, GAP, TITLE = 1200, 520, 3, 12, 30
 VIEW = {"width": 2200, "height": 1500}

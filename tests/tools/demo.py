@@ -1,6 +1,6 @@
 """Renders the shipped workflow "try it" in a real ComfyUI with TinyWan, the small trained family.
 
-    python -m tests.host.demo OUTPUT_FOLDER
+    python -m tests.tools.demo OUTPUT_FOLDER
 
 From the repository root. Starts the ComfyUI in COMFYUI_DIR on a free port with this pack, runs the workflow over HTTP,
 writes OUTPUT_FOLDER/comfyui-demo.mp4 and stops it again. Needs no GPU.
@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import workflow_api
-from tests.host import server as host
+from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
 
 WORKFLOW = "turbowan_try_it"
 STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",
@@ -50,7 +50,7 @@ def render(server, output):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.host.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.demo", description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER")
     options = parser.parse_args(arguments)
     comfyui = Path(os.environ.get("COMFYUI_DIR", "")).resolve()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.record_schemas import read
+from tests.tools.record_schemas import read
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 PICTURE_LIMIT = 60_000  # bytes; a help page is opened over slow networks too
 LANGUAGES = "ko", "zh", "ja"
@@ -71,7 +71,7 @@ def test_recorded_english_is_that_of_the_sources():
         assert recorded["description"] == ast.literal_eval(schema["description"])
     written = [_keywords(call).get("tooltip") for _, call in _calls()]
     tooltips = {node.value for node in written if isinstance(node, ast.Constant)}
-    assert tooltips <= set(_texts(EN).values()), "record again: see tests/record_schemas.py"
+    assert tooltips <= set(_texts(EN).values()), "record again: see tests/tools/record_schemas.py"
 
 
 def test_english_keeps_the_names_of_inputs():

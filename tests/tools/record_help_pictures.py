@@ -1,6 +1,6 @@
 """Draws the pictures of the help pages: each node with its neighbours, photographed in ComfyUI's page.
 
-    python tests/record_help_pictures.py http://127.0.0.1:8188 [NodeId ...]
+    python tests/tools/record_help_pictures.py http://127.0.0.1:8188 [NodeId ...]
 
 Needs a running ComfyUI with this pack and the files that host/server.py puts there, Chromium, Playwright and Pillow.
 Needed when a node's face changes. TurboCompare_output is what the node draws for the small family.
@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-IMAGES = Path(__file__).resolve().parent.parent / "web" / "docs" / "images"
+IMAGES = Path(__file__).resolve().parents[2] / "web" / "docs" / "images"
 LIMIT = 60_000  # bytes
 READY = "window.app && window.app.vueAppReady && window.LiteGraph && window.app.graph?.nodes.length"
 

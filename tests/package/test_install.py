@@ -12,7 +12,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 import turbo_core
+from tests.helpers.folders import ODD_NAME, without_rights
 from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint
 from turbo_core.checkpoint import write
@@ -32,9 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest brings it there
 
-ROOT = Path(__file__).resolve().parent.parent
-ODD_NAME = "Мои модели 模型 (1)"
-NOBODY = 65534
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def git(*arguments):
@@ -270,21 +268,6 @@ def test_commands_work_in_a_folder_with_spaces_and_other_scripts(odd, capsys):
     pictures = ["-o", output, "--contact-sheet", sheet]
     assert main(["generate", "--prompt", "корабль", *map(str, [*files, *pictures]), *size]) == 0, capsys.readouterr()
     assert output.stat().st_size > 500 and sheet.stat().st_size > 100
-
-
-@contextmanager
-def without_rights():
-    """As root, rights are not asked for: be somebody else for a while. Windows has no such rights on folders."""
-    if not hasattr(os, "geteuid"):
-        pytest.skip("this system has no read-only folders of this kind")
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.fixture
