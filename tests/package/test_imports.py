@@ -1,3 +1,5 @@
+"""What an import brings and costs, and that each copy of the pack finds its own kernels."""
+
 import importlib
 import importlib.util
 import json
@@ -80,9 +82,6 @@ def test_the_pack_imports_without_torch_and_comfy():
     is_coroutine, wanted = run(PACK_ALONE)
     assert is_coroutine
     assert wanted.startswith("comfy")  # its nodes, and with them the host, are imported on entry only
-
-
-# ---- the bridge to kernels/
 
 
 def test_the_bridge_leads_to_the_folder_beside_turbo_core():
