@@ -2,7 +2,9 @@
 
 import torch
 
-T2V, QUANT, STOCK = "TinyWan2.1-T2V.pth", "TinyWan2.1-T2V-quant.pth", "tiny_wan_stock_bf16.safetensors"
+from tests.helpers import tiny_dits
+
+T2V, QUANT, STOCK = "TinyWan2.1-T2V.pth", "TinyWan2.1-T2V-quant.pth", tiny_dits.STOCK
 HIGH, LOW = "TinyWan2.2-I2V-high.pth", "TinyWan2.2-I2V-low.pth"
 LINEAR = "diffusion_model.blocks.0.ffn.0"  # a linear that the tests change
 PROJ_L = "diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l"
@@ -29,6 +31,10 @@ class Lab:
     def load(self, name=T2V, dtype=None):
         """A fresh MODEL with its own weights from a file of the family, or any path, through TurboLoader's function."""
         return self.pack.loading.load_turbo_model(self.path(name), dtype)
+
+    def as_kind(self, kind):
+        """The text-to-video MODEL with weights in float, or int8 by block or row."""
+        return self.load() if kind == "float" else self.quantize(self.load(), kind)
 
     def attention(self, model, topk=0.3, precision="bf16", **settings):
         return self.pack.nodes["SparseLowBitAttention"].execute(model, topk, precision, **settings)[0]
@@ -123,12 +129,16 @@ class Lab:
         return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def flux(comfy):
-    """A MODEL of another family: a small Flux without weights, which the host cannot tell from weights at this size."""
+def small_flux(comfy):
+    """A MODEL of another family: a small Flux of random weights, which the host cannot tell from its weights alone."""
     config = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64}
     config |= {"hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
     config |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True}
     config = comfy.supported_models.Flux({**config, "txt_ids_dims": []})
     config.set_inference_dtype(torch.float32, None)
-    device = torch.device("cpu")
-    return comfy.model_patcher.CoreModelPatcher(config.get_model({}, ""), load_device=device, offload_device=device)
+    model, device, random = config.get_model({}, ""), torch.device("cpu"), torch.Generator().manual_seed(0)
+    state = model.diffusion_model.state_dict()
+    model.diffusion_model.load_state_dict(
+        {k: tiny_dits.random_weight(k, v.shape, random, 256) for k, v in state.items()}
+    )
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=device)

@@ -54,19 +54,21 @@ def tiny_state_dict(seed: int, sizes: Sizes = TINY, blocks: int = TINY_BLOCKS) -
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in expected_shapes(blocks, True, sizes).items():
-        x = torch.randn(shape, generator=generator)
-        if name.endswith("modulation"):
-            x *= sizes.dim**-0.5
-        elif ".norm" in name:
-            x = x * 0.1 + (1 if name.endswith("weight") else 0)
-        elif name.endswith("bias"):
-            x *= 0.05
-        else:
-            after_activation = name.endswith((".2.weight", "time_projection.1.weight"))
-            x *= (2 if after_activation else 1) * math.prod(shape[1:]) ** -0.5
+        x = random_weight(name, shape, generator, sizes.dim)
         state[name] = x if PROJ_L in name else x.bfloat16()
     state["patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
     return state
+
+
+def random_weight(name, shape, generator, dim):
+    """Random values for a tensor of a Wan network, or one that names its parts like it; float32."""
+    x = torch.randn(shape, generator=generator)
+    if name.endswith("modulation"):
+        return x * dim**-0.5
+    if len(shape) < 2:
+        return x * 0.1 + (1 if name.endswith("weight") else 0) if "norm" in name else x * 0.05
+    after_activation = name.endswith((".2.weight", "time_projection.1.weight"))
+    return x * ((2 if after_activation else 1) * math.prod(shape[1:]) ** -0.5)
 
 
 def _published_quant(state):

@@ -74,6 +74,12 @@ def lab(comfy, pack, tiny):
     return Lab(comfy, pack, tiny)
 
 
+@pytest.fixture(scope="session")
+def network(lab):
+    """Of the text-to-video model, to look at."""
+    return lab.load().model.diffusion_model
+
+
 @pytest.fixture
 def sparse_calls(lab, monkeypatch):
     """How many tokens each sparse attention had, in order."""

@@ -14,7 +14,7 @@ import socket
 import pytest
 import torch
 
-from tests.helpers.lab import HIGH, STOCK, T2V, flux
+from tests.helpers.lab import HIGH, STOCK, T2V, small_flux
 
 SHAPE = (1, 16, 2, 8, 10)
 NAN, BLOCK = math.nan, "block (TurboWan)"
@@ -37,7 +37,7 @@ def _no_network(comfy):
 def given(comfy, lab):
     """Models and inputs that are good, by name; they are shared, as in a graph."""
     with torch.inference_mode():
-        models = {"t2v": lab.load(T2V), "i2v": lab.load(HIGH), "stock": lab.load(STOCK), "flux": flux(comfy)}
+        models = {"t2v": lab.load(T2V), "i2v": lab.load(HIGH), "stock": lab.load(STOCK), "flux": small_flux(comfy)}
     return models | {"positive": lab.positive(), "latent": lab.latent(SHAPE)}
 
 

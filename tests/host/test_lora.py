@@ -25,19 +25,10 @@ def expected_change(lora, layer=LAYER):
     return lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
 
 
-@pytest.fixture
-def base(lab):
-    def load(kind):
-        model = lab.load()
-        return model if kind == "float" else lab.quantize(model, kind)
-
-    return load
-
-
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind, naming):
-    model = base(kind)
+def test_merged_lora_acts_and_comes_off_bit_exactly(comfy, lab, kind, naming):
+    model = lab.as_kind(kind)
     before, weights = lab.denoise(model), lab.weights(model)
     with_lora = lab.merged(model, make_lora(lab, model, naming))
     assert len(with_lora.patches) == len(LINEARS)
@@ -52,9 +43,9 @@ def test_merged_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind, nami
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lowvram_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
+def test_lowvram_lora_acts_and_comes_off_bit_exactly(comfy, lab, kind):
     """Little memory: the host leaves the weights where they are and adds the LoRA at each use."""
-    model = base(kind)
+    model = lab.as_kind(kind)
     before, weights = lab.denoise(model), lab.weights(model)
     with_lora = lab.merged(model, make_lora(lab, model, layers=[*LINEARS, PROJ_L]))
     full = lab.denoise(with_lora)
@@ -73,8 +64,8 @@ def test_lowvram_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
-    model = base(kind)
+def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, kind):
+    model = lab.as_kind(kind)
     before, weights = lab.denoise(model), lab.weights(model)
     # the host runs ffn.2 of a row-quantized model fused with its activation, past the layer and any bypass of it
     lora = make_lora(lab, model, layers=[*LINEARS[: 3 if kind == "row" else 4], PROJ_L])
@@ -90,9 +81,9 @@ def test_bypass_lora_acts_and_comes_off_bit_exactly(comfy, lab, base, kind):
 
 @pytest.mark.parametrize("kind", ["float", "block"])
 @pytest.mark.parametrize("how", ["merged", "bypass"])
-def test_lora_on_proj_l_alone(lab, base, kind, how):
+def test_lora_on_proj_l_alone(lab, kind, how):
     """proj_l is a layer like any other: it takes a LoRA by itself, and both ways agree."""
-    model = base(kind)
+    model = lab.as_kind(kind)
     before = lab.denoise(model)
     lora = make_lora(lab, model, layers=[PROJ_L])
     changed = lab.denoise({"merged": lab.merged, "bypass": lab.bypassed}[how](model, lora))
@@ -106,10 +97,10 @@ def test_lora_on_proj_l_alone(lab, base, kind, how):
     assert torch.equal(lab.denoise(model), before)
 
 
-def test_merged_values_are_the_sum(lab, base):
+def test_merged_values_are_the_sum(lab):
     """On the float model to rounding, on the quantized ones to one quantization step of the layer."""
     for kind in KINDS:
-        model = base(kind)
+        model = lab.as_kind(kind)
         weight = lambda m: m.model.get_submodule(LAYER).weight  # noqa: E731
         before = weight(model)
         scale = before.params.scale.max().item() if kind != "float" else 1e-6
@@ -124,8 +115,8 @@ def test_merged_values_are_the_sum(lab, base):
 
 
 @pytest.mark.parametrize("kind", ["float", "block"])
-def test_two_loras_and_another_strength(lab, base, kind):
-    model = base(kind)
+def test_two_loras_and_another_strength(lab, kind):
+    model = lab.as_kind(kind)
     first, second = make_lora(lab, model), make_lora(lab, model, "kohya", seed=50)
     one = lab.merged(model, first)
     both = lab.merged(one, second)
@@ -139,8 +130,8 @@ def test_two_loras_and_another_strength(lab, base, kind):
     assert off == 0 if kind == "float" else off < 0.03, off  # int8 sums are rounded once more, of nothing too
 
 
-def test_lora_through_the_sampler(lab, base):
-    model = base("block")
+def test_lora_through_the_sampler(lab):
+    model = lab.as_kind("block")
     before = lab.turbo(model, steps=2)
     with_lora = lab.merged(model, make_lora(lab, model))
     assert lab.distance(lab.turbo(with_lora, steps=2), before) > 0.05

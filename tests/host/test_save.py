@@ -74,7 +74,7 @@ def test_saved_block_format_says_what_it_is(lab, saved):
 
 @pytest.mark.parametrize("kind", ["float", "block", "row"])
 def test_saving_bakes_a_lora_in(lab, saved, kind):
-    model = lab.load() if kind == "float" else lab.quantize(lab.load(), kind)
+    model = lab.as_kind(kind)
     with_lora = lab.merged(model, lab.lora(model))
     expected = lab.denoise(with_lora)
     again = lab.load(saved(with_lora))
