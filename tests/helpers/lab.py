@@ -9,6 +9,7 @@ HIGH, LOW = "TinyWan2.2-I2V-high.pth", "TinyWan2.2-I2V-low.pth"
 LINEAR = "diffusion_model.blocks.0.ffn.0"  # a linear that the tests change
 PROJ_L = "diffusion_model.blocks.0.self_attn.attn_op.local_attn.proj_l"
 TEXT_DIM, TEXT_TOKENS = 64, 24
+TINY_SHAPE = (1, 16, 2, 8, 10)  # 40 tokens: less than a key block, where something else is under test
 SMALL = (1, 16, 5, 16, 18)  # 5 * 8 * 9 = 360 tokens: three query blocks, six key blocks, both ragged
 
 

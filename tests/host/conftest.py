@@ -6,6 +6,8 @@ them every test here is skipped with the reason.
 
 import asyncio
 import importlib
+import shutil
+import socket
 import sys
 import types
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 
 from tests.helpers import media_stub
 from tests.helpers.comfyui import PACK, find_comfyui, lacks, load_pack
-from tests.helpers.lab import Lab
+from tests.helpers.good_inputs import good_inputs
+from tests.helpers.lab import HIGH, STOCK, T2V, TINY_SHAPE, Lab, small_flux
 from tests.helpers.tiny_family import make_tiny
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +81,67 @@ def lab(comfy, pack, tiny):
 def network(lab):
     """Of the text-to-video model, to look at."""
     return lab.load().model.diffusion_model
+
+
+@pytest.fixture(scope="session")
+def given(comfy, lab):
+    """Models and inputs that are good, by name; they are shared, as in a graph."""
+    with torch.inference_mode():
+        models = {"t2v": lab.load(T2V), "i2v": lab.load(HIGH), "stock": lab.load(STOCK), "flux": small_flux(comfy)}
+    return models | {"positive": lab.positive(), "latent": lab.latent(TINY_SHAPE)}
+
+
+@pytest.fixture(scope="session")
+def expected(lab, given):
+    with torch.inference_mode():
+        return lab.turbo(given["t2v"], given["latent"], steps=1)
+
+
+@pytest.fixture
+def healthy(lab, given, expected):
+    """A check that a model loaded afresh still gives what it gave."""
+    return lambda: torch.equal(lab.turbo(lab.load(), given["latent"], steps=1), expected)
+
+
+@pytest.fixture
+def place(lab, tmp_path, monkeypatch):
+    """The host's folders, in a folder of the test's own, and no network: a connection fails the test."""
+    import folder_paths
+
+    for name in ("diffusion_models", "text_encoders", "loras", "output", "temp"):
+        (tmp_path / name).mkdir()
+    for name in (T2V, STOCK):
+        shutil.copy(lab.path(name), tmp_path / "diffusion_models" / name)
+    for kind in ("diffusion_models", "text_encoders", "loras"):
+        paths = [str(tmp_path / kind)], {".pth", ".safetensors"}
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, paths)
+    monkeypatch.setattr(socket.socket, "connect", _refuse_to_connect)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    return tmp_path
+
+
+def _refuse_to_connect(*args):
+    raise AssertionError(f"connects to {args[1]}")
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def refused(lab, given, expected, place):
+    """Run a node with good inputs, some replaced by bad ones: it raises, leaves nothing, and a good run follows."""
+
+    def check(node, match, error=None, **changes):
+        before = files(place)
+        with pytest.raises(error or lab.pack.errors.TurboError, match=match) as caught:
+            lab.pack.nodes[node].execute(**{**good_inputs(node, given), **changes})
+        print(f"{node}: {caught.value}")
+        assert files(place) == before
+        assert torch.equal(lab.turbo(given["t2v"], given["latent"], steps=1), expected)
+
+    return check
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
-"""Our MODEL against the host's own network and against the standalone one, and the attention settings of a MODEL."""
+"""Our MODEL against the host's own network and against the standalone one, beside another copy, and compiled."""
 
 import pytest
 import torch
 
 from tests.helpers.comfyui import load_pack
+from tests.helpers.lab import HIGH, QUANT, STOCK, T2V
 from turbo_core import checkpoint
 from turbo_core.wan import WanModel
-
-T2V, I2V = "TinyWan2.1-T2V", "TinyWan2.2-I2V-high"
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +14,8 @@ def stock(comfy, lab, tmp_path_factory):
     """The host's own loader on a conversion of one of the tiny files."""
 
     def load(name, kind="fp32"):
-        target = tmp_path_factory.mktemp("stock") / f"{name}.{kind}.safetensors"
-        checkpoint.convert(lab.path(f"{name}.pth"), target, kind)
+        target = tmp_path_factory.mktemp("stock") / f"{kind}.safetensors"
+        checkpoint.convert(lab.path(name), target, kind)
         return comfy.sd.load_diffusion_model(str(target))
 
     return load
@@ -25,21 +24,21 @@ def stock(comfy, lab, tmp_path_factory):
 # 360 tokens: ragged query and key blocks; 128: one whole query block; 30: less than a key block; odd sides are padded
 @pytest.mark.parametrize("shape", [(2, 16, 5, 16, 18), (1, 16, 2, 16, 16), (1, 16, 1, 10, 12), (1, 16, 3, 7, 9)])
 def test_dense_model_equals_stock_loader(lab, stock, shape):
-    ours, theirs = lab.dense(lab.load(f"{T2V}.pth")), stock(T2V)
+    ours, theirs = lab.dense(lab.load()), stock(T2V)
     a, b = lab.denoise(ours, shape=shape), lab.denoise(theirs, shape=shape)
     print("dense", shape, lab.difference(a, b))
     assert lab.difference(a, b) < 1e-5
 
 
 def test_dense_image_model_equals_stock_loader(lab, stock):
-    ours, theirs = lab.dense(lab.load(f"{I2V}.pth")), stock(I2V)
+    ours, theirs = lab.dense(lab.load(HIGH)), stock(HIGH)
     a, b = (lab.denoise(m, shape=(2, *lab.shape[1:]), concat=20) for m in (ours, theirs))
     print("dense i2v", lab.difference(a, b))
     assert lab.difference(a, b) < 1e-5
 
 
 def test_dense_row_quantized_equals_stock_loader(lab, stock):
-    ours = lab.dense(lab.quantize(lab.load(f"{T2V}.pth"), "row"))
+    ours = lab.dense(lab.quantize(lab.load(), "row"))
     a, b = lab.denoise(ours), lab.denoise(stock(T2V, "int8_row"))
     print("dense row", lab.difference(a, b))
     assert lab.difference(a, b) < 1e-5
@@ -55,13 +54,13 @@ def standalone(path, topk, given, dtype=torch.float32, precision="bf16"):
 
 # batch 2 once: one sample's blocks must not leak into the other's
 @pytest.mark.parametrize(
-    ("name", "concat", "topk", "batch"), [(T2V, 0, 0.0, 1), (T2V, 0, 0.3, 2), (T2V, 0, 1.0, 1), (I2V, 20, 0.5, 1)]
+    ("name", "concat", "topk", "batch"), [(T2V, 0, 0.0, 1), (T2V, 0, 0.3, 2), (T2V, 0, 1.0, 1), (HIGH, 20, 0.5, 1)]
 )
 def test_sla_equals_standalone(lab, name, concat, topk, batch):
-    model = lab.attention(lab.load(f"{name}.pth"), topk)
+    model = lab.attention(lab.load(name), topk)
     given = {"shape": (batch, *lab.shape[1:]), "concat": concat}
     a = lab.denoise(model, **given)
-    b = standalone(lab.path(f"{name}.pth"), topk, lab.inputs(**given))
+    b = standalone(lab.path(name), topk, lab.inputs(**given))
     print("sla", name, topk, lab.difference(a, b))
     assert lab.difference(a, b) < 1e-4
 
@@ -79,32 +78,32 @@ def same_time_embedding(monkeypatch):
     monkeypatch.setattr(comfy.ldm.wan.model, "sinusoidal_embedding_1d", swapped)
 
 
-@pytest.mark.parametrize(("name", "concat", "kind"), [(T2V, 0, "block"), (T2V, 0, "row"), (I2V, 20, "block")])
+@pytest.mark.parametrize(("name", "concat", "kind"), [(T2V, 0, "block"), (T2V, 0, "row"), (HIGH, 20, "block")])
 def test_quantized_sla_equals_standalone(lab, same_time_embedding, tmp_path, name, concat, kind):
-    path = lab.path(f"{name}-quant.pth")
+    path = lab.path(name.replace(".pth", "-quant.pth"))
     if kind == "row":
         path = str(tmp_path / "row.safetensors")
-        checkpoint.convert(lab.path(f"{name}.pth"), path, "int8_row")
+        checkpoint.convert(lab.path(name), path, "int8_row")
     model = lab.attention(lab.load(path))
     a = lab.denoise(model, concat=concat)
     b = standalone(path, 0.3, lab.inputs(concat=concat))
-    unquantized = lab.denoise(lab.attention(lab.load(f"{name}.pth")), concat=concat)
+    unquantized = lab.denoise(lab.attention(lab.load(name)), concat=concat)
     print("quantized sla", name, kind, lab.distance(a, b), "quantization itself", lab.distance(a, unquantized))
     assert lab.distance(a, b) < 1e-2
     assert lab.distance(a, unquantized) > 2e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize(("name", "concat"), [(T2V, 0), (I2V, 20)])
+@pytest.mark.parametrize(("name", "concat"), [(T2V, 0), (HIGH, 20)])
 def test_quantized_sla_in_the_host_as_it_is(lab, name, concat):
     """With the host's own float32 timestep angles, 6e-6 off, which int8 rounding in random weights amplifies."""
-    path = lab.path(f"{name}-quant.pth")
+    path = lab.path(name.replace(".pth", "-quant.pth"))
     ours = lab.denoise(lab.attention(lab.load(path)), concat=concat)
     distance = lab.distance(ours, standalone(path, 0.3, lab.inputs(concat=concat)))
     print("quantized sla, host as it is", name, distance)
     assert distance < 2e-2
 
 
-@pytest.mark.parametrize("name", [f"{T2V}.pth", f"{T2V}-quant.pth"])
+@pytest.mark.parametrize("name", [T2V, QUANT])
 def test_bf16_stays_near(lab, name):
     """The type that a card computes in. proj_l stays float32."""
     model = lab.attention(lab.load(name, torch.bfloat16))
@@ -112,185 +111,35 @@ def test_bf16_stays_near(lab, name):
     assert model.model.get_dtype() == torch.bfloat16
     proj_l = model.model.diffusion_model.blocks[0].self_attn.attn_op["local_attn"]["proj_l"]
     assert proj_l.weight.dtype == torch.float32
-    a, b = lab.denoise(model), lab.denoise(lab.attention(lab.load(f"{T2V}.pth")))
+    a, b = lab.denoise(model), lab.denoise(lab.attention(lab.load()))
     print("bf16", name, lab.distance(a, b))
     assert 1e-3 < lab.distance(a, b) < 0.05
 
 
 def test_low_bit_attention_equals_standalone(lab):
-    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3, "int8")
-    a, b = lab.denoise(model), standalone(lab.path(f"{T2V}.pth"), 0.3, lab.inputs(), precision="int8")
+    model = lab.attention(lab.load(), 0.3, "int8")
+    a, b = lab.denoise(model), standalone(lab.path(T2V), 0.3, lab.inputs(), precision="int8")
     print("int8 attention", lab.distance(a, b))
     assert lab.distance(a, b) < 1e-3
 
 
 def test_projection_is_felt(lab):
     """sparse only differs from auto: proj_l is loaded and used."""
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     with_branch, without = (lab.denoise(lab.attention(model, mode=mode)) for mode in ("auto", "sparse only"))
     assert lab.difference(with_branch, without) > 1e-3
 
 
 def test_loaded_model_is_sla_without_a_node(lab):
     """A TurboWan file attends as it was trained, top-k 0.1, also when nobody adds the attention node."""
-    model = lab.load(f"{T2V}.pth")
+    model = lab.load()
     assert torch.equal(lab.denoise(model), lab.denoise(lab.attention(model, 0.1)))
 
 
 def test_stock_model_is_dense_without_a_node(comfy, lab):
-    ours = lab.load("tiny_wan_stock_bf16.safetensors")
-    theirs = comfy.sd.load_diffusion_model(lab.path("tiny_wan_stock_bf16.safetensors"))
+    ours = lab.load(STOCK)
+    theirs = comfy.sd.load_diffusion_model(lab.path(STOCK))
     assert torch.equal(lab.denoise(ours), lab.denoise(theirs))
-
-
-MODELS = [f"{T2V}.pth", "tiny_wan_stock_bf16.safetensors"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_settings_decide_which_attention_is_sparse(lab, sparse_calls, name):
-    base = lab.load(name)
-    for settings, expected in [
-        ({}, 2),
-        ({"dense_blocks": "0"}, 1),
-        ({"dense_blocks": "0-1"}, 0),
-        ({"min_tokens": 360}, 2),
-        ({"min_tokens": 361}, 0),
-        ({"mode": "dense"}, 0),
-        ({"mode": "sparse only"}, 2),
-    ]:
-        sparse_calls.clear()
-        lab.denoise(lab.attention(base, **settings))
-        assert len(sparse_calls) == expected, settings
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_blocks_by_cumulative_score(lab, name):
-    """Coverage decides, top-k does not; 1 is dense; the standalone attention with the same coverage agrees."""
-    base = lab.load(name)
-    by_score = {"selection": "cumulative score"}
-    low, high, everything = (lab.denoise(lab.attention(base, 0.1, coverage=c, **by_score)) for c in (0.2, 0.8, 1.0))
-    assert torch.equal(lab.denoise(lab.attention(base, 0.9, coverage=0.2, **by_score)), low)
-    dense = lab.denoise(lab.attention(base, 1.0))
-    assert torch.equal(everything, dense)
-    assert lab.distance(low, dense) > lab.distance(high, dense) > 1e-4
-    assert torch.equal(lab.denoise(lab.attention(base, 0.1, coverage=0.2)), lab.denoise(lab.attention(base, 0.1)))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_percent_window_of_steps(lab, sparse_calls, name):
-    """start and end percent are those of the host: sampling progress, turned to sigmas by the model's own rule."""
-    base = lab.load(name)
-    sampling = base.get_model_object("model_sampling")
-    edge = sampling.percent_to_sigma(0.5)
-    for settings, sigma, expected in [
-        ({"start_percent": 0.5}, edge + 0.01, 0),
-        ({"start_percent": 0.5}, edge - 0.01, 2),
-        ({"end_percent": 0.5}, edge + 0.01, 2),
-        ({"end_percent": 0.5}, edge - 0.01, 0),
-        ({"start_percent": 1.0, "end_percent": 1.0}, 0.5, 0),
-    ]:
-        sparse_calls.clear()
-        lab.denoise(lab.attention(base, **settings), sigma=sigma)
-        assert len(sparse_calls) == expected, (settings, sigma)
-
-
-def test_settings_belong_to_a_clone(lab):
-    base = lab.load(f"{T2V}.pth")
-    before = lab.denoise(base)
-    low, high = lab.attention(base, 0.1), lab.attention(base, 0.9)
-    a, b = lab.denoise(low), lab.denoise(high)
-    assert not torch.equal(a, b)
-    assert torch.equal(lab.denoise(low), a) and torch.equal(lab.denoise(base), before)
-    assert lab.pack.settings.OPTIONS not in base.model_options["transformer_options"]
-    again = lab.attention(low, 0.9)
-    assert torch.equal(lab.denoise(again), b) and torch.equal(lab.denoise(low), a)
-
-
-@pytest.mark.parametrize("tokens", [24, 360])
-def test_cross_attention_stays_dense(lab, sparse_calls, tokens):
-    """Also where there are as many text tokens as video tokens, which a 256x256 video of 5 frames has (512)."""
-    model = lab.attention(lab.load("tiny_wan_stock_bf16.safetensors"), 0.3)
-    given = lab.inputs()
-    given["c_crossattn"] = lab.draw(1, tokens, 64, seed=5)
-    options = {**model.model_options["transformer_options"], "sigmas": given["t"]}
-    out = lab.loaded(model).apply_model(**given, transformer_options=options)
-    network = WanModel.from_state_dict(checkpoint.load(lab.path(MODELS[1]))[0], torch.float32)
-    expected = given["x"] - 0.9 * network(given["x"], 1000 * given["t"], given["c_crossattn"], topk=0.3)
-    assert sparse_calls == [360, 360]
-    assert lab.difference(out, expected) < 1e-4
-
-
-# on a stock model ours is an override itself, and one that comes later and forgets it replaces it: the host's rule
-@pytest.mark.parametrize(("name", "ours_first"), [(MODELS[0], True), (MODELS[0], False), (MODELS[1], False)])
-def test_coexists_with_another_attention_override(lab, sparse_calls, name, ours_first):
-    """Another node's override still gets every attention that is not ours."""
-    seen = []
-
-    def override(func, q, k, *args, **kwargs):
-        seen.append(k.shape[1])
-        return func(q, k, *args, **kwargs)
-
-    model = lab.load(name).clone()
-    plain = lab.denoise(lab.attention(model, 0.3))
-    if ours_first:
-        model = lab.attention(model, 0.3)
-    model.model_options["transformer_options"]["optimized_attention_override"] = override
-    if not ours_first:
-        model = lab.attention(model, 0.3)
-    sparse_calls.clear()
-    seen.clear()
-    out = lab.denoise(model)
-    assert len(sparse_calls) == 2
-    assert seen == [24, 24]  # the two cross-attentions
-    assert torch.equal(out, plain)
-
-
-def test_attn1_patch_of_other_nodes_runs(lab):
-    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3)
-    shapes = []
-
-    def patch(args):
-        shapes.append((tuple(args["x"].shape), tuple(args["q"].shape)))
-        return args["x"] * 0.5
-
-    before = lab.denoise(model)
-    model.set_model_attn1_patch(patch)
-    assert lab.difference(lab.denoise(model), before) > 1e-3
-    assert shapes == [((1, 360, 256), (1, 360, 2, 128))] * 2
-
-
-def test_other_head_dims_fall_back_with_one_line(comfy, lab, sparse_calls, tmp_path, caplog):
-    """Four heads of 64 are sparse, eight of 32 dense; the reason is said once, not 80 times."""
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(lab.path(MODELS[1]))
-    for heads, expected in ((4, 2), (8, 0)):
-        path = tmp_path / f"{heads}.safetensors"
-        config = json.dumps({"transformer": {"num_heads": heads, "text_dim": 64}})
-        save_file(weights, path, {"config": config})
-        model = lab.attention(comfy.sd.load_diffusion_model(str(path)), 0.3)
-        sparse_calls.clear()
-        with caplog.at_level("INFO"):
-            lab.denoise(model)
-            assert len(sparse_calls) == expected, heads
-            lab.denoise(model)
-    assert len([r for r in caplog.records if "head_dim 32" in r.getMessage()]) == 1
-
-
-def test_other_dtypes_fall_back_with_one_line(lab, sparse_calls, caplog):
-    options = lab.attention(lab.load(MODELS[1]), 0.3).model_options["transformer_options"]
-    attention, q = options[lab.pack.override.OVERRIDE], lab.draw(1, 300, 128)
-    for dtype in (torch.float64, torch.float32, torch.float64):
-        for block in (0, 1):
-            given = {**options, "block_index": block, "sigmas": torch.tensor([0.5])}
-            with caplog.at_level("INFO"):
-                x = q.to(dtype)
-                out = attention(lambda q, *_, **__: q, x, x, x, 1, transformer_options=given)
-            assert torch.equal(out, x) == (dtype == torch.float64)
-    assert sparse_calls == [300, 300]
-    assert len([r for r in caplog.records if "float64" in r.getMessage()]) == 1
 
 
 def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
@@ -310,9 +159,9 @@ def test_two_copies_of_the_pack_side_by_side(lab, tmp_path):
     nodes = {node.GET_SCHEMA().node_id: node for node in nodes}
     loader = importlib.import_module("custom_nodes_second_TurboWan.nodes.host.loading")
 
-    first = lab.quantize(lab.load(f"{T2V}.pth"))
+    first = lab.quantize(lab.load())
     expected = lab.denoise(first)
-    other = nodes["QuantizeW8A8"].execute(loader.load_turbo_model(lab.path(f"{T2V}.pth")), "block (TurboWan)")[0]
+    other = nodes["QuantizeW8A8"].execute(loader.load_turbo_model(lab.path(T2V)), "block (TurboWan)")[0]
     assert torch.equal(lab.denoise(other), expected)
     # the nodes of one on the models of the other
     assert torch.equal(lab.denoise(nodes["SparseLowBitAttention"].execute(first, 0.1, "bf16")[0]), expected)
@@ -334,7 +183,7 @@ def test_compiled_model_gives_the_same(lab):
     """TorchCompileModel's wrapper; the eager backend, because inductor takes a minute here."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model = lab.attention(lab.load(f"{T2V}.pth"), 0.3)
+    model = lab.attention(lab.load(), 0.3)
     compiled = model.clone()
     set_torch_compile_wrapper(compiled, backend="eager")
     options = {"sigmas": torch.tensor([0.9]), **compiled.model_options["transformer_options"]}

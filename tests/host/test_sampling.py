@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from tests.helpers.lab import HIGH, LOW, QUANT, T2V
+from tests.helpers.lab import HIGH, LOW, QUANT, T2V, TINY_SHAPE
 
 SIGMAS_80 = [0.9876543, 0.9337806, 0.8528947, 0.6089787, 0.0]
-SMALL = (1, 16, 2, 8, 10)  # 40 tokens: sampling itself is under test here
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def image(lab):
     """An image-to-video conditioning: the encoded clip and its mask, as WanImageToVideo makes them."""
     mask = torch.ones(1, 1, 2, 8, 10)
     mask[:, :, :1] = 0
-    return lab.positive(concat_latent_image=lab.draw(*SMALL, seed=20), concat_mask=mask)
+    return lab.positive(concat_latent_image=lab.draw(*TINY_SHAPE, seed=20), concat_mask=mask)
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_schedule_node(lab, t2v, experts):
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_equals_stock_sampler(lab, t2v, mode, seed, steps):
     """SDE is stock lcm, ODE is stock euler, from an empty latent and from a given one."""
-    latent = lab.latent(SMALL, seed)
+    latent = lab.latent(TINY_SHAPE, seed)
     ours = lab.turbo(t2v, latent, steps=steps, mode=mode)
     theirs = lab.custom(t2v, {"SDE": "lcm", "ODE": "euler"}[mode], lab.sigmas(steps), latent)
     print(mode, seed, steps, lab.difference(ours, theirs))
@@ -64,7 +63,7 @@ def test_equals_stock_sampler(lab, t2v, mode, seed, steps):
 
 
 def test_modes_and_seeds_differ(lab, t2v):
-    latent = lab.latent(SMALL)
+    latent = lab.latent(TINY_SHAPE)
     results = [lab.turbo(t2v, latent, mode=m, seed=s) for m in ("SDE", "ODE") for s in (1, 2)]
     assert all(lab.difference(a, b) > 0.05 for i, a in enumerate(results) for b in results[:i])
     assert torch.equal(lab.turbo(t2v, latent, seed=2**64 - 1, steps=1), lab.turbo(t2v, latent, seed=2**64 - 1, steps=1))
@@ -75,7 +74,7 @@ def test_modes_and_seeds_differ(lab, t2v):
 def ksample(lab, model, latent=None, steps=4, sampler="lcm", positive=None, denoise=1.0, **advanced):
     import nodes
 
-    positive, latent = positive or lab.positive(), latent or lab.latent(SMALL)
+    positive, latent = positive or lab.positive(), latent or lab.latent(TINY_SHAPE)
     given = (3, steps, 1.0, sampler, "turbo_rcm", positive, positive, latent)
     if not advanced:
         return nodes.KSampler().sample(model, *given, denoise=denoise)[0]["samples"]
@@ -92,11 +91,11 @@ def test_plain_ksampler(lab, t2v):
     import nodes
 
     assert "turbo_rcm" in nodes.KSampler.INPUT_TYPES()["required"]["scheduler"][0]
-    ours = lab.turbo(t2v, lab.latent(SMALL))
+    ours = lab.turbo(t2v, lab.latent(TINY_SHAPE))
     theirs = ksample(lab, t2v)
     assert lab.difference(ours, theirs) < 1e-5
-    assert torch.equal(theirs, lab.custom(t2v, "lcm", lab.sigmas(4), lab.latent(SMALL)))
-    assert lab.difference(ksample(lab, t2v, sampler="euler"), lab.turbo(t2v, lab.latent(SMALL), mode="ODE")) < 1e-5
+    assert torch.equal(theirs, lab.custom(t2v, "lcm", lab.sigmas(4), lab.latent(TINY_SHAPE)))
+    assert lab.difference(ksample(lab, t2v, sampler="euler"), lab.turbo(t2v, lab.latent(TINY_SHAPE), mode="ODE")) < 1e-5
 
 
 def test_ksampler_takes_sigma_max_from_the_model(lab, t2v, experts, image, evaluations):
@@ -113,7 +112,7 @@ def test_sigma_max_survives_quantizing_and_a_sampling_node(lab, experts, image, 
     quantized, seen = evaluations(lab.quantize(experts[0]))
     ksample(lab, quantized, steps=1, positive=image)
     shifted = ModelSamplingSD3().patch(quantized, 5.0)[0]
-    lab.turbo(shifted, lab.latent(SMALL), steps=1, positive=image)
+    lab.turbo(shifted, lab.latent(TINY_SHAPE), steps=1, positive=image)
     assert seen == pytest.approx([0.995025] * 2, abs=1e-6)
     with caplog.at_level("INFO"):
         lab.pack.settings.log_once.cache_clear()
@@ -125,7 +124,7 @@ def test_shift_does_not_change_the_result(lab, t2v):
     """Wan's timestep is 1000 sigma whatever the shift."""
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    latent = lab.latent(SMALL)
+    latent = lab.latent(TINY_SHAPE)
     assert torch.equal(lab.turbo(ModelSamplingSD3().patch(t2v, 3.0)[0], latent), lab.turbo(t2v, latent))
 
 
@@ -145,7 +144,7 @@ def test_ksampler_advanced_start_and_end(lab, t2v):
 def test_ksampler_denoise(lab, t2v, evaluations):
     """steps / denoise must be within 4; the error says so."""
     watched, seen = evaluations(t2v)
-    latent = lab.latent(SMALL, seed=11)
+    latent = lab.latent(TINY_SHAPE, seed=11)
     ksample(lab, watched, latent, steps=2, denoise=0.5)
     assert seen == pytest.approx(SIGMAS_80[2:4])
     with pytest.raises(ValueError, match=r"1 to 4 steps, got 8.*denoise"):
@@ -158,7 +157,7 @@ def test_ksampler_denoise(lab, t2v, evaluations):
 @pytest.mark.parametrize(("steps", "first", "second"), [(4, 2, 2), (3, 2, 1), (2, 2, 0), (1, 1, 0)])
 def test_experts_share_the_steps(lab, experts, image, evaluations, steps, first, second):
     (high, seen_high), (low, seen_low) = evaluations(experts[0]), evaluations(experts[1])
-    lab.turbo(high, lab.latent(SMALL), steps=steps, model_low=low, positive=image)
+    lab.turbo(high, lab.latent(TINY_SHAPE), steps=steps, model_low=low, positive=image)
     assert (len(seen_high), len(seen_low)) == (first, second)
     assert all(s >= 0.9 for s in seen_high) and all(s < 0.9 for s in seen_low)
 
@@ -166,7 +165,7 @@ def test_experts_share_the_steps(lab, experts, image, evaluations, steps, first,
 def test_boundary_moves_the_hand_over(lab, experts, image, evaluations):
     for boundary, first in ((0.0, 4), (0.7, 3), (0.95, 1), (1.0, 0)):
         (high, seen_high), (low, seen_low) = evaluations(experts[0]), evaluations(experts[1])
-        lab.turbo(high, lab.latent(SMALL), model_low=low, positive=image, boundary=boundary)
+        lab.turbo(high, lab.latent(TINY_SHAPE), model_low=low, positive=image, boundary=boundary)
         assert (len(seen_high), len(seen_low)) == (first, 4 - first)
 
 
@@ -175,7 +174,7 @@ def test_experts_equal_a_split_run(lab, experts, image, seed):
     """ODE: two stock euler runs over the two halves of the sigmas."""
     from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-    sigmas, latent = lab.sigmas(4, 200.0), lab.latent(SMALL, seed)
+    sigmas, latent = lab.sigmas(4, 200.0), lab.latent(TINY_SHAPE, seed)
     euler = lab.comfy.samplers.sampler_object("euler")
     half = SamplerCustom.execute(experts[0], True, 3, 1.0, image, image, euler, sigmas[:3], latent)[0]
     split = SamplerCustom.execute(experts[1], False, 3, 1.0, image, image, euler, sigmas[2:], half)[0]["samples"]
@@ -188,7 +187,7 @@ def test_experts_equal_a_split_run(lab, experts, image, seed):
 @pytest.mark.parametrize("mode", ["SDE", "ODE"])
 def test_one_noise_stream_runs_through_the_hand_over(lab, experts, image, mode, masked):
     """The same model twice is a single-model run, also where a mask keeps half of the picture (inpainting)."""
-    latent = lab.latent(SMALL, 11)
+    latent = lab.latent(TINY_SHAPE, 11)
     if masked:
         latent["noise_mask"] = torch.zeros(1, 1, 2, 8, 10)
         latent["noise_mask"][..., :5] = 1
@@ -204,12 +203,12 @@ def test_one_noise_stream_runs_through_the_hand_over(lab, experts, image, mode, 
 
 def test_mask_with_two_different_experts(lab, experts, image):
     """As the stock sampler with the same mask, expert by expert."""
-    latent = lab.latent(SMALL, 11)
+    latent = lab.latent(TINY_SHAPE, 11)
     latent["noise_mask"] = torch.ones(1, 1, 2, 8, 10)
     latent["noise_mask"][..., :3, :] = 0
     out = lab.turbo(experts[0], latent, model_low=experts[1], positive=image)
     assert lab.difference(out[..., :3, :], latent["samples"][..., :3, :]) < 1e-5
-    plain = lab.turbo(experts[0], lab.latent(SMALL, 11), model_low=experts[1], positive=image)
+    plain = lab.turbo(experts[0], lab.latent(TINY_SHAPE, 11), model_low=experts[1], positive=image)
     assert lab.difference(out, plain) > 0.05
 
 
@@ -229,16 +228,16 @@ def test_each_expert_keeps_its_own_settings(lab, experts, image):
 def test_quantized_experts(lab, image):
     files = "TinyWan2.2-I2V-high-quant.pth", "TinyWan2.2-I2V-low-quant.pth"
     high, low = map(lab.load, files)
-    ours = lab.turbo(high, lab.latent(SMALL), model_low=low, positive=image)
-    assert ours.isfinite().all() and ours.shape == SMALL
-    assert torch.equal(ours, lab.turbo(high, lab.latent(SMALL), model_low=low, positive=image))
+    ours = lab.turbo(high, lab.latent(TINY_SHAPE), model_low=low, positive=image)
+    assert ours.isfinite().all() and ours.shape == TINY_SHAPE
+    assert torch.equal(ours, lab.turbo(high, lab.latent(TINY_SHAPE), model_low=low, positive=image))
 
 
 def test_batch_index(lab, t2v):
     """The third sample of a batch, made alone, starts from the same noise."""
-    latents = lab.latent((3, *SMALL[1:]))
+    latents = lab.latent((3, *TINY_SHAPE[1:]))
     batch = lab.turbo(t2v, latents, mode="ODE", steps=2)
-    one = lab.turbo(t2v, {**lab.latent(SMALL), "batch_index": [2]}, mode="ODE", steps=2)
+    one = lab.turbo(t2v, {**lab.latent(TINY_SHAPE), "batch_index": [2]}, mode="ODE", steps=2)
     third = lab.turbo(t2v, {**latents, "batch_index": [2, 0, 1]}, mode="ODE", steps=2)
     assert third.shape == batch.shape and lab.difference(third[:1], one) < 1e-5
     assert lab.difference(third[:1], batch[:1]) > 0.05
@@ -246,7 +245,7 @@ def test_batch_index(lab, t2v):
 
 def test_latent_dictionary_goes_through(lab, t2v):
     """Foreign entries stay, the empty latent's hints go, and the input is not written to."""
-    latent = {**lab.latent(SMALL), "batch_index": [0], "note": 1, "downscale_ratio_spacial": 8}
+    latent = {**lab.latent(TINY_SHAPE), "batch_index": [0], "note": 1, "downscale_ratio_spacial": 8}
     before = {**latent, "samples": latent["samples"].clone()}
     out = lab.pack.nodes["TurboSampler"].execute(t2v, lab.positive(), latent, 0, 1, 0.0)[0]
     assert out["note"] == 1 and "downscale_ratio_spacial" not in out
@@ -267,15 +266,15 @@ def test_progress_and_previews(lab, experts, image, monkeypatch):
         return lambda step, x0, x, total: seen.append((step, total, steps, tuple(x0.shape)))
 
     monkeypatch.setattr(lab.pack.run.latent_preview, "prepare_callback", prepare)
-    lab.turbo(experts[0], lab.latent(SMALL), model_low=experts[1], positive=image)
-    assert seen == [(i, 4, 4, SMALL) for i in range(4)]
+    lab.turbo(experts[0], lab.latent(TINY_SHAPE), model_low=experts[1], positive=image)
+    assert seen == [(i, 4, 4, TINY_SHAPE) for i in range(4)]
 
 
 @pytest.mark.parametrize("when", ["first expert", "second expert"])
 def test_interrupt_stops_within_a_step(comfy, lab, experts, image, when):
     """Cancel in the middle of an evaluation; the next run is as if nothing had been."""
     high, low = experts
-    expected = lab.turbo(high, lab.latent(SMALL), model_low=low, positive=image)
+    expected = lab.turbo(high, lab.latent(TINY_SHAPE), model_low=low, positive=image)
     victim = (high if when == "first expert" else low).clone()
     blocks = []
 
@@ -288,14 +287,14 @@ def test_interrupt_stops_within_a_step(comfy, lab, experts, image, when):
     victim.set_model_patch_replace(lambda args, extra: blocks.append(1), "dit", "double_block", 1)
     pair = (victim, low) if when == "first expert" else (high, victim)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        lab.turbo(pair[0], lab.latent(SMALL), model_low=pair[1], positive=image)
+        lab.turbo(pair[0], lab.latent(TINY_SHAPE), model_low=pair[1], positive=image)
     assert blocks == [0], "stopped inside the first block"
-    assert torch.equal(lab.turbo(high, lab.latent(SMALL), model_low=low, positive=image), expected)
+    assert torch.equal(lab.turbo(high, lab.latent(TINY_SHAPE), model_low=low, positive=image), expected)
 
 
 def test_interrupt_inside_a_quantized_block(comfy, lab):
     model = lab.load(QUANT)
-    expected = lab.turbo(model, lab.latent(SMALL))
+    expected = lab.turbo(model, lab.latent(TINY_SHAPE))
     victim = model.clone()
 
     def cancel(args, extra):
@@ -304,8 +303,8 @@ def test_interrupt_inside_a_quantized_block(comfy, lab):
 
     victim.set_model_patch_replace(cancel, "dit", "double_block", 0)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        lab.turbo(victim, lab.latent(SMALL))
-    assert torch.equal(lab.turbo(model, lab.latent(SMALL)), expected)
+        lab.turbo(victim, lab.latent(TINY_SHAPE))
+    assert torch.equal(lab.turbo(model, lab.latent(TINY_SHAPE)), expected)
 
 
 def test_context_windows(lab, t2v):
@@ -329,7 +328,7 @@ def test_twenty_rounds_do_not_grow(comfy, lab):
     process, sizes = psutil.Process(), []
     for _ in range(20):
         model = lab.quantize(lab.attention(lab.load(), 0.5))
-        lab.turbo(model, lab.latent(SMALL), steps=1)
+        lab.turbo(model, lab.latent(TINY_SHAPE), steps=1)
         del model
         comfy.model_management.cleanup_models()
         gc.collect()
