@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from tests.page.conftest import READY
+from tests.helpers.page import opened
 from tests.tools.record_schemas import read
 
 pytestmark = pytest.mark.page
@@ -44,14 +44,12 @@ def in_language(browser, host_page):
         url = f"{host_page.server.url}/settings/Comfy.Locale"
         urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})).close()
 
-    def opened(language):
+    def in_it(language):
         setting(language)
-        pages.append(browser.new_page(viewport={"width": 1700, "height": 1100}))
-        pages[-1].goto(host_page.server.url)
-        pages[-1].wait_for_function(READY, timeout=90_000)
+        pages.append(opened(browser, host_page.server.url, viewport={"width": 1700, "height": 1100}))
         return pages[-1]
 
-    yield opened
+    yield in_it
     setting("en")
     for page in pages:
         page.close()

@@ -1,24 +1,23 @@
 """Draws the pictures of the help pages: each node with its neighbours, photographed in ComfyUI's page.
 
-    python tests/tools/record_help_pictures.py http://127.0.0.1:8188 [NodeId ...]
+    python -m tests.tools.record_help_pictures http://127.0.0.1:8188 [NodeId ...]
 
-Needs a running ComfyUI with this pack and the files that host/server.py puts there, Chromium, Playwright and Pillow.
-Needed when a node's face changes. TurboCompare_output is what the node draws for the small family.
+Needs a running ComfyUI with this pack and the files that tests/helpers/comfyui.py puts there, Chromium, Playwright and
+Pillow. Needed when a node's face changes. TurboCompare_output is what the node draws for the small family.
 """
 
 import io
 import json
-import os
-import shutil
 import sys
 import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from tests.helpers.page import browsing, opened
+
 IMAGES = Path(__file__).resolve().parents[2] / "web" / "docs" / "images"
 LIMIT = 60_000  # bytes
-READY = "window.app && window.app.vueAppReady && window.LiteGraph && window.app.graph?.nodes.length"
 
 TURBO_T2V, TURBO_QUANT = "TurboWan2.1-T2V-1.3B-480P.pth", "TurboWan2.1-T2V-1.3B-480P-quant.pth"
 TURBO_14B = "TurboWan2.1-T2V-14B-480P-quant.pth"
@@ -226,21 +225,13 @@ def compare_output(url):
 
 
 def main(url, only):
-    from playwright.sync_api import sync_playwright
-
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     IMAGES.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 2200, "height": 1500})
-        page.goto(url)
-        page.wait_for_function(READY, timeout=90_000)
-        page.wait_for_load_state("networkidle")
+    with browsing() as browser:
+        page = opened(browser, url, viewport={"width": 2200, "height": 1500})
         for i, name in enumerate(only or PICTURES):
             columns, links = PICTURES[name]
             box = page.evaluate(DRAW, [columns, links, name, 1000 * (i + 1)])
             (IMAGES / f"{name}.webp").write_bytes(shrink(page.screenshot(clip=box)))
-        browser.close()
     if not only or "TurboCompare" in only:
         (IMAGES / "TurboCompare_output.webp").write_bytes(shrink(compare_output(url)))
 

@@ -1,6 +1,6 @@
 """Records /object_info of a running ComfyUI with this pack, for the tests that have no host.
 
-    python tests/tools/record_object_info.py http://127.0.0.1:8188
+    python -m tests.tools.record_object_info http://127.0.0.1:8188
 
 Needed when a node's inputs change; tests/host/test_server.py says when the recording is out of date.
 """
@@ -9,7 +9,7 @@ import json
 import sys
 import urllib.request
 
-from workflow_api import RECORDING, recordable
+from tests.helpers.workflow_api import RECORDING, recordable
 
 
 def main(url):

@@ -1,6 +1,6 @@
 """Writes locales/en/nodeDefs.json, the English of every node, from /object_info of a running ComfyUI with this pack.
 
-    python tests/tools/record_schemas.py http://127.0.0.1:8188
+    python -m tests.tools.record_schemas http://127.0.0.1:8188
 
 Needed when a node's name, inputs, outputs or texts change; the other languages are held against this file, and
 tests/host/test_locales_host.py says when it is out of date.

@@ -1,20 +1,19 @@
 """Draws the workflows as ComfyUI's page shows them: a picture beside each JSON, and all of them in docs/workflows.jpg.
 
-    python tests/tools/record_workflow_pictures.py http://127.0.0.1:8188 [turbowan_try_it ...]
+    python -m tests.tools.record_workflow_pictures http://127.0.0.1:8188 [turbowan_try_it ...]
 
-Needs a running ComfyUI with this pack and the files that host/server.py puts there, Chromium, Playwright and Pillow.
-Needed when a workflow's face changes.
+Needs a running ComfyUI with this pack and the files that tests/helpers/comfyui.py puts there, Chromium, Playwright and
+Pillow. Needed when a workflow's face changes.
 """
 
 import io
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
+from tests.helpers.page import browsing, opened
+
 ROOT = Path(__file__).resolve().parents[2]
-READY = "window.app && window.app.vueAppReady && window.LiteGraph && window.app.graph?.nodes.length"
 WIDTH, TILE, COLUMNS, GAP, TITLE = 1200, 520, 3, 12, 30
 VIEW = {"width": 2200, "height": 1500}
 
@@ -40,15 +39,9 @@ SHOW = """async ([workflow, view]) => {
 def record(url: str, workflows: list[Path]) -> None:
     """Photograph some workflows; the notes left of the graph are not shown."""
     from PIL import Image
-    from playwright.sync_api import sync_playwright
 
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=VIEW, device_scale_factor=2)
-        page.goto(url)
-        page.wait_for_function(READY, timeout=90_000)
-        page.wait_for_load_state("networkidle")
+    with browsing() as browser:
+        page = opened(browser, url, viewport=VIEW, device_scale_factor=2)
         for path in workflows:
             workflow = json.loads(path.read_text(encoding="utf-8"))
             workflow["nodes"] = [n for n in workflow["nodes"] if n["type"] != "MarkdownNote" or n["pos"][0] >= 0]
@@ -56,7 +49,6 @@ def record(url: str, workflows: list[Path]) -> None:
             image = Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")
             image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.LANCZOS)
             image.save(path.with_suffix(".jpg"), quality=80)
-        browser.close()
 
 
 def contact_sheet() -> None:
