@@ -131,7 +131,7 @@ def bench(arguments):
 
 
 def find_comfyui():
-    """The folder of a ComfyUI, or None; tests/host/conftest.py looks in the same places."""
+    """The folder of a ComfyUI, or None; tests/helpers/comfyui.py looks in the same places."""
     candidates = [os.environ.get("COMFYUI_DIR"), ROOT.parent.parent, Path.home() / "ComfyUI"]
     return next((Path(c) for c in candidates if c and (Path(c) / "comfyui_version.py").is_file()), None)
 

@@ -1,6 +1,7 @@
 """Files as the host's MODEL and CLIP: any TurboWan or Wan model, umT5 in any size."""
 
 import json
+import os
 
 import comfy.model_detection
 import comfy.model_management
@@ -39,23 +40,13 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     """
     management = comfy.model_management
     quantized = any(key.endswith(".weight_scale") for key in sd)
-    for key in [k for k in sd if k.endswith(".weight_scale")]:
-        layer = key.removesuffix("_scale")
-        sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
-    parameters = comfy.utils.calculate_parameters(sd)
-    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=description.metadata)
-    if config is None:
-        raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
-    config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
-    if description.has_sla:
-        config.unet_config["wan_attn_block_class"] = SLAWanBlock
-    elif quantized and type(config) in PLAIN:
-        config.unet_config["wan_attn_block_class"] = FusedWanBlock
+    config = _config(sd, description, quantized)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     supported = config.supported_inference_dtypes
     if dtype is None:
         # int8 files were made from bf16 weights: prefer bf16 where the card has it
         stored = torch.bfloat16 if quantized else comfy.utils.weight_dtype(sd)
+        parameters = comfy.utils.calculate_parameters(sd)
         dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
     manual_cast = management.unet_manual_cast(dtype, load_device, supported)
     config.set_inference_dtype(dtype, manual_cast, device=load_device)
@@ -70,6 +61,28 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     if description.has_sla or quantized:
         prove_for(patcher)
     return patcher
+
+
+def _config(sd, description, quantized):
+    """The host's configuration of this model, with our block class. Completes sd with the names of int8 formats."""
+    for key in [k for k in sd if k.endswith(".weight_scale")]:
+        layer = key.removesuffix("_scale")
+        sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
+    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=description.metadata)
+    if config is None:
+        raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
+    config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
+    if description.has_sla:
+        config.unet_config["wan_attn_block_class"] = SLAWanBlock
+    elif quantized and type(config) in PLAIN:
+        config.unet_config["wan_attn_block_class"] = FusedWanBlock
+    return config
+
+
+def file_name(model):
+    """Of the file that a MODEL came from; empty where the host's own loader made it."""
+    source = model.get_attachment(SOURCE)
+    return "" if source is None else os.path.basename(str(source.path))
 
 
 def _as_distilled(network, x, timestep, *args, **kwargs):

@@ -1,7 +1,5 @@
 """A sampling run of the host with one model, or with the two experts of Wan 2.2 A14B."""
 
-import os
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -12,7 +10,7 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 from ...turbo_core.errors import TurboError
 from ...turbo_core.sampler import sample_rcm
 from .inputs import MAX_SEED, check_channels, check_latent, check_number, check_positive
-from .loading import SOURCE
+from .loading import file_name
 
 MODES = ("SDE", "ODE")  # how a run goes from step to step
 
@@ -110,21 +108,16 @@ def _check_experts(high, low):
     if ours != theirs:
         differ = ", ".join(f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name])
         raise TurboError(
-            f"model ({_file(high) or 'high-noise'}) and model_low ({_file(low) or 'low-noise'}) are of different "
+            f"model ({file_name(high) or 'high-noise'}) and model_low ({file_name(low) or 'low-noise'}) are of different "
             f"families ({differ}): connect the two experts of the same Wan 2.2 A14B model."
         )
-    names = _file(high).lower(), _file(low).lower()
+    names = file_name(high).lower(), file_name(low).lower()
     if "low" in names[0] and "high" not in names[0] and "high" in names[1]:
         raise TurboError(
-            f"the experts look swapped: model is {_file(high)}, model_low is {_file(low)}: exchange the two."
+            f"the experts look swapped: model is {file_name(high)}, model_low is {file_name(low)}: exchange the two."
         )
 
 
 def _facts(model):
     config = model.model.model_config.unet_config
     return {name: config.get(name) for name in ("model_type", "dim", "ffn_dim", "num_layers", "in_dim", "text_dim")}
-
-
-def _file(model):
-    source = model.get_attachment(SOURCE)
-    return "" if source is None else os.path.basename(str(source.path))

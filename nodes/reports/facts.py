@@ -1,7 +1,6 @@
 """What a MODEL is, in words: family, weight formats, attention, memory."""
 
 import collections
-import os
 
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model as wan
@@ -11,7 +10,7 @@ from ...turbo_core.files import human_bytes
 from ...turbo_core.int8 import layout
 from ...turbo_core.wan import QUANTIZED_LINEARS
 from ..host.blocks import has_trained_sla
-from ..host.loading import SOURCE
+from ..host.loading import SOURCE, file_name
 from ..host.ops import ROW
 from ..host.override import OVERRIDE
 from ..host.settings import DEFAULTS, OPTIONS
@@ -36,7 +35,7 @@ def _formats(network):
 def _name(model, network):
     source = model.get_attachment(SOURCE)
     if source is not None:
-        return f"{source.family} ({os.path.basename(str(source.path))})"
+        return f"{source.family} ({file_name(model)})"
     return f"{type(model.model).__name__} (dim {network.dim}, {len(network.blocks)} blocks)"
 
 

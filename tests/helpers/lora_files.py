@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.helpers.lab import PROJ_L
+
 RANK, ALPHA = 4, 8.0
 LAYERS = ["blocks.0.self_attn.q", "blocks.0.cross_attn.o", "blocks.1.ffn.0", "blocks.1.ffn.2"]
 DIFFUSERS = {
@@ -99,4 +101,19 @@ def differences(lab, network):
     return lora
 
 
-MAKERS = {"LoHa": loha, "LoKr": lokr, "LoKr, full": lambda *a: lokr(*a, low=False), "DoRA": dora, "diff": differences}
+def plain(lab, network):
+    """The usual kind, on proj_l as well."""
+    lora = spelled(lab, network, "diffusion-pipe")
+    lora[f"{PROJ_L}.lora_A.weight"] = lab.draw(RANK, 128, seed=60) * 128**-0.5
+    lora[f"{PROJ_L}.lora_B.weight"] = lab.draw(128, RANK, seed=61) * 0.3
+    return lora
+
+
+MAKERS = {
+    "LoRA": plain,
+    "LoHa": loha,
+    "LoKr": lokr,
+    "LoKr, full": lambda *a: lokr(*a, low=False),
+    "DoRA": dora,
+    "diff": differences,
+}

@@ -174,22 +174,6 @@ def test_settings_of_other_nodes_are_carried_along(comfy, lab):
     assert patched.model_options["transformer_options"]["note"] == "kept"
 
 
-def test_source_can_go(comfy, lab):
-    """Nothing of the quantized MODEL keeps the large one in memory."""
-    import gc
-    import weakref
-
-    model = lab.load(dtype=torch.float32)
-    watched = weakref.ref(model.model)
-    quantized = lab.quantize(model)
-    expected = lab.denoise(quantized)
-    del model
-    comfy.model_management.cleanup_models()
-    gc.collect()
-    assert watched() is None
-    assert torch.equal(lab.denoise(quantized), expected)
-
-
 def test_hosts_factory_makes_the_same_model_again(lab, with_lora):
     """The host reloads a MODEL through cached_patcher_init, on a second GPU or without dynamic VRAM."""
     patched = with_lora(lab.load())

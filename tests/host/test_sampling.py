@@ -67,6 +67,7 @@ def test_modes_and_seeds_differ(lab, t2v):
     results = [lab.turbo(t2v, latent, mode=m, seed=s) for m in ("SDE", "ODE") for s in (1, 2)]
     assert all(lab.difference(a, b) > 0.05 for i, a in enumerate(results) for b in results[:i])
     assert torch.equal(lab.turbo(t2v, latent, seed=2**64 - 1, steps=1), lab.turbo(t2v, latent, seed=2**64 - 1, steps=1))
+    assert torch.equal(lab.turbo(lab.load(T2V), latent, mode="SDE", seed=2), results[1])
     # one step has no noise to add: both modes are the same
     assert torch.equal(*(lab.turbo(t2v, latent, mode=m, steps=1) for m in ("SDE", "ODE")))
 
@@ -307,26 +308,14 @@ def test_interrupt_inside_a_quantized_block(comfy, lab):
     assert torch.equal(lab.turbo(model, lab.latent(TINY_SHAPE)), expected)
 
 
-def test_context_windows(lab, t2v):
-    """The host's own node for long videos: windows of frames, blended."""
-    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
-
-    options = {"context_length": 9, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1}
-    options |= {"closed_loop": False, "fuse_method": "pyramid", "freenoise": False}
-    windowed = WanContextWindowsManualNode.execute(t2v, **options)[0]
-    latent = lab.latent((1, 16, 5, 8, 10))
-    out = lab.turbo(windowed, latent, steps=2)
-    assert out.isfinite().all() and lab.difference(out, lab.turbo(t2v, latent, steps=2)) > 1e-3
-
-
-def test_twenty_rounds_do_not_grow(comfy, lab):
+def test_a_dozen_rounds_do_not_grow(comfy, lab):
     """Load, quantize, sample, drop: no network stays behind, and memory settles."""
     import gc
 
     import psutil
 
     process, sizes = psutil.Process(), []
-    for _ in range(20):
+    for _ in range(12):
         model = lab.quantize(lab.attention(lab.load(), 0.5))
         lab.turbo(model, lab.latent(TINY_SHAPE), steps=1)
         del model
@@ -334,7 +323,7 @@ def test_twenty_rounds_do_not_grow(comfy, lab):
         gc.collect()
         sizes.append(process.memory_info().rss)
     alive = [o for o in gc.get_objects() if issubclass(type(o), comfy.ldm.wan.model.WanModel)]
-    growth = (max(sizes[15:]) - max(sizes[2:5])) / 2**20
+    growth = (max(sizes[9:]) - max(sizes[2:5])) / 2**20
     print("growth MiB", growth, "networks alive", len(alive))
     assert len(alive) <= 8, "those of the fixtures"
-    assert growth < 9  # one round makes 9 + 4 MiB of weights: anything kept would be 150
+    assert growth < 9  # one round makes 9 + 4 MiB of weights: anything kept would be 80

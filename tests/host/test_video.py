@@ -137,24 +137,6 @@ def test_windows_over_two_experts_keep_the_first_frame(lab, experts, between):
     assert first[:, :4, 0].all() and not second[:, :4].any()  # only the first window holds the given frame
 
 
-@pytest.mark.parametrize("mode", ["SDE", "ODE"])
-def test_a_seed_reproduces_and_another_does_not(lab, mode):
-    model = lab.load()
-    out = lab.turbo(model, seed=5, mode=mode)
-    assert torch.equal(lab.turbo(model, seed=5, mode=mode), out)
-    assert torch.equal(lab.turbo(lab.load(), seed=5, mode=mode), out)
-    assert not torch.equal(lab.turbo(model, seed=6, mode=mode), out)
-
-
-def test_one_video_of_a_batch_can_be_made_again_by_its_index(lab):
-    # ODE only: in SDE the noise of later steps is drawn for the whole batch
-    model, shape = lab.load(), lab.shape[1:]
-    pair = lab.turbo(model, lab.latent((2, *shape)), mode="ODE")
-    single = lab.turbo(model, {**lab.latent((1, *shape)), "batch_index": [1]}, mode="ODE")
-    assert lab.difference(single, pair[1:]) < 1e-3
-    assert lab.difference(pair[:1], pair[1:]) > 0.01
-
-
 def test_a_batch_with_first_and_last_frame(lab, experts, between):
     high, low = experts
     out = lab.turbo(high, model_low=low, **between(1, 2, batch=2))
