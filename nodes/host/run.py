@@ -105,17 +105,16 @@ def experts_of(high, low, sigmas, boundary):
 def _check_experts(high, low):
     """Raise TurboError when the two MODELs cannot be the high and low expert of one family."""
     ours, theirs = _facts(high), _facts(low)
+    files = file_name(high), file_name(low)
     if ours != theirs:
         differ = ", ".join(f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name])
         raise TurboError(
-            f"model ({file_name(high) or 'high-noise'}) and model_low ({file_name(low) or 'low-noise'}) are of different "
+            f"model ({files[0] or 'high-noise'}) and model_low ({files[1] or 'low-noise'}) are of different "
             f"families ({differ}): connect the two experts of the same Wan 2.2 A14B model."
         )
-    names = file_name(high).lower(), file_name(low).lower()
+    names = [file.lower() for file in files]
     if "low" in names[0] and "high" not in names[0] and "high" in names[1]:
-        raise TurboError(
-            f"the experts look swapped: model is {file_name(high)}, model_low is {file_name(low)}: exchange the two."
-        )
+        raise TurboError(f"the experts look swapped: model is {files[0]}, model_low is {files[1]}: exchange the two.")
 
 
 def _facts(model):
