@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny_family import official_text_names, tiny_tokenizer
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.text import clean_prompt, encode_text, load_text_encoder
 from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder
 
+K = "encoder.block.0.layer.0.SelfAttention.k"
+W = f"{K}.weight"
 PROMPTS = ["Two stylish cats walk in the rain.", "a red circle", ""]
 
 
@@ -180,3 +182,30 @@ def test_another_encoder_is_named(kind, tokenizer, tmp_path):
     save_file(foreign(tiny_text_encoder(tokenizer), kind), tmp_path / "other.safetensors")
     with pytest.raises(TurboError, match=rf"other\.safetensors.*{kind}"):
         load_text_encoder(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("encoder.block.1.layer.0.SelfAttention.q.weight"), "lacks encoder.block.1.layer.0"),
+        (lambda s: s.update({W: s[W].to(torch.float8_e4m3fn), f"{K}.scale_weight": torch.ones(64, 64)}), "64 rows"),
+        (lambda s: s.update({W: s[W][:8].contiguous()}), r"expected \[64, 64\]"),
+        (lambda s: s.update({"shared.weight": torch.ones(4)}), "expected a matrix"),
+        (lambda s: s.update({"spiece_model": torch.ones(4)}), "expected bytes"),
+        (lambda s: s.update({"spiece_model": torch.zeros(0, dtype=torch.uint8)}), "is damaged"),
+    ],
+)
+def test_an_encoder_that_is_not_whole(folder, tmp_path, change, words):
+    """An encoder without its last q was one block shallower; a scale of any shape was multiplied."""
+    state = load_file(folder / "tiny_umt5.safetensors")
+    change(state)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(TurboError, match=words):
+        load_text_encoder(tmp_path / "x.safetensors")
+
+
+def test_a_clip_model_with_a_token_embedding(tmp_path):
+    state = {"token_embedding.weight": torch.ones(8, 4), "positional_embedding": torch.ones(77, 4)}
+    save_file(state, tmp_path / "x.sft")
+    with pytest.raises(TurboError, match="not a umT5 encoder"):
+        load_text_encoder(tmp_path / "x.sft")

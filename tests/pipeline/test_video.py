@@ -1,12 +1,20 @@
 """Images in, videos and contact sheets out."""
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from turbo_core.errors import TurboError
-from turbo_core.pipeline.video import prepare_image, read_image, to_frames, write_contact_sheet, write_video
+from turbo_core.pipeline.video import (
+    check_sheet_path,
+    prepare_image,
+    read_image,
+    to_frames,
+    write_contact_sheet,
+    write_video,
+)
 
 
 def moving_square(frames=9, height=48, width=64):
@@ -112,3 +120,31 @@ def test_prepared_image_spans_minus_one_to_one_and_averages_when_shrinking():
 def test_frames_round_and_clamp():
     video = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5]).view(1, 1, 1, 5).expand(3, 1, 1, 5)
     assert to_frames(video)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_sixteen_bits_of_grey_are_not_white(tmp_path):
+    Image.fromarray(np.full((8, 6), 20000, np.uint16)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").unique().tolist() == [20000 >> 8]
+
+
+def test_formats_are_named_whatever_the_suffix(tmp_path):
+    """Pillow starts Ghostscript for PostScript."""
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(text)
+    with pytest.raises(TurboError, match=r"x\.png cannot be read.*PNG or JPEG"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_is_refused_by_its_pixels_before_they_are_unpacked(tmp_path, monkeypatch):
+    Image.new("L", (13300, 13300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(TurboError, match=r"13300 x 13300.*scale it down"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_sheet_s_format_can_be_written(tmp_path):
+    """Found out after all the work, before."""
+    for suffix in (".psd", ".xyz"):
+        with pytest.raises(TurboError, match=r"name it x\.png"):
+            check_sheet_path(tmp_path / f"x{suffix}")

@@ -123,7 +123,10 @@ def generate(
     if not torch.isfinite(latents).all():
         raise TurboError(f"Sampling gave NaN or infinity in {dtype}. Use --dtype bfloat16 or float32, or another file.")
     with stage("decode"):
-        video = to_frames(decode_video(vae.to(device), latents, tiled)[0])
+        video = decode_video(vae.to(device), latents, tiled)[0]
+        if not torch.isfinite(video).all():
+            raise TurboError(f"Decoding gave NaN or infinity in {dtype}. Use --dtype float32, or another VAE file.")
+        video = to_frames(video)
     settings = {
         "prompt": prompt, "model": model.family, "size": f"{width}x{height}", "frames": frames, "steps": steps,
         "sigmas": [round(sigma, 6) for sigma in sigmas.tolist()], "rule": "ode" if ode else "sde", "seed": seed,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.formats import check_scale_values
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, missing_library
 
@@ -54,9 +55,10 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     with torch.device("meta"):
         model = model_class(config)
     tensors = {}
-    for name in model.state_dict():
+    for name, like in model.state_dict().items():
         # "embed_tokens" is the same table as "shared"
         source = "shared.weight" if name == "encoder.embed_tokens.weight" else name
+        _check_shape(state, source, like.shape, path)
         tensors[name] = tensors.get(source) if source in tensors else _widen(state, source, path).to(device, dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), tokenize
@@ -94,7 +96,7 @@ def _transformers():
 def _canonical(state: dict, path) -> dict:
     """The state dict under Hugging Face's names."""
     if "token_embedding.weight" in state:
-        return {_huggingface_name(key): value for key, value in state.items()}
+        state = {_huggingface_name(key): value for key, value in state.items()}
     if "shared.weight" in state and "encoder.block.0.layer.0.SelfAttention.q.weight" in state:
         return state
     raise TurboError(
@@ -116,8 +118,8 @@ def _huggingface_name(key: str) -> str:
 
 def _infer_sizes(state: dict, path) -> dict:
     block = "encoder.block.{}.layer.0.SelfAttention.{}.weight"
-    found = (re.fullmatch(r"encoder\.block\.(\d+)\..*\.q\.weight", key) for key in state)
-    numbers = sorted(int(match[1]) for match in found if match)
+    found = (re.match(r"encoder\.block\.(\d{1,4})\.layer\.0\.", key) for key in state)
+    numbers = sorted({int(match[1]) for match in found if match})
     if numbers != list(range(len(numbers))):
         raise TurboError(f"text encoder: {path} has blocks {numbers}, some between are missing. Download it again.")
     last = block.format(numbers[-1], "relative_attention_bias")
@@ -130,6 +132,9 @@ def _infer_sizes(state: dict, path) -> dict:
     query = state[block.format(0, "q")]
     if ffn not in state:
         raise TurboError(f"text encoder: {path} lacks {ffn}. Download it again.")
+    for name in (last, "shared.weight", ffn, block.format(0, "q")):
+        if state[name].ndim != 2 or 0 in state[name].shape:
+            raise TurboError(f"text encoder: {path}: {name} is {list(state[name].shape)}, expected a matrix.")
     buckets, heads = state[last].shape
     vocabulary, width = state["shared.weight"].shape
     return {
@@ -144,22 +149,43 @@ def _infer_sizes(state: dict, path) -> dict:
     }
 
 
-def _widen(state: dict, name: str, path) -> torch.Tensor:
-    """One weight as floats; float8 repacks keep a scale beside it."""
+def _check_shape(state: dict, name: str, shape, path) -> None:
+    """Raise TurboError unless a weight and its scale, where it has one, are there in the shapes that they must have."""
     if name not in state:
         raise TurboError(f"text encoder: {path} lacks {name}. Download it again.")
+    got, scale = state[name].shape, _scale_of(state, name)
+    if got != shape:
+        raise TurboError(f"text encoder: {path}: {name} is {list(got)}, expected {list(shape)}. Download it again.")
+    if scale is not None and scale.numel() != 1 and tuple(scale.shape) not in ((shape[0],), (shape[0], 1)):
+        raise TurboError(
+            f"text encoder: {path}: the scale of {name} is {list(scale.shape)}, expected one number or one for each of "
+            f"{shape[0]} rows. Use a bf16 file."
+        )
+
+
+def _scale_of(state: dict, name: str):
+    stem = name.removesuffix(".weight")
+    return state.get(f"{stem}.scale_weight", state.get(f"{stem}.weight_scale"))
+
+
+def _widen(state: dict, name: str, path) -> torch.Tensor:
+    """One weight as floats; float8 repacks keep a scale beside it."""
     weight = state[name]
     if weight.dtype not in _FLOAT8:
         if not weight.is_floating_point():
             raise TurboError(f"text encoder: {path}: {name} is {weight.dtype}, expected floats. Use a bf16 file.")
         return weight
-    stem = name.removesuffix(".weight")
-    scale = state.get(f"{stem}.scale_weight", state.get(f"{stem}.weight_scale"))
-    return weight.float() if scale is None else weight.float() * scale.float()
+    scale = _scale_of(state, name)
+    if scale is None:
+        return weight.float()
+    check_scale_values(f"the scale of {name}", scale, path)
+    return weight.float() * scale.float().reshape(-1, 1)
 
 
 def _load_tokenizer(embedded, tokenizer, path: Path):
     if tokenizer is None and embedded is not None:
+        if embedded.dtype != torch.uint8:
+            raise TurboError(f"tokenizer: the {_EMBEDDED} in {path} is {embedded.dtype}, expected bytes.")
         return _sentencepiece(embedded.numpy().tobytes(), path)
     place = Path(tokenizer) if tokenizer is not None else path.parent / "google" / "umt5-xxl"
     found = [place] if place.is_file() else [place / name for name in ("spiece.model", "tokenizer.json")]
@@ -181,6 +207,8 @@ def _sentencepiece(proto: bytes, source: Path):
     except ImportError as error:
         raise missing_library("sentencepiece", "The tokenizer") from error
     try:
+        if not proto:  # which the library takes, and fails when it is used
+            raise RuntimeError("empty")
         processor = SentencePieceProcessor(model_proto=proto, add_eos=True)
     except RuntimeError as error:
         raise TurboError(f"tokenizer: the sentencepiece model in {source} is damaged. Download it again.") from error

@@ -104,6 +104,9 @@ def _check_shapes(model, state: dict, path) -> None:
             f"VAE: {path} lacks {len(missing)} of {len(expected)} tensors and has {len(extra)} unknown ones, for "
             f"example {sorted(missing | extra)[0]}. {_CURE}"
         )
+    for name in expected:
+        if not state[name].is_floating_point():
+            raise TurboError(f"VAE: {path}: {name} is {state[name].dtype}, expected floats. {_CURE}")
     wrong = [name for name, shape in expected.items() if state[name].shape != shape]
     if wrong:
         name = wrong[0]

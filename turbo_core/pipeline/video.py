@@ -4,6 +4,7 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,10 +13,15 @@ from ..files import written_aside
 from .sizes import FPS
 
 VIDEO_SUFFIXES = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}  # to the container's name
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
+MOST_PIXELS = 100_000_000  # 300 MB; the largest cameras have as many
 
 
 def read_image(path) -> torch.Tensor:
-    """An image file as uint8 [3, H, W], turned upright by its EXIF tag. Raises TurboError when it is none."""
+    """An image file as uint8 [3, H, W], turned upright by its EXIF tag; of 16 bits the upper eight.
+
+    Raises TurboError when it is none of IMAGE_FORMATS, whatever its name, or has more than MOST_PIXELS.
+    """
     image_module = _pillow()
     from PIL import ImageOps
 
@@ -23,12 +29,28 @@ def read_image(path) -> torch.Tensor:
     if not path.is_file():
         raise TurboError(f"image: {path} is not a file. Check the path.")
     try:
-        with image_module.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        # formats by name: for others Pillow starts programs, Ghostscript for one
+        with image_module.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise TurboError(
+                    f"image: {path} is {image.width} x {image.height}. Expected at most {MOST_PIXELS:,} pixels: scale "
+                    "it down, a video has a million."
+                )
+            image = _in_eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    except TurboError:
+        raise
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise TurboError(f"image: {path} cannot be read ({error}). Save it as PNG or JPEG.") from error
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _in_eight_bits(image):
+    """An image of 16 bits a pixel, grey then, in eight; others as they are. Pillow itself makes white of it."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+    return _pillow().fromarray(values.astype(np.uint8))
 
 
 def prepare_image(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
@@ -98,7 +120,8 @@ def check_video_path(path) -> None:
 def check_sheet_path(path) -> None:
     """The same for a contact sheet."""
     image_module = _pillow()
-    if Path(path).suffix.lower() not in image_module.registered_extensions():
+    known = image_module.registered_extensions()  # reads all formats, those that cannot be written too
+    if known.get(Path(path).suffix.lower()) not in image_module.SAVE:
         raise TurboError(f"The contact sheet {path} is of no known image format: name it {Path(path).stem}.png.")
     _check_folder(path)
 
