@@ -261,3 +261,13 @@ def test_latents_that_are_not_finite_are_an_error_not_a_black_video(tiny, monkey
 def test_conditioning_reaches_the_picture(tiny, tmp_path):
     Image.new("RGB", (32, 32), (0, 255, 0)).save(tmp_path / "green.png")
     assert not torch.equal(i2v(tiny, steps=1).latents, i2v(tiny, steps=1, image=tmp_path / "green.png").latents)
+
+
+def test_a_vae_that_gives_nan_makes_no_video(tiny, tmp_path):
+    """The first decoder with one NaN wrote a video, and exit code 0."""
+    state = torch.load(tiny / "TinyWan2.1_VAE.pth", weights_only=True)
+    state["decoder.head.2.bias"] = state["decoder.head.2.bias"] * float("nan")
+    torch.save(state, tmp_path / "vae.pth")
+    files = tiny / "TinyWan2.1-T2V.pth", tmp_path / "vae.pth", tiny / "tiny_umt5.safetensors"
+    with pytest.raises(TurboError, match="Decoding gave NaN"):
+        pipeline.generate("a red circle", *files, steps=1, **SMALL)
