@@ -25,7 +25,10 @@ def run(kernel, grid, arguments, options):
     device = arguments[0].device
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            contextvars.copy_context().run(_launch, kernel, grid, arguments, options)
+            if "SPECIALIZE" in options:  # its allocator is this call's own
+                contextvars.copy_context().run(_launch_with_memory, kernel, grid, arguments, options)
+            else:
+                kernel[grid](*arguments, **options)
     except Exception as error:  # whatever a compiler or driver raises
         if "out of memory" in str(error):
             raise  # no fault of the kernel
@@ -34,8 +37,8 @@ def run(kernel, grid, arguments, options):
         raise LaunchError(f"{kernel.fn.__name__} cannot run on {device} ({reason})") from error
 
 
-def _launch(kernel, grid, arguments, options):
-    if "SPECIALIZE" in options:  # descriptors made on the card need memory; set in this call's own context
-        device = arguments[0].device
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+def _launch_with_memory(kernel, grid, arguments, options):
+    """For kernels that make descriptors on the card, which need memory there."""
+    device = arguments[0].device
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     kernel[grid](*arguments, **options)

@@ -93,7 +93,7 @@ def _stand_in():
 
 def load() -> SimpleNamespace:
     """Their modules: wan2pt1, wan2pt2, sla (core), sla_utils, ops (core), modify (inference/modify_model)."""
-    from tests.triton_cpu.interpreter import repair
+    from tests.helpers.interpreter import repair
 
     repair()
     _stand_in()

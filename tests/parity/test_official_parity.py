@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.helpers.process import run_python
 from tests.parity import official
-from tests.triton_cpu.process import run_python
 
 if not (official.folder() / "turbodiffusion").is_dir():
     pytest.skip(

@@ -1,0 +1,106 @@
+"""The int8 products compile for every card, without spills, to its int8 instructions.
+
+At the shapes of the 14B model, whose sizes divide by 128 and specialize the kernel; 32760 rows do not divide by 16.
+"""
+
+import pytest
+import torch
+import triton
+from turbo_core.kernels.int8_mm import prepare
+
+from tests.helpers import aot
+from turbo_core.kernels import int8_configs
+
+KINDS = {80: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
+# up to the first dot: IMMA is the end of UTCIMMA too
+INSTRUCTION = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+SIZES = {"plain": (5120, 5120), "quantize": (13824, 5120), "residual": (5120, 13824), "qkv": (5120, 5120)}  # N, K
+BF16 = torch.bfloat16
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype)  # never touched, so no memory is taken
+
+
+def compiled(capability, name, m, gates=1, config=None):
+    fmt, form = name.split()
+    n, k = SIZES[form]
+
+    def operand(rows):
+        scale = (rows, 1) if fmt == "row" else (-(-rows // 128), k // 128)
+        return empty(rows, k, dtype=torch.int8), empty(*scale)
+
+    weights, scales = zip(*(operand(n) for _ in range(3 if form == "qkv" else 1)))
+    y = empty(*((3, m, n) if form == "qkv" else (m, n)), dtype=torch.int8 if form == "quantize" else BF16)
+    extra = {
+        "plain": {},
+        "quantize": {"y_scale": empty(-(-m // 128), n // 128)},
+        "residual": {
+            "residual": empty(m, n, dtype=BF16),
+            "gate": empty(gates, n),
+            "stats": empty(n // 128, m, 2),
+        },
+        "qkv": {"squares": empty(2, n // 128, m)},
+    }[form]
+    biases = [empty(n, dtype=BF16) for _ in weights]
+    gelu, card = form == "quantize", KINDS[capability]
+    kernel, _, arguments, options = prepare(form, *operand(m), weights, scales, biases, y, gelu, config, card, **extra)
+    return aot.compile_for(capability, kernel, *arguments, **options)
+
+
+def check(capability, kernel):
+    names = {name.partition(".")[0] for name in aot.matrix_instructions(kernel)}
+    if capability != 100 or TRITON >= (3, 8):  # before, int8 has no tcgen05 instruction there
+        assert INSTRUCTION[capability] in names, names
+    assert aot.fits(capability, kernel)
+    assert aot.spills(kernel) == 0
+
+
+@pytest.mark.parametrize("name", int8_configs.FORMS)
+@pytest.mark.parametrize("capability", KINDS)
+def test_every_form_compiles_with_the_launch_of_the_table(capability, name):
+    check(capability, compiled(capability, name, 32760))
+
+
+@pytest.mark.parametrize("name", ["block plain", "block qkv", "row residual"])
+@pytest.mark.parametrize("capability", [89, 90])  # 89 has the least shared memory of the sm_80 row
+def test_few_rows(capability, name):
+    check(capability, compiled(capability, name, 512))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_a_gate_for_each_sample(capability):
+    check(capability, compiled(capability, "row residual", 2 * 32760, gates=2))
+
+
+# warps of their own for loads and products: no register spills, and the compiler did take warps apart
+# Triton 3.6 fails on some of these forms; only `turbo-core tune` tries them, which leaves out what fails
+@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="checked with the Triton that is pinned")
+@pytest.mark.parametrize("name", ["block plain", "block residual", "row qkv"])
+def test_warp_specialization_compiles(name):
+    kernel = compiled(90, name, 32760, config=int8_configs.DEFAULT._replace(variant="specialized", warps=4))
+    check(90, kernel)
+    assert "UTMALDG" in kernel.asm["sass"]
+    assert "ttg.warp_specialize" in kernel.asm["ttgir"]
+
+
+@pytest.mark.parametrize("name", ["block plain", "row plain"])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_the_persistent_variant_compiles(capability, name):
+    kernel = compiled(capability, name, 32760, config=int8_configs.DEFAULT._replace(variant="persistent"))
+    check(capability, kernel)
+    assert "UTMALDG" in kernel.asm["sass"]
+
+
+def test_the_length_is_a_runtime_argument():
+    # 75600 divides by 16, 32760 does not, 1 is special to Triton: one kernel for all
+    kernels = [compiled(90, "block plain", m, config=int8_configs.DEFAULT) for m in (75600, 32760, 1)]
+    assert len({kernel.hash for kernel in kernels}) == 1
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_two_dots_of_half_the_depth_keep_operands_as_they_are_loaded(capability):
+    # one dot of 128 makes the compiler repack the bytes of every operand, in more instructions than there are products
+    sass = compiled(capability, "block plain", 32760).asm["sass"]
+    assert sass.count("PRMT") < sass.count("IMMA")
