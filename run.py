@@ -71,18 +71,20 @@ def test(arguments):
         print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
         del beside["tests/host"]
     if not arguments:
-        beside["tests/kernels"] = [*pytest, "-o", "cache_dir=.pytest_cache/kernels", "tests/kernels"]
-        pytest.append("--ignore=tests/kernels")
+        for folder in ("tests/kernels", "tests/compiled"):  # each needs a process of its own
+            beside[folder] = [*pytest, "-o", f"cache_dir=.pytest_cache/{folder}", folder]
+        pytest += ["--ignore=tests/kernels", "--ignore=tests/compiled"]
     # the tensors are small: more threads only wait for each other
-    options = {"cwd": ROOT, "env": {"OMP_NUM_THREADS": "1", **os.environ}}
+    environ = {"OMP_NUM_THREADS": "1", **os.environ}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends all of it
     running = {}
     try:
         for name, command in beside.items():
             output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been shown)
             apart = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
-            running[name] = subprocess.Popen(command, **apart, **options), output
-        failed |= subprocess.run([*pytest, *arguments], **options).returncode
+            env = environ | ({"TRITON_INTERPRET": "1"} if name == "tests/kernels" else {})
+            running[name] = subprocess.Popen(command, cwd=ROOT, env=env, **apart), output
+        failed |= subprocess.run([*pytest, *arguments], cwd=ROOT, env=environ).returncode
         for name, (process, _) in running.items():
             print(f"waiting for {name} ...", flush=True)
             failed |= process.wait()
