@@ -1,7 +1,11 @@
 """Files are written whole or not at all, and nothing is left beside them."""
 
+import contextlib
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +62,72 @@ def test_sizes_in_words():
     assert [human_bytes(size) for size in sizes] == [
         "0 B", "999 B", "1.0 kB", "12.3 MB", "5.0 GB", "2.5 TB", "10000.0 TB",
     ]  # fmt: skip
+
+
+WRITER = """
+import sys, time
+from turbo_core.files import written_aside
+with written_aside(sys.argv[1]) as aside:
+    aside.write_text("half")
+    print("begun", flush=True)
+    time.sleep(float(sys.argv[2]))
+    aside.write_text(sys.argv[3])
+"""
+
+
+@contextlib.contextmanager
+def another(target, seconds=60, text="theirs"):
+    """Another process that writes to the target, and has begun."""
+    command = [sys.executable, "-c", WRITER, str(target), str(seconds), text]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(files.__file__).parents[1])
+    try:
+        assert process.stdout.readline().strip() == b"begun"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_second_writer_is_told_who_the_first_is(target):
+    with another(target) as process:
+        for call in (files.check_free, lambda path: write_whole(path, "ours")):
+            with pytest.raises(TurboError, match=rf"model\.safetensors is being written by process {process.pid} on "):
+                call(target)
+        assert target.read_text() == "old"
+    write_whole(target, "ours")
+    assert target.read_text() == "ours"
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next_in_that_folder(target, caplog):
+    with another(target):
+        pass
+    assert len(os.listdir(target.parent)) == 3  # the part and its lock
+    write_whole(target.parent / "other.txt", "ours")
+    assert sorted(os.listdir(target.parent)) == [target.name, "other.txt"] and target.read_text() == "old"
+    assert "removed" in caplog.text and "model.safetensors.part" in caplog.text
+
+
+def test_a_writer_at_work_is_not_swept(target):
+    with another(target) as process:
+        write_whole(target.parent / "other.txt", "ours")
+        assert (target.parent / f"{target.name}.part").read_text() == "half" and process.poll() is None
+
+
+def test_many_writers_to_one_name_leave_one_whole_file(target):
+    """Two conversions shared the name of their part file: six of fourteen outputs were a mixture."""
+    texts = [str(i) * 100_000 for i in range(6)]
+    root = Path(files.__file__).parents[1]
+    made = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(target), "0.2", t[:1] * 9], stderr=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, cwd=root) for t in texts
+    ]  # fmt: skip
+    done = [process.wait() for process in made]
+    assert 0 in done and target.read_text() in [t[:1] * 9 for t, status in zip(texts, done) if status == 0]
+    assert os.listdir(target.parent) == [target.name]
+
+
+def test_a_disk_without_locks_lets_everybody_in(target, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    write_whole(target, "new")
+    assert target.read_text() == "new" and os.listdir(target.parent) == [target.name]

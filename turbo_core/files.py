@@ -1,28 +1,121 @@
 """Files written whole or not at all, told apart by their contents, and their sizes in words."""
 
 import hashlib
+import logging
 import os
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import TurboError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+_LOCK = ".turbowan-lock"
+
 
 @contextmanager
 def written_aside(target):
     """A path beside the target to write to. It takes the target's place at the end, once it is on the disk, and is
-    removed after any failure or Ctrl-C: until then the target stays as it was."""
+    removed after any failure or Ctrl-C: until then the target stays as it was.
+
+    Raises TurboError, naming the other, while another process writes to the same target. What a process that was
+    killed left in that folder is removed. The path ends in .part, which no loader lists: writers must be told the
+    format that the target's name says.
+    """
     target = Path(target)
-    # a process has its own; no loader lists this ending, so writers must be told the format that the target's name says
-    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
+    aside = target.with_name(f"{target.name}.part")
+    _sweep(target.parent)
+    with _alone(target):
+        try:
+            yield aside
+            with open(aside, "r+b") as file:
+                os.fsync(file.fileno())  # a crash of the machine would leave an empty file under the good name
+            os.replace(aside, target)
+        finally:
+            with suppress(OSError):  # gone after the rename
+                aside.unlink()
+
+
+@contextmanager
+def _alone(target: Path):
+    """Hold the lock of a target; the system lets go of it when the process ends, however it does."""
+    place = _lock_of(target)
+    while True:
+        file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        if _lock(file) is False:
+            with file:
+                raise _taken(target, file)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
+                break
+        file.close()  # its owner was just done and removed it
     try:
-        yield aside
-        with open(aside, "r+b") as file:
-            os.fsync(file.fileno())  # a crash of the machine would leave an empty file under the good name
-        os.replace(aside, target)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
     finally:
-        with suppress(OSError):  # gone after the rename
-            aside.unlink()
+        if not fcntl:  # Windows removes no open file
+            file.close()
+        with suppress(OSError):
+            place.unlink()
+        file.close()
+
+
+def check_free(target) -> None:
+    """Raise TurboError, before any work, while another process writes to the target."""
+    target = Path(target)
+    with suppress(OSError), open(_lock_of(target), "r+", encoding="utf-8") as file:
+        if _lock(file) is False:
+            raise _taken(target, file)
+
+
+def _taken(target, lock) -> TurboError:
+    lock.seek(0)
+    owner = lock.read().strip() or "another process"
+    return TurboError(f"{target} is being written by {owner}. Wait until it is done, or choose another name.")
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_LOCK}")
+
+
+def _lock(file) -> bool | None:
+    """Lock an open file for this process; False where another one has, None on a disk that knows no locks."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(1 << 20)  # a byte that nobody reads: Windows keeps others from what is locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left in a folder: locks that nobody holds, and the parts beside them."""
+    for place in folder.glob(f".*{_LOCK}"):
+        with suppress(OSError), open(place, "a", encoding="utf-8") as file:
+            if _lock(file):  # not where it is unknown
+                part = folder / f"{place.name[1:].removesuffix(_LOCK)}.part"
+                if part.exists():
+                    part.unlink()
+                    logging.warning("TurboWan: removed %s, which a process that was killed had begun.", part)
+                place.unlink()
+
+
+def state_of(path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced while it is read."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_whole(path: Path, text: str, cure: str = "Free space and start again.") -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,21 @@ def test_every_format_reads_back(ragged, tmp_path):
 def test_the_blocks_of_vace_are_quantized_as_quantizew8a8_does():
     assert names.is_quantizable("vace_blocks.0.ffn.0.weight")
     assert not names.is_quantizable("vace_blocks.0.after_proj.weight")
+
+
+def test_a_source_that_changes_while_it_is_read_is_told(tiny, tmp_path):
+    """Half of the old weights and half of the new ones were written, with the hash of the old."""
+    source = tmp_path / "x.pth"
+    shutil.copy(tiny / "TinyWan2.1-T2V.pth", source)
+
+    def touch(done, total):
+        os.utime(source, (1, 1))
+
+    with pytest.raises(TurboError, match=r"x\.pth changed while it was read"):
+        checkpoint.convert(source, tmp_path / "y.safetensors", "int8_block", touch)
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_name_that_no_disk_takes_is_told_before_the_work(tiny, tmp_path):
+    with pytest.raises(TurboError, match="too long a name"):
+        checkpoint.convert(tiny / "TinyWan2.1-T2V.pth", tmp_path / f"{'x' * 290}.safetensors", "bf16")

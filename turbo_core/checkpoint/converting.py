@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError
+from ..files import state_of
 from .describe import Description, stored_formats
-from .encode import Plan, on_disk, plan, rewritten
+from .encode import Plan, on_disk, plan, rewritten, while_unchanged
 from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
 from .loading import FILE_VERSION, WORLD, opened
-from .write import check_target, stream_safetensors
+from .write import check_name, check_target, stream_safetensors
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
 _CHUNK = 1 << 24  # bytes hashed at once
@@ -61,8 +62,10 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
 
 
 def _rewrite(source: Path, target: Path, format: str, progress: Progress | None, floats_only=False) -> Converted:
+    check_name(target)
     if target.exists() and source.exists() and os.path.samefile(source, target):
         raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
+    before = state_of(source) if source.is_file() else None
     tensors, description, mapped = opened(source)
     stored = stored_formats(tensors, source)
     if floats_only and not set(stored.values()) <= set(FLOATS):
@@ -78,7 +81,7 @@ def _rewrite(source: Path, target: Path, format: str, progress: Progress | None,
     output = rewritten(source, tensors, mapped, planned, stored, count)
     del tensors  # see rewritten
     metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(source, count)}
-    size = stream_safetensors(target, places, output, metadata)
+    size = stream_safetensors(target, places, while_unchanged(output, {source: before}), metadata)
     return Converted(str(target), size, _warnings(description, stored, planned))
 
 

@@ -5,6 +5,7 @@ import json
 import torch
 
 from ..errors import TurboError
+from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
@@ -76,6 +77,16 @@ def rewritten(source, tensors: dict, mapped: bool, plan: Plan, stored: dict[str,
         for output, tensor in written_as(kind, name, weight, scale, stored.get(name), source).items():
             yield output, tensor
             count(tensor.nbytes)
+
+
+def while_unchanged(output, states: dict):
+    """The output, and at its end an error where a source is no longer as it was. states: {path: files.state_of}."""
+    yield from output
+    for path, state in states.items():
+        if not path.is_file() or state_of(path) != state:
+            raise TurboError(
+                f"{path} changed while it was read. Nothing was written: try again when it stays as it is."
+            )
 
 
 def mapped_anew(path) -> dict[str, torch.Tensor]:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 
 from ..errors import TurboError, shown
+from ..files import state_of
 from .converting import Progress, file_metadata
 from .describe import Description, describe, stored_formats
-from .encode import REMAP, mapped_anew, on_disk, plan, written_as
+from .encode import REMAP, mapped_anew, on_disk, plan, while_unchanged, written_as
 from .formats import FLOATS, FORMATS, check_finite, decode
 from .loading import WORLD, opened
 from .names import PROJ_L, is_delicate, is_helper, is_scale
-from .write import check_target, stream_safetensors
+from .write import check_name, check_target, stream_safetensors
 
 _SLAB = 64  # rows added at once: bounds the float64 copies, and keeps them in the cache
 _SIZES = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "head_dim")
@@ -57,9 +58,11 @@ def merge(
     finetune, base, target = Path(finetune), Path(base), Path(target)
     turbo = [Path(path) for path in turbo]
     strengths = _strengths(strength, len(turbo), format)
+    check_name(target)
     for path in (finetune, base, *turbo):
         if target.exists() and path.exists() and os.path.samefile(path, target):
             raise TurboError(f"{target} is one of the files to merge. Expected another name for the result.")
+    states = {path: state_of(path) for path in (finetune, base, *turbo) if path.is_file()}
     files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
@@ -79,7 +82,8 @@ def merge(
     distance = _Distance([finetune, *turbo])
     output = _merged(tensors, planned, sources, (finetune, base, *turbo), strengths, distance)
     del tensors  # as of encode.rewritten
-    total = stream_safetensors(target, places, _counted(output, size, progress), metadata)
+    output = while_unchanged(_counted(output, size, progress), states)
+    total = stream_safetensors(target, places, output, metadata)
     warnings = _warnings(finetune, base, rounded, distance)
     if description.has_sla and format != "int8_block":
         warnings.append("Load it with TurboLoader: stock ComfyUI loaders drop proj_l, which makes it another model.")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import TurboError, missing_library
-from ..files import written_aside
+from ..files import check_free, written_aside
 from .sizes import FPS
 
 VIDEO_SUFFIXES = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}  # to the container's name
@@ -130,6 +130,7 @@ def _check_folder(path) -> None:
     path = Path(path)
     if path.is_dir():
         raise TurboError(f"The output {path} is a folder: name a file in it.")
+    check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
