@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from tests.helpers.tiny_dits import TINY, tiny_state_dict
@@ -41,3 +42,9 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
     paths = dict(json.loads(capsys.readouterr().out)["paths"])
     assert "diffusers missing" in paths["generate"] and "[pipeline]" in paths["generate"]
     assert "not installed" in paths["VAE"]
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "0", "-3"])
+def test_a_card_without_a_size(memory, capsys):
+    assert main(["plan", "--memory", memory]) == 2
+    assert "GiB of a card" in capsys.readouterr().err

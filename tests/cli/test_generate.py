@@ -62,6 +62,9 @@ def test_a_report_that_cannot_be_written_is_named_and_keeps_the_old_one(tiny, tm
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--seed", str(1 << 64)], "2^64 - 1"),
+        (["--seed", "-1"], "2^64 - 1"),
+        (["--prompt", "a \udcff circle"], "not valid text"),
         (["--size", "33x32"], "nearest is 32x32"),
         (["--frames", "6"], "nearest is 5"),
         (["--steps", "9"], "1 to 4"),
@@ -77,6 +80,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message, ca
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("turbo-core: ") and message in last
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_ours_is_one_line_too_and_asks_for_a_report(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise KeyError("a name\nof two lines")
+
+    monkeypatch.setattr(pipeline, "generate", fail)
+    assert generate(tiny, tmp_path / "out.mp4") == 70
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "KeyError" in said[0] and "--debug and report" in said[0]
+    with pytest.raises(KeyError):
+        generate(tiny, tmp_path / "out.mp4", "--debug")
+
+
+def test_memory_that_is_not_there_is_told_with_the_ways_out(tiny, tmp_path, capsys):
+    assert generate(tiny, tmp_path / "out.mp4", "--frames", "100000001") == 2
+    assert "Out of memory" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from(tiny, tmp_path):

@@ -1,7 +1,8 @@
 """The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, bench, tune, train, evaluate ...
 
 Each room adds its verbs to the parser, their arguments and what they do; the libraries come in when a verb is run.
-Exit codes: 0 done, 1 bench found a wrong result, 2 input that a person can mend (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 bench found a wrong result, 2 input that a person can mend (one line on stderr), 70 a fault of
+ours, 130 interrupted.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import sys
 
 from .. import __version__
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from . import advice, bench, files, generate, train
 
 ROOMS = (generate, files, advice, bench, train)  # in the order of --help
@@ -29,6 +30,13 @@ def main(argv=None) -> int:
             raise
         print(f"turbo-core: {error}", file=sys.stderr)
         return 2
+    except Exception as error:  # a traceback helps nobody who did not ask for one
+        if arguments.debug:
+            raise
+        what = f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0], 200)}"
+        again = "Run it again with --debug and report what it prints."
+        print(f"turbo-core: this should not have happened ({what}). {again}", file=sys.stderr)
+        return 70
     except KeyboardInterrupt:
         print("turbo-core: interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+from ..errors import TurboError
 from .files import FORMATS
 from .generate import PRECISIONS
 
@@ -48,6 +49,8 @@ def run_plan(arguments) -> None:
     topk = trained if arguments.topk is None else arguments.topk
     width, height = parse_size(arguments.size)
     frames, gib = arguments.frames, plan.GIB
+    if arguments.memory is not None and not 0 < arguments.memory < math.inf:
+        raise TurboError(f"--memory is the GiB of a card, got {arguments.memory:g}.")
     for memory in plan.CARDS if arguments.memory is None else [arguments.memory]:
         stages = plan.stages(model, width, height, frames, memory, format, topk, arguments.precision)
         rows = [

@@ -91,9 +91,12 @@ def run_generate(arguments) -> None:
                 write_contact_sheet(arguments.contact_sheet, result.frames)
             result.seconds["write"] = time.perf_counter() - written
             progress("write", 1, 1)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them; a CPU's has no type of its own
+        first_line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in first_line:
+            raise
         raise TurboError(
-            f"Out of device memory ({str(error).splitlines()[0]}). Use the -quant files, a smaller --size, fewer "
+            f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer "
             "--frames or --tiled."
         ) from error
     _report(arguments, result, time.perf_counter() - start)

@@ -17,7 +17,7 @@ from ..schedule import default_sigma_max, rcm_sigmas
 from ..selfcheck import prove
 from . import sizes
 from .handover import Experts
-from .inputs import check_sampling, open_models
+from .inputs import check_sampling, check_wish, open_models
 from .text import encode_text, load_text_encoder
 from .vae import LATENT_CHANNELS, decode_video, encode_video, load_vae
 from .video import prepare_image, read_image, to_frames
@@ -76,6 +76,7 @@ def generate(
     """
     device = pick_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    check_wish(prompt, seed)
     files = open_models(dit, dit_low, image)
     model = files[0].description
     sigmas = rcm_sigmas(steps, default_sigma_max(model.in_dim) if sigma_max is None else sigma_max)

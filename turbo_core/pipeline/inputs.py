@@ -25,6 +25,16 @@ def open_models(dit, dit_low=None, image=None) -> list[checkpoint.Opened]:
     return files
 
 
+def check_wish(prompt: str, seed: int) -> None:
+    """Raise TurboError for a prompt that is no text, or a seed that torch does not take."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise TurboError("The prompt is not valid text: is the terminal set to UTF-8?") from error
+    if not 0 <= seed < 1 << 64:
+        raise TurboError(f"seed is a number from 0 to 2^64 - 1, got {seed}.")
+
+
 def check_model(model: checkpoint.Description) -> None:
     """Raise TurboError unless wan.WanModel is the network for a checkpoint."""
     if model.in_dim not in (16, 36) or model.out_dim != 16 or model.family.startswith("Wan2.1-I2V"):
