@@ -21,7 +21,7 @@ SWITCH = "TURBOWAN_KERNELS"  # environment: "torch" turns the kernels off, "trit
 # AMD's chips with matrix instructions for int8; on RDNA 1 and 2, which have none, such a product hangs the card
 AMD_CHIPS = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 AMD_FAMILIES = ("gfx11", "gfx12")
-UNPROVED = "nobody has proved them here: turbo_core.selfcheck.prove(device) does, once"
+UNPROVED = "nobody has proved them here: Turbo Doctor in ComfyUI, or turbo_core.selfcheck.prove(device), does"
 _verdicts = {}  # (device, family): None where the kernels compute, else why not
 
 

@@ -280,3 +280,14 @@ def test_a_source_that_changes_while_it_is_read_is_told(tiny, tmp_path):
 def test_a_name_that_no_disk_takes_is_told_before_the_work(tiny, tmp_path):
     with pytest.raises(TurboError, match="too long a name"):
         checkpoint.convert(tiny / "TinyWan2.1-T2V.pth", tmp_path / f"{'x' * 290}.safetensors", "bf16")
+
+
+def test_a_flipped_bit_among_the_weights_is_found_by_a_conversion(tiny, tmp_path):
+    """It reads every byte, and a .pth has a checksum for each tensor."""
+    data = bytearray((tiny / "TinyWan2.1-T2V.pth").read_bytes())
+    weights = torch.load(tiny / "TinyWan2.1-T2V.pth", weights_only=True)["blocks.0.ffn.0.weight"]
+    data[data.index(weights.view(torch.uint8).numpy().tobytes()[:200]) + 100] ^= 4
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(TurboError, match=r"is damaged: .*data/\d+ is not what its checksum says"):
+        checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.safetensors", "bf16")
+    assert os.listdir(tmp_path) == ["x.pth"]

@@ -10,16 +10,18 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..files import state_of
 from .describe import Description, stored_formats
 from .encode import Plan, on_disk, plan, rewritten, while_unchanged
 from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
 from .loading import FILE_VERSION, WORLD, opened
+from .read import stored_checksums
 from .write import check_name, check_target, stream_safetensors
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
@@ -114,11 +116,25 @@ def _counter(progress: Progress | None, total: int):
 
 
 def _sha256(path: Path, count) -> str:
-    digest = hashlib.sha256()
+    """The hash of a file. Raises TurboError where a record of a .pth is not what its checksum says."""
+    digest, at, crc = hashlib.sha256(), 0, 0
+    records = stored_checksums(path)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             count(len(chunk))
+            while records and records[0][0] < at + len(chunk):
+                start, end, expected, name = records[0]
+                crc = zlib.crc32(memoryview(chunk)[max(0, start - at) : end - at], crc)
+                if end > at + len(chunk):
+                    break
+                if crc != expected:
+                    raise TurboError(
+                        f"{path} is damaged: {shown(name)} is not what its checksum says. Download it again."
+                    )
+                del records[0]
+                crc = 0
+            at += len(chunk)
     return digest.hexdigest()
 
 
@@ -137,8 +153,8 @@ def _warnings(description: Description, stored: dict[str, str], planned: Plan) -
     if description.has_sla and "int8_block" not in planned.values():
         result.append(
             "Stock ComfyUI loaders read this file but drop proj_l, the trained half of its sparse-linear attention, "
-            "which makes it another model. Load it with TurboLoader, which keeps proj_l."
+            "which makes it another model. Load it with Turbo Loader, which keeps proj_l."
         )
     if description.has_sla and "fp8" in planned.values():
-        result.append("TurboLoader decodes fp8 to bf16: smaller on the disk only. int8_block is small in memory too.")
+        result.append("Turbo Loader decodes fp8 to bf16: smaller on the disk only. int8_block is small in memory too.")
     return result

@@ -19,7 +19,7 @@ class Opened(NamedTuple):
 
     tensors: dict[str, torch.Tensor]  # as stored, under official names
     description: Description
-    mapped: bool  # False: an old non-zip .pth, read whole
+    mapped: bool  # False: some of it was packed with compression, and is in memory
 
 
 def inspect(path) -> Description:
@@ -27,7 +27,7 @@ def inspect(path) -> Description:
 
     Raises TurboError (a ValueError) when the file is missing, damaged, refused, incomplete or of another family.
     """
-    return opened(path).description
+    return opened(path, contents=False).description
 
 
 def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
@@ -41,12 +41,13 @@ def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
     return weights(file, device), file.description
 
 
-def opened(path, writable: bool = False) -> Opened:
+def opened(path, writable: bool = False, contents: bool = True) -> Opened:
     """Open and validate a checkpoint whose weights are wanted later, see weights. Raises TurboError like inspect.
 
-    writable: may what lies in the mapped file, and with it a model on the CPU, be written to? See read.open_tensors.
+    writable: may what lies in the mapped file, and with it a model on the CPU, be written to? contents: False where
+    nobody will ask for weights. See read.open_tensors.
     """
-    file = open_tensors(path, writable)
+    file = open_tensors(path, writable, contents)
     version = file.metadata.get("turbowan.version", FILE_VERSION)
     if version != FILE_VERSION:
         raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")

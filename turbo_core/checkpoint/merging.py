@@ -66,6 +66,7 @@ def merge(
     files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
+    mapped = {path for path, file in files.items() if file.mapped}
     del files
     for path in (base, *turbo):
         _check_exact(tensors[path], path)
@@ -80,13 +81,13 @@ def merge(
     recipe = {"finetune": finetune.name, "base": base.name, "turbo": [[p.name, s] for p, s in zip(turbo, strengths)]}
     metadata = file_metadata(description, format) | {"turbowan.merged": json.dumps(recipe)}
     distance = _Distance([finetune, *turbo])
-    output = _merged(tensors, planned, sources, (finetune, base, *turbo), strengths, distance)
+    output = _merged(tensors, mapped, planned, sources, (finetune, base, *turbo), strengths, distance)
     del tensors  # as of encode.rewritten
     output = while_unchanged(_counted(output, size, progress), states)
     total = stream_safetensors(target, places, output, metadata)
     warnings = _warnings(finetune, base, rounded, distance)
     if description.has_sla and format != "int8_block":
-        warnings.append("Load it with TurboLoader: stock ComfyUI loaders drop proj_l, which makes it another model.")
+        warnings.append("Load it with Turbo Loader: stock ComfyUI loaders drop proj_l, which makes it another model.")
     return Merged(str(target), total, {str(path): apart for path, apart in distance}, warnings)
 
 
@@ -190,13 +191,15 @@ def _counted(output, size: int, progress: Progress | None):
             progress(written, size)
 
 
-def _merged(files, planned, sources, paths, strengths, distance):
-    """Yield (name on disk, tensor) of the merged model. files: {path: tensors}; paths: finetune, base, turbo ..."""
+def _merged(files, mapped, planned, sources, paths, strengths, distance):
+    """Yield (name on disk, tensor) of the merged model. files: {path: tensors}; mapped: those of them that lie in
+    their file; paths: finetune, base, turbo ..."""
     read = 0
     for name, kind in planned.items():
         if read > REMAP:
+            kept = {path: held for path, held in files.items() if path not in mapped}
             files = inputs = tensors = tensor = None  # nothing may hold on to the old mapping
-            files, read = {path: mapped_anew(path) for path in dict.fromkeys(paths)}, 0
+            files, read = kept | {path: mapped_anew(path) for path in mapped}, 0
         only = sources[name]
         tensors = files[only or paths[0]]
         tensor = tensors[name]

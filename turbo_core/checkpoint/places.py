@@ -21,8 +21,14 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
-_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+# of a storage of bytes; of others torch makes no tensor from memory, and some end the process that tries
+_DTYPES = {str(dtype): dtype for dtype in (*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2)}
+_INERT = {str(value) for value in vars(torch).values() if isinstance(value, (torch.dtype, torch.qscheme))}
+_INERT |= {"torch.Tensor", "torch.Size"}  # named in dumps, of no consequence
 _QUANTIZED = ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
+
+
+_NEGATED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Refused(ValueError):
@@ -71,9 +77,8 @@ class Opaque:
 
 
 def checked_key(key):
-    """A key as it is, where it is one that a dictionary of tensors has: hashing others may take for ever."""
-    flat = key if isinstance(key, tuple) and len(key) < _MOST_AXES else (key,)
-    if not all(isinstance(k, (str, int, float, bytes)) or k is None for k in flat):
+    """A key as it is, where it is one that a dictionary of tensors has: others may be made to collide for ever."""
+    if not isinstance(key, (str, int, bytes)) or (isinstance(key, int) and abs(key) >> 63):
         raise Refused("a dictionary with objects for keys")
     return key
 
@@ -95,7 +100,10 @@ def _place(storage, offset, shape, stride, dtype, flags):
     if not isinstance(storage, Storage) or not _is_size(offset) or len(shape) != len(stride):
         raise Damaged("a tensor that is not described as torch does")
     flags = flags if isinstance(flags, dict) else {}
-    return Place(storage, dtype, offset, shape, stride, bool(flags.get("neg")))
+    negative = flags.get("neg") is True
+    if negative and dtype not in _NEGATED:
+        raise Damaged("a negated tensor of a type that has no sign")
+    return Place(storage, dtype, offset, shape, stride, negative)
 
 
 def _tensor(storage, offset, shape, stride, requires_grad=False, hooks=None, flags=None):
@@ -103,7 +111,9 @@ def _tensor(storage, offset, shape, stride, requires_grad=False, hooks=None, fla
 
 
 def _tensor_of_bytes(storage, offset, shape, stride, requires_grad, hooks, dtype, flags=None):
-    return _place(storage, offset, shape, stride, _DTYPES.get(str(dtype)), flags)
+    if isinstance(storage, Storage) and storage.dtype is not None:
+        raise Damaged("a tensor of one type in a storage of another")
+    return _place(storage, offset, shape, stride, _DTYPES.get(str(dtype)) if isinstance(dtype, Global) else None, flags)
 
 
 def _ordered(*pairs):
@@ -117,8 +127,8 @@ def _ordered(*pairs):
 
 def _encoded(text, encoding="utf-8", *_):
     """What protocol 2 makes of bytes: a text and "latin1"."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):
-        raise Refused(f"_codecs.encode to {shown(encoding)}")
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ("latin1", "latin-1", "utf-8"):
+        raise Refused("_codecs.encode to " + (shown(encoding) if isinstance(encoding, str) else "something"))
     return text.encode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
 
 
@@ -130,7 +140,7 @@ def _of_type(function, kind, arguments, *_):
     """A parameter with attributes: the tensor in it."""
     make = CALLS.get(function) if isinstance(function, Global) else None
     if make not in (_tensor, _tensor_of_bytes) or not isinstance(arguments, tuple):
-        raise Refused(f"{kind} made by {function}" if isinstance(function, Global) else "an object of another type")
+        raise Refused(f"an object made by {function}" if isinstance(function, Global) else "an object of another type")
     return make(*arguments)
 
 
@@ -162,7 +172,7 @@ def is_known(found: Global) -> bool:
     if (found.module.replace("__builtin__", "builtins"), found.name) in CALLS:
         return True
     if found.module == "torch":
-        return found.name in (*_STORAGES, *_QUANTIZED, "Tensor", "Size") or str(found) in _DTYPES
+        return found.name in (*_STORAGES, *_QUANTIZED) or str(found) in _INERT
     return found in (("torch.storage", "UntypedStorage"), ("torch.nn.parameter", "Parameter"))
 
 

@@ -5,6 +5,7 @@ format before torch 1.6. Places come from the zip's one directory; a record must
 must lie within its storage.
 """
 
+import math
 import mmap
 import struct
 import warnings
@@ -14,13 +15,16 @@ from typing import NamedTuple
 import torch
 
 from ..errors import shown
-from .places import Damaged, Place, Refused, Storage
+from .places import Damaged, Place, Refused
 from .unpickle import MOST, read
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"
 _STORED, _DEFLATED = 0, 8
 _MOST_ENTRIES = 1 << 18
+_MOST = 1 << 48  # elements
+_PIECE = 1 << 20  # bytes unpacked at a time
+_FEW = 1 << 12  # bytes that are unpacked in any case: what a file says of itself
 _RATIO = 64  # weights do not shrink to half; zeros do, but a file of them is no model
 _MAGIC = 119547037146038801333356  # what the format before torch 1.6 begins with
 _REPEATED = 1 << 16  # elements that a tensor may have beyond those of its storage: an expanded scale
@@ -37,11 +41,13 @@ class Record(NamedTuple):
 
 
 class Checkpoint:
-    """content: as unpickle.read gives it. tensor(name, place) lies in the mapping, or in memory where it was
-    packed."""
+    """content: as unpickle.read gives it. tensor(name, place) lies in the mapping, or in memory where it was packed.
 
-    def __init__(self, mapping: mmap.mmap):
-        self._mapping, self._flat = mapping, {}
+    contents False: what was packed, but a few bytes, stays so, and its tensors have no data but shape and type.
+    """
+
+    def __init__(self, mapping: mmap.mmap, contents: bool = True):
+        self._mapping, self._contents, self._bytes, self._flat = mapping, contents, {}, {}
         self.mapped = True
         if mapping[:4] == _LOCAL:
             self.content, self._runs = _zip(mapping)
@@ -64,26 +70,30 @@ class Checkpoint:
             has = f"{run.size:,} bytes, its {storage.count:,} numbers have {wanted:,}"
             raise Damaged(f"the record of {shown(name)} has {has}")
         count = run.size // itemsize
-        elements = 1
-        for size in place.shape:
-            elements *= size
+        elements = math.prod(place.shape)
+        if math.prod(max(size, 1) for size in place.shape) > _MOST:
+            raise Damaged(f"{shown(name)} of the shape {list(place.shape)} is larger than any model")
         if elements == 0:
             return torch.empty(place.shape, dtype=dtype)
         last = place.offset + sum((size - 1) * step for size, step in zip(place.shape, place.stride))
         if last >= count or elements > count + _REPEATED:
             raise Damaged(f"{shown(name)} of the shape {list(place.shape)} does not lie within its {count:,} numbers")
+        if run.method != _STORED:
+            self.mapped = False
+            if not self._contents and run.size > _FEW:
+                return torch.empty(place.shape, dtype=dtype, device="meta")
         key = storage.key, dtype
         if key not in self._flat:
-            self._flat[key] = self._numbers(name, run, dtype, count)
+            self._flat[key] = self._numbers(name, storage.key, run, dtype, count)
         tensor = self._flat[key].as_strided(place.shape, place.stride, place.offset)
         return tensor.neg() if place.negative else tensor
 
-    def _numbers(self, name, run, dtype, count):
+    def _numbers(self, name, key, run, dtype, count):
         if run.method == _STORED:  # at odd addresses too, where it was packed again: processors read them
             return numbers(self._mapping, dtype, count, run.start)
-        self.mapped = False
-        data = bytearray(_contents(self._mapping, run, f"the record of {shown(name)}"))
-        return numbers(data, dtype, count, 0)
+        if key not in self._bytes:
+            self._bytes[key] = _unpacked(self._mapping, run, f"the record of {shown(name)}")
+        return numbers(self._bytes[key], dtype, count, 0)
 
 
 def numbers(buffer, dtype: torch.dtype, count: int, start: int) -> torch.Tensor:
@@ -109,7 +119,7 @@ def _zip(mapping):
     pickled = records[pickles[0]]
     if pickled.size > MOST:
         raise Damaged(f"its data.pkl has {pickled.size:,} bytes, expected at most {MOST:,}")
-    content, _ = read(_contents(mapping, pickled, "data.pkl", checked=True))
+    content = read(_contents(mapping, pickled, "data.pkl")).content
     data = f"{root}data/"
     runs = {name.removeprefix(data): record for name, record in records.items() if name.startswith(data)}
     if any(run.method != _STORED for run in runs.values()):
@@ -130,7 +140,7 @@ def directory(mapping) -> dict[str, Record]:
     if end + 22 + comment != size:
         raise Damaged("something follows the zip's directory")
     stop = end
-    if mapping[end - 20 : end - 16] == _LOCATOR64:
+    if end >= 20 and mapping[end - 20 : end - 16] == _LOCATOR64:
         (stop,) = struct.unpack("<Q", mapping[end - 12 : end - 4])
         if stop > end - 76 or mapping[stop : stop + 4] != _END64:
             raise Damaged("the zip's directory is not where it is said to be")
@@ -183,7 +193,8 @@ def _wide(extra, size, packed, header):
     while len(extra) >= 4:
         kind, length = struct.unpack("<2H", extra[:4])
         if kind == 1:
-            numbers = list(struct.unpack(f"<{min(length, len(extra) - 4) // 8}Q", extra[4 : 4 + length // 8 * 8]))
+            whole = min(length, len(extra) - 4) // 8
+            numbers = list(struct.unpack(f"<{whole}Q", extra[4 : 4 + 8 * whole]))
             found = []
             for value in (size, packed, header):
                 if value == 0xFFFFFFFF:
@@ -196,60 +207,67 @@ def _wide(extra, size, packed, header):
     return size, packed, header
 
 
-def _contents(mapping, record, what, checked=False) -> bytes:
-    """The bytes of a record, unpacked; checked: against its checksum also where it was only stored."""
-    data = mapping[record.start : record.start + record.packed]
+def _contents(mapping, record, what) -> bytes:
+    """The bytes of a small record, held to its checksum."""
     if record.method == _DEFLATED:
-        unpack = zlib.decompressobj(-15)
-        try:
-            data = unpack.decompress(data, record.size + 1)
-        except zlib.error as error:
-            raise Damaged(f"{what} cannot be unpacked ({error})") from error
-        checked = True
-    if len(data) != record.size:
-        raise Damaged(f"{what} has {len(data):,} bytes, the zip's directory says {record.size:,}")
-    if checked and record.crc and zlib.crc32(data) != record.crc:
+        return bytes(_unpacked(mapping, record, what))
+    data = mapping[record.start : record.start + record.packed]
+    if record.crc and zlib.crc32(data) != record.crc:
+        raise Damaged(f"{what} does not have the checksum that it was written with")
+    return data
+
+
+def _unpacked(mapping, record, what) -> bytearray:
+    """The bytes of a deflated record, in one buffer, held to its checksum."""
+    data, size, unpack = bytearray(record.size), 0, zlib.decompressobj(-15)
+    try:
+        for start in range(record.start, record.start + record.packed, _PIECE):
+            part = unpack.decompress(mapping[start : min(start + _PIECE, record.start + record.packed)])
+            if size + len(part) > record.size:
+                raise Damaged(f"{what} has more than the {record.size:,} bytes of the zip's directory")
+            data[size : size + len(part)] = part
+            size += len(part)
+    except zlib.error as error:
+        raise Damaged(f"{what} cannot be unpacked ({error})") from error
+    if size != record.size:
+        raise Damaged(f"{what} has {size:,} bytes, the zip's directory says {record.size:,}")
+    if record.crc and zlib.crc32(data) != record.crc:
         raise Damaged(f"{what} does not have the checksum that it was written with")
     return data
 
 
 def _legacy(mapping):
-    magic, at = read(mapping)
-    if magic != _MAGIC:
+    magic = read(mapping)
+    if magic.content != _MAGIC:
         raise Damaged("it is not a PyTorch file")
-    version, at = read(mapping, at)
-    system, at = read(mapping, at)
-    if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
+    version = read(mapping, magic.end)
+    system = read(mapping, version.end)
+    little = isinstance(system.content, dict) and system.content.get("little_endian") is True
+    if version.content != 1001 or not little:
         raise Damaged("it is of an unknown old version, or its numbers are big-endian")
-    content, at = read(mapping, at)
-    keys, at = read(mapping, at)
+    pickled = read(mapping, system.end)
+    listed = read(mapping, pickled.end)
+    keys, at = listed.content, listed.end
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise Damaged("the list of its storages is damaged")
-    storages = _storages(content)
     runs = {}
     for key in keys:
-        storage = storages.get(key)
-        if storage is None:
-            raise Damaged(f"its storage {shown(key)!r} belongs to no tensor")
+        storage = pickled.storages.get(key)
         count = int.from_bytes(mapping[at : at + 8], "little")
+        if storage is None:
+            raise Damaged(f"its storage {shown(key)!r} is quantized by torch, or belongs to no tensor")
         size = count * (1 if storage.dtype is None else storage.dtype.itemsize)
         if count != storage.count or at + 8 + size > len(mapping):
-            raise Damaged(
-                f"its storage {shown(key)!r} has {count:,} numbers, expected {storage.count:,}: it is cut short"
-            )
+            has = f"{count:,} numbers, expected {storage.count:,}"
+            raise Damaged(f"its storage {shown(key)!r} has {has}: it is cut short")
         runs[key] = Record(at + 8, size, size, _STORED, 0)
         at += 8 + size
-    return content, runs
+    return pickled.content, runs
 
 
-def _storages(content) -> dict[str, Storage]:
-    """{key: storage} of every tensor anywhere in the content."""
-    found, seen, waiting = {}, set(), [content]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Place):
-            found[value.storage.key] = value.storage
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-    return found
+def checksums(mapping) -> list[tuple[int, int, int, str]]:
+    """(start, end, checksum, name) of the stored records of a zip .pth that have one, as they lie in the file."""
+    if mapping[:4] != _LOCAL:
+        return []
+    stored = [(r.start, r.start + r.size, r.crc, name) for name, r in directory(mapping).items() if r.method == _STORED]
+    return sorted(record for record in stored if record[2])

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import TurboError, shown
 from .places import Damaged, Place, Refused, Unreadable
-from .pth import Checkpoint, numbers
+from .pth import Checkpoint, checksums, numbers
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 # Linux's MAP_NORESERVE, which the mmap module names from Python 3.13 on; the number is that of these machines
@@ -55,11 +55,12 @@ class TensorFile(NamedTuple):
     mapped: bool = True  # False: some of it had to be unpacked and is in memory
 
 
-def open_tensors(path, writable: bool = False) -> TensorFile:
+def open_tensors(path, writable: bool = False, contents: bool = True) -> TensorFile:
     """Open a checkpoint with its names as stored; dumps nested under "state_dict", "model", "ema" ... are entered.
 
     What a file is its content says, whatever its name. writable False: writing to a tensor crashes, and a file larger
-    than the memory can be mapped on any system. writable True: writing changes a private copy of the page.
+    than the memory can be mapped on any system. writable True: writing changes a private copy of the page. contents
+    False: tensors of a .pth that somebody packed with compression come without data, all others are mapped anyway.
     Raises TurboError when the file is missing, cut short, not a checkpoint, or a pickle that asks for anything but
     tensors (it is refused when it names it, and nothing is run).
     """
@@ -70,7 +71,10 @@ def open_tensors(path, writable: bool = False) -> TensorFile:
         raise TurboError(f"{path} does not exist.{_near_names(path)}")
     try:
         is_pickle = _start(path)[:1] in (b"P", b"\x80") or path.suffix.lower() not in SAFETENSORS_SUFFIXES
-        file = (_open_pickle if is_pickle and not _has_header(path) else _open_safetensors)(path, writable)
+        if is_pickle and not _has_header(path):
+            file = _open_pickle(path, writable, contents)
+        else:
+            file = _open_safetensors(path, writable)
     except PermissionError as error:
         raise TurboError(f"{path} may not be read. Check the rights to it.") from error
     except Refused as error:
@@ -92,6 +96,11 @@ def _check_writable(path, name, tensor) -> None:
         raise TurboError(f"{path}: {shown(name)} is {tensor.dtype}. Expected floats, integers or booleans.")
     if name == "__metadata__" or not name.isprintable():  # a lone surrogate is not
         raise TurboError(f"{path}: a tensor is called {shown(name)}, which no file can name so. Save it without.")
+
+
+def stored_checksums(path) -> list[tuple[int, int, int, str]]:
+    """(start, end, checksum, name) of what a checkpoint can be held to while it is read; see pth.checksums."""
+    return checksums(_map(Path(path), writable=False))
 
 
 def _near_names(path: Path) -> str:
@@ -196,10 +205,10 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
     return DTYPES[kind], shape, *offsets
 
 
-def _open_pickle(path: Path, writable: bool) -> TensorFile:
+def _open_pickle(path: Path, writable: bool, contents: bool) -> TensorFile:
     if path.stat().st_size < 2:
         raise Damaged("it is empty")
-    file = Checkpoint(_map(path, writable))
+    file = Checkpoint(_map(path, writable), contents)
     state, notes = _enter(file.content)
     tensors = {}
     for name, place in state.items() if isinstance(state, dict) else ():

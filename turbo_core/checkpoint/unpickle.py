@@ -1,18 +1,19 @@
 """Reading the pickle inside a .pth without running it: plain containers, numbers, texts, and where tensors lie.
 
 A machine of its own for the opcodes of such a pickle, with a short list of names that it knows; whatever else a pickle
-asks for is refused when it is named, before it could be called. Nothing is imported, called or allocated on the word of
-the file but the values themselves, which are never larger than the pickle.
+asks for is refused when it is named, before it could be called. Nothing is imported or called on the word of the file,
+and what is made of it stays within a few times the size of the largest pickle allowed.
 """
 
+import re
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
-from .places import CALLS, Damaged, Global, Opaque, Refused, checked_key, is_known, storage_of
+from .places import CALLS, Damaged, Global, Opaque, Refused, Storage, checked_key, is_known, storage_of
 
 MOST = 1 << 25  # bytes of a pickle: that of a 14B model has 200 kB, with its optimizer's 1 MB
 MOST_STEPS = 1 << 22  # opcodes
-_OBJECTS = b"ioP\x82\x83\x84\x92\x97\x98"  # opcodes by which a pickle makes objects, none of which a tensor needs
+_OBJECTS = b"io\x82\x83\x84\x92\x97\x98"  # opcodes by which a pickle makes objects, none of which a tensor needs
 _MOST_DIGITS = 1 << 6  # of a number
 
 
@@ -20,14 +21,19 @@ class _Mark:
     pass
 
 
-def read(data, start: int = 0) -> tuple[Any, int]:
-    """(content, where the pickle ends) of the pickle at `start` of bytes; tensors are Place or Unreadable.
+class Pickled(NamedTuple):
+    """What a pickle holds; tensors are Place or Unreadable."""
 
-    Raises Refused and Damaged.
-    """
+    content: Any
+    end: int  # of the pickle
+    storages: dict[str, Storage]  # all that it names, by their keys
+
+
+def read(data, start: int = 0) -> Pickled:
+    """The pickle at `start` of bytes. Raises Refused and Damaged."""
     machine = _Machine(data, start)
     try:
-        return machine.run(), machine.at
+        return Pickled(machine.run(), machine.at, machine.storages)
     except (IndexError, struct.error, UnicodeError) as error:
         raise Damaged(f"the pickle ends or breaks at byte {machine.at} ({type(error).__name__})") from error
 
@@ -35,7 +41,8 @@ def read(data, start: int = 0) -> tuple[Any, int]:
 class _Machine:
     def __init__(self, data, start):
         self.data, self.at, self.end = data, start, min(len(data), start + MOST)
-        self.stack, self.memo, self.marks = [], {}, []
+        self.stack, self.memo, self.marks, self.storages = [], {}, [], {}
+        self.spent = 0  # elements that calls were given: a memoized list may be given many times
 
     # what the file holds
 
@@ -87,6 +94,8 @@ class _Machine:
                 return self.pop()
             step = _STEPS.get(code)
             if step is None:
+                if code == b"P":
+                    raise Damaged("it is a pickle of protocol 0 or 1: save it again as torch does by default")
                 if code in _OBJECTS:
                     raise Refused(f"an object by the opcode {code.hex()}")
                 raise Damaged(f"it is no pickle at byte {self.at - 1}")
@@ -124,7 +133,9 @@ class _Machine:
         self.push(int.from_bytes(self.take(size), "little", signed=True))
 
     def global_(self, module, name):
-        found = Global(str(module), str(name))
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Damaged(f"a name that is no text at byte {self.at}")
+        found = Global(module, name)
         if not is_known(found):
             raise Refused(str(found))
         self.push(found)
@@ -136,6 +147,9 @@ class _Machine:
         make = CALLS.get((function.module.replace("__builtin__", "builtins"), function.name))
         if make is None:
             raise Refused(str(function))
+        self.spent += sum(len(value) for value in arguments if isinstance(value, (str, bytes, list, tuple, dict)))
+        if self.spent > MOST:
+            raise Damaged(f"the pickle makes more of itself than {MOST:,} elements")
         try:
             self.push(make(*arguments))
         except TypeError as error:
@@ -147,11 +161,15 @@ class _Machine:
             raise Refused("an object with a state of its own")
 
     def persistent(self):
-        self.push(storage_of(self.pop()))
+        storage = storage_of(self.pop())
+        if isinstance(storage, Storage) and self.storages.setdefault(storage.key, storage) != storage:
+            raise Damaged(f"one storage with two descriptions at byte {self.at}")
+        self.push(storage)
 
 
 def _new_object(machine):
-    raise Refused(str(machine.stack[-2]) if len(machine.stack) > 1 else "an object")
+    made = machine.stack[-2] if len(machine.stack) > 1 else None
+    raise Refused(str(made) if isinstance(made, Global) else "an object")
 
 
 def _stack_global(machine):
@@ -170,7 +188,7 @@ def _integer(machine):
     text = machine.line().rstrip("L")
     if text in ("00", "01"):
         return text == "01"
-    if len(text) > 2 * _MOST_DIGITS or not text.lstrip("-").isdigit():
+    if len(text) > 2 * _MOST_DIGITS or not re.fullmatch(r"-?[0-9]+", text):
         raise Damaged("a number that is none")
     return int(text)
 

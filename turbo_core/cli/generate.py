@@ -96,8 +96,7 @@ def run_generate(arguments) -> None:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in first_line:
             raise
         raise TurboError(
-            f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer "
-            "--frames or --tiled."
+            f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer --frames or --tiled."
         ) from error
     _report(arguments, result, time.perf_counter() - start)
 

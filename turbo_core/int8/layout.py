@@ -53,7 +53,7 @@ register_layout_class(NAME, TurboBlockInt8Layout)
 def wrap(weight_q, scale, dtype):
     """int8 [N, K] and its block scale as a QuantizedTensor that presents itself as `dtype`."""
     params = TurboBlockInt8Layout.Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight_q.shape))
-    return QuantizedTensor(weight_q, NAME, params)
+    return QuantizedTensor(weight_q.contiguous(), NAME, params)  # as the kernels read it
 
 
 def is_block(tensor) -> bool:

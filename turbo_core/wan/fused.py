@@ -29,8 +29,8 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     squares that int8_mm_qkv gives; returns [B, L, dim], or where quantized is True it may return that as int8 [B * L,
     dim] with block scales. attend_text(q, k, v): cross-attention, q [B, L, dim], k and v [B, keys, dim] before their
     norms; returns [B, L, dim]. norm3: (weight, bias) of the norm before cross-attention.
-    Who computes is asked once; operands were checked when the weights were loaded. Raises TurboError where a kernel
-    cannot start.
+    Who computes is asked once; whoever lends weights has checked them, and the kernels refuse shapes and strides that
+    do not fit. Raises TurboError where a kernel cannot start.
     """
     with explained():
         run = operations(x.device)
@@ -46,6 +46,7 @@ def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_
         rows = is_row_scale(*layers[0][:2])
         y = run.layer_norm_quantize(x, eps, shift=shift1, scale=scale1, rows=rows)
         weights, scales, biases = map(list, zip(*layers))
+        assert len({bias is None for bias in biases}) == 1, "biases of q, k and v: all or none"
         qkv, sums = run.int8_mm_qkv(*y, weights, scales, None if biases[0] is None else biases, out_dtype=dtype)
     del y
     # one head of 128 queries is one block of the next product's scales, unless a block spans two samples

@@ -35,8 +35,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, weight_scale, bias=None):
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight", weight.contiguous())  # as the kernels read them
+        self.register_buffer("weight_scale", weight_scale.contiguous())
         self.register_buffer("bias", bias)
 
     def forward(self, x):
