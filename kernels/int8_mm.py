@@ -131,6 +131,11 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     rows = x_scale.shape == (m, 1) and scales[0].shape == (n, 1)
     if not rows and (x_scale.shape != (-(-m // SPAN), blocks) or scales[0].shape != (-(-n // SPAN), blocks)):
         raise ValueError(f"scales {list(x_scale.shape)} and {list(scales[0].shape)} of int8 {[m, k]} and {[n, k]}")
+    if any(w.shape != (n, k) for w in weights) or any(b is not None and b.shape != (n,) for b in biases):
+        found = [list(t.shape) for t in (*weights, *biases) if t is not None]
+        raise ValueError(f"weights must be {[n, k]} and biases {[n]}, got {found}")
+    if len({b is None for b in biases}) > 1:
+        raise ValueError("biases must be all there or none")
     tensors = [t for t in (x_q, x_scale, y, *weights, *scales, *biases, *epilogue.values()) if t is not None]
     if not all(t.is_contiguous() for t in tensors):
         raise ValueError(f"every operand must be contiguous, got strides {[t.stride() for t in tensors]}")

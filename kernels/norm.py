@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .quantize import matrix_shape
+from .quantize import check_operand, matrix_shape
 from .rounding import block_scale, magnitude, row_scale, to_int8
 from .row_stats import SPAN, inverse_deviation, merge_stats, row_stats
 from .rows import load_columns, load_rows, part_columns, row_tile
@@ -188,10 +188,17 @@ def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, 
     row format does without. Returns (q int8 [M, K], float32 scale [ceil(M/128), ceil(K/128)], or [M, 1] with rows).
     """
     m, k = matrix_shape(x)
+    groups = max(1 if t is None else t.shape[0] for t in (shift, scale))
+    for name, t, shape in (
+        ("weight", weight, (k,)), ("bias", bias, (k,)), ("shift", shift, (groups, k)), ("scale", scale, (groups, k)),
+        ("stats", None if rows else stats, (triton.cdiv(k, SPAN), m, 2)),
+    ):  # fmt: skip
+        check_operand(name, t, shape, x.device)
+    if groups == 0 or m % groups:
+        raise ValueError(f"{m} rows do not divide into {groups} groups")
     blocks = triton.cdiv(m, SPAN), triton.cdiv(k, SPAN)
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     q_scale = torch.empty((m, 1) if rows else blocks, dtype=torch.float32, device=x.device)
-    groups = max(1 if t is None else t.shape[0] for t in (shift, scale))
     operands = weight, bias, shift, scale, q, q_scale, m, k, None if groups == 1 else m // groups
     if rows:
         tile = row_tile(k)
@@ -206,6 +213,7 @@ def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight of each row of x [M, K], computed in float32, in x's dtype. weight: [K]."""
     m, k = matrix_shape(x)
+    check_operand("weight", weight, (k,), x.device)
     y = torch.empty((m, k), dtype=x.dtype, device=x.device)
     tile = row_tile(k)
     launch.run(rms_norm_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, weight, y, m, k, eps, *x.stride()), tile)

@@ -92,6 +92,14 @@ def quantize_rows(x, out=None):
     return q, scale
 
 
+def check_operand(name, t, shape, device):
+    """ValueError unless t is None, or contiguous and floating, of this shape on this device."""
+    if t is None or (t.shape == shape and t.is_floating_point() and t.is_contiguous() and t.device == device):
+        return
+    got = f"{t.dtype} {list(t.shape)} of strides {list(t.stride())} on {t.device}"
+    raise ValueError(f"{name} must be contiguous floats {list(shape)} on {device}, got {got}")
+
+
 def matrix_shape(x):
     if x.ndim != 2 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"expected a float16, bfloat16 or float32 matrix [M, K], got {x.dtype} {list(x.shape)}")

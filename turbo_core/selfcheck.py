@@ -83,6 +83,11 @@ def prove(device, families=FAMILIES) -> dict[str, str | None]:
     return {family: dispatch.why_not(device, family) for family in families}
 
 
+def was_full(device) -> bool:
+    """True where a card had no memory for a proof, which the next call of prove tries again."""
+    return any(dispatch.why_not(device, family) == _NO_MEMORY for family in FAMILIES)
+
+
 _NO_MEMORY = "the card has no memory left to try them"
 _told = set()
 

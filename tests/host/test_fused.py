@@ -1,4 +1,4 @@
-"""The fused block in the host, on its torch twins: where it runs and where not, and that it changes only rounding.
+"""The fused block in the host, on its torch reference: where it runs and where not, and that it changes only rounding.
 
 No machine of these tests has kernels for it, so `fused` makes the pack believe that it pays.
 """

@@ -64,3 +64,12 @@ def test_turbo_doctor_proves_for_the_model_or_the_host(lab, pack, proved):
 def test_a_cpu_has_nothing_to_prove(pack):
     found = pack.kernels.prove(CPU)
     assert set(found.values()) == {"no Triton kernels on cpu"}
+
+
+def test_a_card_that_was_full_is_tried_again_before_the_next_run(lab, proved, pack, monkeypatch):
+    """The node's output is kept by the host, so nothing else would ask again in this session."""
+    model = lab.attention(lab.load(), 0.5)
+    monkeypatch.setattr(pack.part("nodes.host.kernels"), "was_full", lambda device: True)
+    proved.clear()
+    lab.turbo(model, steps=1)
+    assert proved and set(proved) == {CPU}

@@ -1,5 +1,8 @@
 """QuantizeW8A8: what it changes, what it must not, and in which order nodes may come."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -213,3 +216,16 @@ def test_every_int8_layer_multiplies_in_int8(lab, monkeypatch):
     monkeypatch.setattr(lab.pack.ops, "int8_linear", lambda x, *args: calls.append(x.shape[-1]) or real(x, *args))
     lab.denoise(lab.quantize(lab.load(), layers="feed-forward"))
     assert calls == [256, 512] * 2
+
+
+def test_source_can_go(comfy, lab):
+    """Nothing of the quantized MODEL keeps the large one in memory."""
+    model = lab.load(dtype=torch.float32)
+    watched = weakref.ref(model.model)
+    quantized = lab.quantize(model)
+    expected = lab.denoise(quantized)
+    del model
+    comfy.model_management.cleanup_models()
+    gc.collect()
+    assert watched() is None
+    assert torch.equal(lab.denoise(quantized), expected)

@@ -10,7 +10,7 @@ from tests.helpers.oracles import assert_near
 from tests.helpers.tensors import assert_close, gaussian, relative
 from turbo_core import int8
 from turbo_core.errors import TurboError
-from turbo_core.int8 import linear, reference
+from turbo_core.int8 import kitchen, reference
 
 
 def emulate(fmt, x, w, bias=None):
@@ -164,7 +164,7 @@ def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(m
             calls.append((x, weight, scale, bias, out_dtype))
             return reference.int8_linear(x, weight, scale, bias)
 
-    monkeypatch.setattr(linear, "kitchen", lambda device: Kitchen)
+    monkeypatch.setattr(kitchen, "library", lambda device: Kitchen)
     x, bias = gaussian(2, 5, 200, dtype=torch.bfloat16), gaussian(64, dtype=torch.bfloat16)
     weights = {fmt: quantize(gaussian(64, 200, seed=1)) for fmt, quantize in FORMATS.items()}
     for weight in weights.values():

@@ -148,3 +148,19 @@ def test_no_rows():
     assert [t.shape for t in norm.layer_norm_quantize(x, EPS)] == [(0, 256), (0, 2)]
     assert [t.shape for t in norm.layer_norm_quantize(x, EPS, rows=True)] == [(0, 256), (0, 1)]
     assert norm.rms_norm(x, weight, EPS).shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: norm.rms_norm(x, torch.ones(100), EPS),
+        lambda x: norm.rms_norm(x, torch.ones(400)[::2], EPS),
+        lambda x: norm.layer_norm_quantize(x, EPS, weight=torch.ones(100)),
+        lambda x: norm.layer_norm_quantize(x, EPS, shift=torch.ones(3, 200)),
+        lambda x: norm.layer_norm_quantize(x, EPS, shift=torch.ones(2, 200), scale=torch.ones(1, 200)),
+        lambda x: norm.layer_norm_quantize(x, EPS, stats=torch.ones(1, 4, 2)),
+    ],
+)
+def test_operands_that_do_not_fit_are_no_reads_beyond_them(call):
+    with pytest.raises(ValueError, match=r"must be contiguous floats|do not divide"):
+        call(torch.ones(4, 200))

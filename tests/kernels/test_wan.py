@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 
-from tests.helpers.tensors import assert_close, relative
+from tests.helpers.tensors import assert_close, gaussian, relative
 from tests.helpers.wan import inputs, quantized, weights
-from turbo_core import dispatch
+from turbo_core import dispatch, int8
 from turbo_core.int8 import reference
 from turbo_core.kernels import sla_attention
-from turbo_core.wan import WanModel, fused
+from turbo_core.wan import Int8Linear, WanModel, fused
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,12 @@ def test_sparse_attention_in_a_model_of_floats(monkeypatch, torch_computes, prec
     print(f"whole model {precision}: {error:.1e}")
     assert 0 < error < (1e-5 if precision == "bf16" else 1e-3)
     assert relative(out, other) > 10 * error
+
+
+@pytest.mark.parametrize("quantize", [int8.quantize_block, int8.quantize_rows])
+def test_int8_weights_of_any_strides(quantize):
+    """A file may hold a weight as the transpose of another: kernels want rows that lie one after another."""
+    weight, scale = quantize(gaussian(256, 128))
+    x, turned = gaussian(5, 128, seed=1), weight.t().contiguous().t()
+    layers = [Int8Linear(w, scale) for w in (weight, turned)]
+    assert layers[1].weight.is_contiguous() and torch.equal(layers[0](x), layers[1](x))

@@ -53,7 +53,7 @@ def test_tiled_decoding_needs_no_tiles_below_their_size(vae):
     assert torch.equal(decode_video(vae, latent, tiled=True), decode_video(vae, latent))
 
 
-def test_every_official_name_has_a_distinctdiffusers_name(vae):
+def test_every_official_name_has_a_distinct_diffusers_name(vae):
     names = {diffusers_name(name) for name in tiny_vae()}
     assert names == set(vae.state_dict())
 

@@ -11,7 +11,7 @@ from .. import __version__
 from ..devices import available_memory, has_int_mm, int_mm_pays, pick_device
 from ..dispatch import whole_name, why_not
 from ..files import human_bytes
-from ..int8.linear import kitchen
+from ..int8 import kitchen
 from ..selfcheck import prove
 from ..wan import fused
 
@@ -127,7 +127,7 @@ def int8_path(device, format: str) -> str:
         if int_mm_pays(device):
             return "torch._int_mm (exact int32)"
         return "float32 products: this CPU multiplies those faster than int8"
-    if format == "row" and kitchen(device):
+    if format == "row" and kitchen.library(device):
         return f"comfy_kitchen's int8 linear; {reason}"
     if format == "row" and has_int_mm(device):
         return f"torch._int_mm; {reason}"

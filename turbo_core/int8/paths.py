@@ -6,43 +6,45 @@ runs, a node asks again who computes on its device. These nodes are what a compi
 
 import torch
 
-from ..dispatch import explained, learning, use_triton
-from . import reference
-from .formats import BLOCK, block_scale_shape
+from ..dispatch import OPERATORS, explained, learning, use_triton
+from . import kitchen, reference
+from .formats import BLOCK, block_scale_shape, is_row_scale
 
 FAMILIES = ("quantize", "norm", "int8_mm")
 
 
-def operations(device, families=FAMILIES, *operands):
+def operations(device, families=FAMILIES, *operands, rows=False):
     """Where the int8 operations that compute on this device are found, under the names of reference.py.
 
-    That is fast, where the kernels of these families compute, else reference; while torch.compile traces it is
-    torch.ops.turbowan. operands: tensors or None; where one of them learns it is reference, kernels have no gradient.
+    That is fast, where the kernels of these families compute, else reference, or for an int8_linear on rows kitchen;
+    while torch.compile traces it is torch's operators. operands: tensors or None; where one of them learns it is
+    reference, kernels have no gradient.
     """
     if learning(*operands):
         return reference
-    return torch.ops.turbowan if torch.compiler.is_compiling() else _eager(device, families)
+    return getattr(torch.ops, OPERATORS) if torch.compiler.is_compiling() else _eager(device, families, rows)
 
 
-def _eager(device, families):
+def _eager(device, families, rows=False):
     if all(use_triton(device, family) for family in families):
         from . import fast
 
         return fast
-    return reference
+    return kitchen if rows and kitchen.library(device) else reference
 
 
 def _operator(name, families, arguments, results, empty):
-    """turbowan::name. empty: the same arguments -> results of the right shapes and dtypes."""
+    """OPERATORS::name. empty: the same arguments -> results of the right shapes and dtypes."""
 
     def run(*given):
+        rows = name == "int8_linear" and len(given[0]) > 0 and is_row_scale(*given[1:3])
         with explained():
-            out = getattr(_eager(given[0].device, families), name)(*given)
+            out = getattr(_eager(given[0].device, families, rows), name)(*given)
         # an operator returns tensors only: the statistics that were not asked for are empty
         return tuple(given[0].new_empty(0) if t is None else t for t in out) if isinstance(out, tuple) else out
 
     schema = f"({arguments}) -> {results}"
-    torch.library.custom_op(f"turbowan::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
+    torch.library.custom_op(f"{OPERATORS}::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
 
 
 def _spans(n):

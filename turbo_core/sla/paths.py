@@ -5,7 +5,7 @@ torch.compile gets one node instead of the loops unrolled; when the graph runs, 
 
 import torch
 
-from ..dispatch import explained, learning, use_triton
+from ..dispatch import OPERATORS, explained, learning, use_triton
 from ..int8 import block_scale_shape
 from . import reference
 
@@ -14,11 +14,11 @@ def operations(q, *operands):
     """Where the functions that compute attention of q are found, under the names of reference.py.
 
     That is fast, where the kernels compute on q's device, else reference; while torch.compile traces it is
-    torch.ops.turbowan. operands: tensors or None; where one of them learns it is reference, kernels have no gradient.
+    torch's operators. operands: tensors or None; where one of them learns it is reference, kernels have no gradient.
     """
     if learning(q, *operands):
         return reference
-    return torch.ops.turbowan if torch.compiler.is_compiling() else _eager(q)
+    return getattr(torch.ops, OPERATORS) if torch.compiler.is_compiling() else _eager(q)
 
 
 def _eager(q):
@@ -33,14 +33,14 @@ def _eager(q):
 
 
 def _operator(name, arguments, results, empty):
-    """turbowan::name. empty: the same arguments -> results of the right shapes and dtypes."""
+    """OPERATORS::name. empty: the same arguments -> results of the right shapes and dtypes."""
 
     def run(*given):
         with explained():
             return getattr(_eager(given[0]), name)(*given)
 
     schema = f"({arguments}) -> {results}"
-    torch.library.custom_op(f"turbowan::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
+    torch.library.custom_op(f"{OPERATORS}::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
 
 
 def _empty_int8(qkv, *_):
