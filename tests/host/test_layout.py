@@ -109,3 +109,66 @@ def test_row_format_is_the_hosts_own():
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
         for ours, theirs in zip(quantize_rows(x), host.quantize_int8_rowwise(x)):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("act", [None, "gelu_tanh", "rms_norm"])
+def test_an_activation_before_and_a_sum_after(weight, quantized, act):
+    """As comfy_kitchen asks layouts since 0.2.37; no operand changes."""
+    x, norm, bias, residual, gate = (torch.randn(*shape) for shape in [(2, 7, 300), (300,), (200,), (2, 7, 200), (200,)])
+    before = [t.clone() for t in (x, norm, bias, residual, gate, quantized._qdata)]
+    acted = {
+        None: x,
+        "gelu_tanh": torch.nn.functional.gelu(x, approximate="tanh"),
+        "rms_norm": torch.nn.functional.rms_norm(x, (300,), norm, 1e-6),
+    }[act]
+    plain = int8_linear(acted, *layout.TurboBlockInt8Layout.get_plain_tensors(quantized), bias)
+    ask = layout.TurboBlockInt8Layout.linear_input_act
+    given = quantized, x, bias, act, norm, 1e-6
+    assert torch.equal(ask(*given), plain)
+    assert torch.equal(ask(*given, residual), residual + plain)
+    assert torch.equal(ask(*given, residual, gate), torch.addcmul(residual, plain, gate))
+    assert all(map(torch.equal, before, (x, norm, bias, residual, gate, quantized._qdata)))
+
+
+def test_what_is_not_computed_is_declined(quantized):
+    """Never an exception: the host computes it in steps."""
+    ask, x = layout.TurboBlockInt8Layout.linear_input_act, torch.randn(4, 300)
+    declined = [
+        ask(quantized, x, input_act="swiglu"),
+        ask(quantized, x, input_act="rms_norm", input_act_weight=torch.nn.RMSNorm(300)),
+        ask(quantized, x, input_act="rms_norm", input_act_weight=torch.ones(200)),
+        ask(quantized.t(), x),
+        ask(quantized, x[:, :200]),
+        ask(quantized, x.long()),
+        ask(quantized, quantized),
+        ask(quantized, torch.tensor(1.0)),
+        ask(quantized, x, torch.ones(300)),
+        ask(quantized, x, residual=torch.ones(3, 200)),
+        ask(quantized, x, residual=torch.ones(5, 4, 200)),
+        ask(quantized, x, residual=torch.ones(4, 200), residual_scale=0.5),
+    ]
+    assert all(result is NotImplemented for result in declined)
+
+
+@torch.inference_mode()
+def test_parts_and_joints_are_floats(weight):
+    """The host joins q, k and v of some models: one block's scale would stand for rows that it never saw."""
+    quantized = layout.QuantizedTensor.from_float(weight, layout.NAME)
+    floats = quantized.dequantize()
+    for change in [
+        lambda w: torch.cat([w, w]),
+        lambda w: torch.cat([w, torch.zeros(8, 300)]),
+        lambda w: torch.stack([w, w]),
+        lambda w: w[:130],
+        lambda w: w[3:5, 7:],
+        lambda w: w.narrow(1, 0, 129),
+        lambda w: w.chunk(2)[1],
+        lambda w: w.split([50, 150])[1],
+        lambda w: w.view(-1),
+        lambda w: w.reshape(100, 600),
+        lambda w: w.transpose(0, 1),
+        lambda w: w.unsqueeze(0),
+        lambda w: w[[3, 1]],
+    ]:
+        result = change(quantized)
+        assert not isinstance(result, layout.QuantizedTensor) and torch.equal(result, change(floats))

@@ -8,9 +8,11 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 
+from ..dispatch import FLOATS
 from .formats import dequantize_block
 from .linear import int8_linear
 from .quantize import quantize_block
@@ -46,6 +48,24 @@ class TurboBlockInt8Layout(QuantizedLayout):
     def state_dict_tensors(cls, qdata, params):
         return {"": qdata, "_scale": params.scale}
 
+    @classmethod
+    def linear_input_act(
+        cls, weight, x, bias=None, input_act=None, input_act_weight=None, input_act_eps=0.0, residual=None,
+        residual_scale=None,
+    ):  # fmt: skip
+        """linear(act(x)), and residual + residual_scale * that where there is one, as comfy_kitchen asks a layout.
+
+        NotImplemented for what is not computed here, and the host does it in steps. Operands stay as they are.
+        """
+        if not is_block(weight) or not _multiplies(x, weight, bias):
+            return NotImplemented
+        if not _adds((*x.shape[:-1], weight.shape[0]), x.device, residual, residual_scale):
+            return NotImplemented
+        x = activated(x, input_act, input_act_weight, input_act_eps)
+        if x is NotImplemented:
+            return NotImplemented
+        return added(int8_linear(x, *cls.get_plain_tensors(weight), bias), residual, residual_scale)
+
 
 register_layout_class(NAME, TurboBlockInt8Layout)
 
@@ -59,6 +79,46 @@ def wrap(weight_q, scale, dtype):
 def is_block(tensor) -> bool:
     """True for an untransposed weight in this layout."""
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == NAME and not tensor._params.transposed
+
+
+def activated(x, name, weight=None, eps=0.0):
+    """x through what the host calls gelu_tanh or rms_norm (weight [K] or None); NotImplemented for other names."""
+    if name is None:
+        return x
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "rms_norm" and (weight is None or (_is_float(weight) and weight.shape == x.shape[-1:])):
+        return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x), eps)
+    return NotImplemented
+
+
+def added(out, residual=None, scale=None):
+    """residual + scale * out; without a residual out as it is, without a scale their sum."""
+    if residual is None:
+        return out
+    return residual + out if scale is None else torch.addcmul(residual, out, scale)
+
+
+def _is_float(tensor):
+    return isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedTensor) and tensor.dtype in FLOATS
+
+
+def _multiplies(x, weight, bias):
+    """True where int8_linear takes these operands."""
+    if not _is_float(x) or x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return False
+    return bias is None or (_is_float(bias) and bias.shape == weight.shape[:1] and bias.device == x.device)
+
+
+def _adds(shape, device, residual, scale):
+    """True where a product of this shape can be scaled and added without changing its shape."""
+    given = [t for t in (residual, scale) if t is not None]
+    if not all(_is_float(t) and t.device == device for t in given):
+        return False
+    try:
+        return torch.broadcast_shapes(shape, *(t.shape for t in given)) == shape
+    except RuntimeError:
+        return False
 
 
 def _product(x, weight, bias, fallback):
