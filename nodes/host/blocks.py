@@ -7,7 +7,7 @@ from comfy.ldm.flux.math import apply_rope1
 
 from ...turbo_core.sla import sla_from_qkv
 from .fused import FusedWanBlock, copied, in_float32
-from .settings import active_settings, attend
+from .settings import active_settings, attend, log_once
 
 
 def _matrix(linear, device):
@@ -26,7 +26,13 @@ class SLASelfAttention(wan.WanSelfAttention):
         proj_l = comfy.ops.manual_cast.Linear(size, size, device=device, dtype=torch.float32)
         self.attn_op = torch.nn.ModuleDict({"local_attn": torch.nn.ModuleDict({"proj_l": proj_l})})
 
-    def forward(self, x, freqs, transformer_options={}):  # noqa: B006 (the host's signature)
+    def forward(self, x, freqs, transformer_options={}, **more):  # noqa: B006 (the host's signature)
+        if more:
+            log_once(
+                f"this ComfyUI hands self-attention {sorted(more)}, which TurboWan does not know: ComfyUI's own dense "
+                "attention runs, without the trained branch. Update TurboWan."
+            )
+            return super().forward(x, freqs, transformer_options, **more)
         settings = active_settings(transformer_options, x.shape[1], self.head_dim)
         if settings is None:
             return super().forward(x, freqs, transformer_options)

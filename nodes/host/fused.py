@@ -10,6 +10,7 @@ import comfy.ldm.wan.model as wan
 import comfy.model_management
 import comfy.ops
 import torch
+import torch.nn.functional as F
 from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.quant_ops import QuantizedTensor
@@ -19,6 +20,7 @@ from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 from ...turbo_core.wan import fused as wan_fused
 from .ops import ROW
+from .settings import log_once
 
 _BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
 
@@ -50,7 +52,7 @@ def may_fuse(block, x, e, freqs, context, transformer_options) -> bool:
     if x.dtype not in FLOATS or training or any(transformer_options.get("patches", {}).get(p) for p in _BETWEEN):
         return False
     parts = (block.self_attn, block.cross_attn, block.ffn)
-    if tuple(map(type, parts)) != (block.self_attention, wan.WanT2VCrossAttention, wan.WanFeedForward):
+    if tuple(map(type, parts)) != (block.self_attention, wan.WanT2VCrossAttention, FeedForward):
         return False  # image keys among others
     if not (block.qk_norm and block.cross_attn_norm):
         return False
@@ -95,6 +97,13 @@ def borrowed(layers, dtype, device):
         yield triples
 
 
+def attention_call(part, transformer_options):
+    """Arguments of the host's attention call for an attention module, with what a file or a node prefers there."""
+    call = {"heads": part.num_heads, "transformer_options": transformer_options}
+    preferred = getattr(part, "comfy_attention", None)  # newer hosts have it
+    return call if preferred is None else call | {"preferred_attention": preferred}
+
+
 def in_float32(module, device):
     """The host's context that lends (weight, bias) of a module in float32 on the device."""
     dtypes = {"dtype": torch.float32, "bias_dtype": torch.float32}
@@ -107,12 +116,33 @@ def copied(module, device):
         return tuple(None if t is None else t.to(torch.float32, copy=True) for t in tensors)
 
 
+class FeedForward(wan.WanFeedForward):
+    """The host's, which hands the GELU to its second linear or past that linear's forward to a kernel of its own.
+
+    Whoever replaces or hooks that forward, as a bypass LoRA does, is to see what comes after the GELU.
+    """
+
+    def forward(self, x):
+        if _untouched(self[2]):
+            return super().forward(x)
+        return self[2](F.gelu(self[0](x), approximate="tanh"))
+
+
 class FusedWanBlock(wan.WanAttentionBlock):
     """Handed to the host's WanModel as wan_attn_block_class."""
 
     self_attention = wan.WanSelfAttention
 
-    def forward(self, x, e, freqs, context, context_img_len=257, transformer_options={}):  # noqa: B006 (the host's)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ffn = FeedForward(*self.ffn)
+
+    def forward(self, x, e, freqs, context, context_img_len=257, transformer_options={}, **more):  # noqa: B006 (the host's)
+        if more:
+            log_once(
+                f"this ComfyUI hands Wan's blocks {sorted(more)}, which TurboWan does not know: its own block runs"
+            )
+            return super().forward(x, e, freqs, context, context_img_len, transformer_options, **more)
         given = x, e, freqs, context, transformer_options
         out = self.fused(*given) if wan_fused.pays(x.device) and may_fuse(self, *given) else None
         return super().forward(x, e, freqs, context, context_img_len, transformer_options) if out is None else out
@@ -140,7 +170,7 @@ class FusedWanBlock(wan.WanAttentionBlock):
         def attend_text(q, k, v):
             part = self.cross_attn
             q, k = part.norm_q(q), part.norm_k(k)
-            return optimized_attention(q, k, v, heads=part.num_heads, transformer_options=transformer_options)
+            return optimized_attention(q, k, v, **attention_call(part, transformer_options))
 
         norm3 = copied(self.norm3, x.device)
         return wan_fused.block(x, context, modulation, borrow, attend, attend_text, norm3, self.num_heads, self.eps)
@@ -153,4 +183,4 @@ class FusedWanBlock(wan.WanAttentionBlock):
             for tokens in token_slices(x):  # in place: no copies of q and k beside them
                 some = x[:, tokens]
                 some.copy_(apply_rope1(norm(some).unflatten(-1, (part.num_heads, -1)), freqs[:, tokens]).flatten(2))
-        return optimized_attention(q, k, v, heads=part.num_heads, transformer_options=transformer_options)
+        return optimized_attention(q, k, v, **attention_call(part, transformer_options))

@@ -2,12 +2,14 @@
 
 import json
 
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
 from ...turbo_core.errors import TurboError
 from ...turbo_core.int8 import block_scale_shape, int8_linear, is_row_scale, layout
+from .linears import call_linear
 
 ROW = "TensorWiseINT8Layout"  # the host's own layout, whose scales are one a row here
 
@@ -25,13 +27,19 @@ def quant_entry(weight_q, scale):
     return torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
 
 
+def _disabled():
+    """What the host knows of formats that the device cannot multiply: it dequantizes these. Newer hosts tell it."""
+    ask = getattr(comfy.ops, "get_disabled_quant_formats", None)
+    return {} if ask is None else {"disabled": ask(comfy.model_management.get_torch_device())}
+
+
 def quantized_ops(compute_dtype):
     """The host's mixed-precision operations, whose Linear also loads, runs and saves the block format.
 
     The host's own loader raises on formats it does not list, hence the branch in _load_from_state_dict; F.linear on
     a quantized weight reaches the layout only under inference_mode, hence the direct call in _forward.
     """
-    base = comfy.ops.mixed_precision_ops({}, compute_dtype)
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, **_disabled())
 
     class Linear(base.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -55,10 +63,15 @@ def quantized_ops(compute_dtype):
             if f"{prefix}weight" in missing:
                 missing.remove(f"{prefix}weight")
 
-        def _forward(self, input, weight, bias):
+        def forward(self, input, *given, **named):
+            return call_linear(super().forward, input, *given, **named)
+
+        def _forward(self, input, weight, bias, *given, **named):
             if layout.is_block(weight):
-                return int8_linear(input, *weight.layout_cls.get_plain_tensors(weight), bias)
-            return super()._forward(input, weight, bias)
+                if not given and not named:
+                    return int8_linear(input, *weight.layout_cls.get_plain_tensors(weight), bias)
+                weight = weight.dequantize()  # for what a newer host wants of it
+            return super()._forward(input, weight, bias, *given, **named)
 
     class TurboOps(base):
         pass

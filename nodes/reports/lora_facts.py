@@ -13,6 +13,8 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
 from ...turbo_core.checkpoint import lora_names
+from ..host.fused import FeedForward
+from ..host.linears import takes_activation
 from ..host.weights import PREFIX, original_weight
 from .facts import weight_format
 
@@ -192,8 +194,14 @@ class Examined:
         adapters = [k for k, patch in self.patches.items() if isinstance(patch, WeightAdapterBase)]
         names = [k.removeprefix(PREFIX) for k in adapters if isinstance(k, str)]
         lines = []
-        rows = [name for name in names if name.endswith("ffn.2.weight") and self._is_row(name)]
-        if rows:
+        downs = [name for name in names if name.endswith("ffn.2.weight") and not self._is_ours(name)]
+        rows = [name for name in downs if self._is_row(name)]
+        if downs and takes_activation():
+            lines.append(
+                f"Bypass LoRA nodes would act wrongly on {len(downs)} layers, ffn.2, to which this ComfyUI hands the "
+                "values before the activation: merge this LoRA."
+            )
+        elif rows:
             lines.append(
                 f"Bypass LoRA nodes would leave out {len(rows)} layers, ffn.2 in the row format, which ComfyUI runs in "
                 "one with the activation before it: merge this LoRA."
@@ -201,6 +209,10 @@ class Examined:
         if any(kind.startswith("DoRA") for kind in self.kinds):
             lines.append("Bypass LoRA nodes would ignore the magnitudes of this DoRA: merge it.")
         return lines
+
+    def _is_ours(self, name):
+        """True where the feed-forward part of a block lets hooks of its second linear act."""
+        return isinstance(self.model.model.diffusion_model.get_submodule(name.removesuffix(".2.weight")), FeedForward)
 
     def _is_row(self, name):
         return weight_format(original_weight(self.model, PREFIX + name)) == "int8_row"

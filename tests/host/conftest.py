@@ -6,6 +6,7 @@ them every test here is skipped with the reason.
 
 import asyncio
 import importlib
+import os
 import shutil
 import socket
 import sys
@@ -20,8 +21,13 @@ from tests.helpers.comfyui import PACK, find_comfyui, lacks, load_pack
 from tests.helpers.good_inputs import good_inputs
 from tests.helpers.lab import HIGH, STOCK, T2V, TINY_SHAPE, Lab, small_flux
 from tests.helpers.tiny_family import make_tiny
+from tests.host import newer
 
 HERE = Path(__file__).resolve().parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--newer", action="store_true", help="the host with the calls of newer ones, see newer.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +46,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def comfy():
+def comfy(request):
     """ComfyUI in this process, on the CPU."""
     media_stub.install()
     sys.path.insert(0, str(find_comfyui()))
@@ -54,6 +60,8 @@ def comfy():
 
     import nodes  # noqa: F401  (the host's own nodes; several extras need it)
 
+    if request.config.getoption("--newer", False) or os.environ.get("TURBOWAN_NEWER"):
+        newer.install()
     return comfy
 
 

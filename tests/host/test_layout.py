@@ -114,7 +114,9 @@ def test_row_format_is_the_hosts_own():
 @pytest.mark.parametrize("act", [None, "gelu_tanh", "rms_norm"])
 def test_an_activation_before_and_a_sum_after(weight, quantized, act):
     """As comfy_kitchen asks layouts since 0.2.37; no operand changes."""
-    x, norm, bias, residual, gate = (torch.randn(*shape) for shape in [(2, 7, 300), (300,), (200,), (2, 7, 200), (200,)])
+    x, norm, bias, residual, gate = (
+        torch.randn(*shape) for shape in [(2, 7, 300), (300,), (200,), (2, 7, 200), (200,)]
+    )
     before = [t.clone() for t in (x, norm, bias, residual, gate, quantized._qdata)]
     acted = {
         None: x,

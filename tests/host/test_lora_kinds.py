@@ -35,7 +35,7 @@ def test_merged_lowvram_and_bypass_agree_and_come_off(comfy, lab, network, what,
     assert torch.equal(lab.denoise(model), before) and lab.same(lab.weights(model), weights)
     print(f"{what}, {kind}: lowvram {lab.distance(low, full):.2g}, bypass {lab.distance(through, full):.2g}")
     assert lab.distance(low, full) < (1e-5 if kind == "float" else 0.03)
-    if what == "DoRA" or kind == "row":
+    if what == "DoRA":
         assert lab.distance(through, full) > 0.04, "the host's bypass has learnt it: TurboLoraReport says otherwise"
     else:
         assert lab.distance(through, full) < (1e-5 if kind == "float" else 0.03)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.lab import STOCK, small_flux
 from tests.helpers.lora_files import ALPHA, LAYERS, RANK, SPELLINGS, differences, dora, factors, lokr, spelled
+from turbo_core import checkpoint
 
 
 @pytest.fixture
@@ -100,14 +101,14 @@ def test_report_of_what_is_left_out(lab, network, report):
 
 @pytest.mark.parametrize("kind", ["block", "row"])
 def test_report_on_int8(lab, network, report, kind):
-    """The change against the rounding, in figures that scale with it; what bypass would leave out."""
+    """The change against the rounding, in figures that scale with it; in our blocks bypass leaves nothing out."""
     model = lab.as_kind(kind)
     strong = spelled(lab, network, "kohya")
     weak = {n: t * 1e-3 if "lora_up" in n else t for n, t in strong.items()}
     text = report(model, strong)[0]
     assert f"4 x LoRA of rank {RANK} in int8_{kind}" in text and "4 of the layers are int8" in text
     assert "That is little" not in text and "That is little" in report(model, weak)[0]
-    assert ("would leave out 1 layers, ffn.2" in text) == (kind == "row")
+    assert "Bypass" not in text
     figure = float(text.split("change is ")[1].split(" times")[0])
     with_lora = report(model, strong)[1]
     lab.loaded(with_lora)
@@ -117,6 +118,21 @@ def test_report_on_int8(lab, network, report, kind):
     change = ALPHA / RANK * (second @ first)
     rounding = merged - change - lab.as_kind(kind).model.diffusion_model.get_submodule(layer).weight.dequantize()
     assert 0.5 < figure / (change.norm() / rounding.norm()).item() < 2
+
+
+@pytest.mark.parametrize("format", ["int8_row", "fp32"])
+def test_report_of_what_bypass_does_to_the_host_s_own_blocks(lab, network, report, tmp_path, format):
+    """Its feed-forward part runs past the forward of ffn.2, or with what comes before the activation."""
+    takes_activation = lab.pack.part("nodes.host.linears").takes_activation()
+    checkpoint.convert(lab.path(STOCK), tmp_path / "stock.safetensors", format)
+    model = lab.load(tmp_path / "stock.safetensors", torch.float32)
+    layer = "diffusion_model.blocks.0.ffn.2"
+    lora = lab.lora(model, layer)
+    text = report(model, lora)[0]
+    apart = lab.distance(lab.denoise(lab.bypassed(model, lora)), lab.denoise(lab.merged(model, lora)))
+    print(f"{apart:.2g}: {text}")
+    assert ("Bypass LoRA nodes" in text) == (apart > 0.04) == (takes_activation or format == "int8_row")
+    assert ("would leave out 1 layers, ffn.2" in text) == (format == "int8_row" and not takes_activation)
 
 
 def test_report_says_dora_and_alpha(lab, network, report):
