@@ -1,11 +1,15 @@
 """SparseLowBitAttention: sparse-linear attention on TurboWan models, training-free sparsity on stock Wan models."""
 
+import functools
+
 from comfy_api.latest import io
 
 from ..turbo_core.sla import PRECISIONS
 from .host.inputs import check_choice, check_number, parse_blocks, wan_network
 from .host.kernels import prove_for
 from .host.override import MODES, with_settings
+from .host.settings import log_once
+from .reports.show import show
 
 SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
@@ -103,6 +107,7 @@ class SparseLowBitAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -121,9 +126,14 @@ class SparseLowBitAttention(io.ComfyNode):
         settings = {"topk": topk, "precision": precision, "min_tokens": min_tokens, "verbose": verbose}
         settings["coverage"] = None if selection == SELECTIONS[0] else coverage
         settings["dense_blocks"] = parse_blocks(dense_blocks, len(network.blocks))
-        model = with_settings(model, mode, start_percent, end_percent, **settings)
+        model = with_settings(model, mode, start_percent, end_percent, functools.partial(_tell, cls), **settings)
         prove_for(model)
         return io.NodeOutput(model)
+
+
+def _tell(node, text):
+    log_once(text)
+    show(node, text)
 
 
 NODES = [SparseLowBitAttention]

@@ -127,6 +127,8 @@ def quantize_patcher(patcher, quantize, layers):
         mark_sigma_max(model)
     new = patcher.clone(model_override=(model, ({}, {}, {}, set())))
     new.size, new.parent, new.is_injected, new.hook_backup = 0, None, False, {}
+    if hasattr(new, "fast_disk"):  # newer hosts read such weights from their file again; these are in no file
+        new.fast_disk = False
     new.cached_hook_patches.clear()
     new.clone_base_uuid, new.patches_uuid = uuid.uuid4(), uuid.uuid4()
     baked = {key: new.patches.pop(key) for key in [f"{PREFIX}{layer}.weight" for layer in layers] if key in new.patches}

@@ -51,8 +51,20 @@ def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
     return None
 
 
+def with_sigma(transformer_options):
+    """The options of one evaluation with its sigma read, where the settings ask for it: no block has to wait for it."""
+    options, settings = dict(transformer_options), transformer_options[OPTIONS]
+    asked = settings["sigma_start"] is not None or settings["sigma_end"] is not None
+    if asked and settings["mode"] != "dense" and "sigmas" in options:
+        _sigma(options)
+    return options
+
+
 def _sigma(transformer_options):
-    """The largest sigma of this evaluation, read from the device by its first block alone: each read waits for it."""
+    """The largest sigma of this evaluation, read from the device once: each read waits for it.
+
+    Where nothing has read it before the blocks, as in a forward of the network alone, the first block does.
+    """
     sigmas = transformer_options["sigmas"]
     known = transformer_options.get(_SIGMA)
     if known is None or known[0] is not sigmas:

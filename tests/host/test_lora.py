@@ -77,6 +77,20 @@ def test_merged_values_are_the_sum(lab):
         assert error < 2.5 * scale, (kind, error, scale)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["self_attn.q", "ffn.0", "ffn.2"])
+def test_bypass_is_merged_to_one_percent(lab, layer, kind):
+    """One layer at a time: ffn.2 is the one whose input hosts have moved about. The merged sum is rounded in int8."""
+    model = lab.as_kind(kind)
+    lora = make_lora(lab, model, layers=[f"diffusion_model.blocks.0.{layer}"])
+    before = lab.denoise(model)
+    merged, bypass = (lab.denoise(with_lora(model, lora)) for with_lora in (lab.merged, lab.bypassed))
+    apart = lab.distance(bypass, merged)
+    print(f"{layer}, {kind}: {apart:.1e}, the LoRA itself {lab.distance(merged, before):.2f}")
+    assert lab.distance(merged, before) > 0.02
+    assert apart < (1e-5 if kind == "float" else 0.01)
+
+
 @pytest.mark.parametrize("kind", ["float", "block"])
 def test_two_loras_and_another_strength(lab, kind):
     model = lab.as_kind(kind)
