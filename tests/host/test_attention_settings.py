@@ -10,6 +10,8 @@ from tests.helpers.lab import STOCK, T2V
 from turbo_core import checkpoint
 from turbo_core.wan import WanModel
 
+pytestmark = pytest.mark.newer
+
 MODELS = [T2V, STOCK]
 
 

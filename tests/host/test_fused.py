@@ -11,6 +11,8 @@ import torch
 
 from tests.helpers.lab import HIGH, PROJ_L, QUANT, STOCK, T2V
 
+pytestmark = pytest.mark.newer
+
 ROUNDING = 0.01  # of x0; int8 against floats is 0.02 to 0.1 of it
 
 

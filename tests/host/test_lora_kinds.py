@@ -5,6 +5,8 @@ import torch
 
 from tests.helpers.lora_files import MAKERS, spelled
 
+pytestmark = pytest.mark.newer
+
 KINDS = ["float", "block", "row"]
 
 

@@ -10,6 +10,8 @@ from tests.helpers.lab import STOCK, small_flux
 from tests.helpers.lora_files import ALPHA, LAYERS, RANK, SPELLINGS, differences, dora, factors, lokr, spelled
 from turbo_core import checkpoint
 
+pytestmark = pytest.mark.newer
+
 
 @pytest.fixture
 def report(lab, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from tests.helpers.lab import HIGH, QUANT, STOCK, T2V
 from turbo_core import checkpoint
 from turbo_core.wan import WanModel
 
+pytestmark = pytest.mark.newer
+
 
 @pytest.fixture(scope="module")
 def stock(comfy, lab, tmp_path_factory):

@@ -10,6 +10,8 @@ from tests.helpers.lab import LINEAR, PROJ_L, QUANT, STOCK, T2V
 from turbo_core import checkpoint
 from turbo_core.int8 import quantize_block, quantize_rows
 
+pytestmark = pytest.mark.newer
+
 LAYER = LINEAR.removeprefix("diffusion_model.")
 
 
