@@ -5,7 +5,7 @@ demo   render a prompt with TinyWan, the small trained family: MP4 and contact s
 test   style check and tests; also in the real ComfyUI where one is found (COMFYUI_DIR, the one this pack lies in,
        or ~/ComfyUI)
 check  style check only
-host   only the tests in the real ComfyUI
+host   only the tests in the real ComfyUI; "host --newer" gives it the calls of newer ones (tests/host/newer.py)
 soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
 bench  times and errors of all that this machine can run, results in benchmarks/results/; "bench --check" first holds
        every kernel to an oracle: the one command for a borrowed card; "bench --help" tells the rest
@@ -66,10 +66,14 @@ def test(arguments):
     failed = check([])
     pytest = [str(environment(".venv", [".[test]"])), "-m", "pytest", "-q", "--ignore=tests/host"]
     # what takes as long as all the rest does runs beside it, and is shown when that is done
-    beside = {"tests/host": [sys.executable, __file__, "host", *arguments]}
+    beside = {}
     if find_comfyui() is None:
         print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
-        del beside["tests/host"]
+    else:
+        host_environment()  # before two runs want it
+        beside["tests/host"] = [sys.executable, __file__, "host", *arguments]
+        if not arguments:
+            beside["tests/host, calls of newer hosts"] = [*beside["tests/host"], "--newer", "-m", "newer"]
     if not arguments:
         for folder in ("tests/kernels", "tests/compiled"):  # each needs a process of its own
             beside[folder] = [*pytest, "-o", f"cache_dir=.pytest_cache/{folder}", folder]
@@ -118,7 +122,8 @@ def host(arguments):
     if find_comfyui() is None:
         print("No ComfyUI found: set COMFYUI_DIR to its folder (0.33 or newer).", file=sys.stderr)
         return 1
-    cache = "cache_dir=.pytest_cache/host"  # pytest would forget the failures of one that runs beside it
+    # pytest would forget the failures of one that runs beside it
+    cache = "cache_dir=.pytest_cache/newer" if "--newer" in arguments else "cache_dir=.pytest_cache/host"
     return call(host_environment(), "-m", "pytest", "-q", "-o", cache, "tests/host", *arguments)
 
 
