@@ -1,5 +1,9 @@
-"""ComfyUI linear layers that hold block-int8 weights, beside every format the host knows itself."""
+"""ComfyUI linear layers that hold block-int8 weights, beside every format the host knows itself.
 
+They are called as hosts of any age call linears: newer ones with an activation before the product, a sum after it.
+"""
+
+import inspect
 import json
 
 import comfy.model_management
@@ -9,9 +13,11 @@ from comfy.quant_ops import QUANT_ALGOS
 
 from ...turbo_core.errors import TurboError
 from ...turbo_core.int8 import block_scale_shape, int8_linear, is_row_scale, layout
-from .linears import call_linear
+from ...turbo_core.int8.layout import activated, added
+from .settings import log_once
 
 ROW = "TensorWiseINT8Layout"  # the host's own layout, whose scales are one a row here
+EXTRAS = ("input_act", "act_weight", "residual", "residual_scale")  # what follows the input, in this order
 
 QUANT_ALGOS[layout.FORMAT] = {
     "storage_t": torch.int8,
@@ -40,6 +46,7 @@ def quantized_ops(compute_dtype):
     a quantized weight reaches the layout only under inference_mode, hence the direct call in _forward.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, **_disabled())
+    known = names_in(base.Linear.forward)
 
     class Linear(base.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -64,7 +71,7 @@ def quantized_ops(compute_dtype):
                 missing.remove(f"{prefix}weight")
 
         def forward(self, input, *given, **named):
-            return call_linear(super().forward, input, *given, **named)
+            return call_linear(super().forward, known, input, *given, **named)
 
         def _forward(self, input, weight, bias, *given, **named):
             if layout.is_block(weight):
@@ -78,3 +85,40 @@ def quantized_ops(compute_dtype):
 
     TurboOps.Linear = Linear
     return TurboOps
+
+
+def names_in(function) -> frozenset:
+    """The names in a signature; a host that hands linears more than their input has them there."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def takes_activation() -> bool:
+    """True where the host hands Wan's ffn.2 the activation before it, so that its hooks see what comes before that."""
+    return "input_act" in names_in(comfy.ops.disable_weight_init.Linear.forward)
+
+
+def call_linear(forward, known, input, *given, **named):
+    """The host's bound forward(input, ...): what is not among the names known to it is computed around it.
+
+    A keyword of a newer host that nobody here knows goes to the host's forward, said once in the log. Raises
+    TurboError for an activation that neither knows: without it the result would be another one.
+    """
+    extras = {**dict(zip(EXTRAS, given)), **named}
+    extras = {name: value for name, value in extras.items() if value is not None}
+    if not extras:
+        return forward(input)
+    unknown = len(given) > len(EXTRAS) or extras.keys() - EXTRAS
+    if unknown:
+        log_once(f"this ComfyUI hands linear layers {sorted(extras)}: more than TurboWan knows, its own forward runs")
+    if unknown or extras.keys() <= known:
+        return forward(input, *given, **named)
+    act, weight = extras.get("input_act"), extras.get("act_weight")
+    if act == "rms_norm" and isinstance(weight, torch.nn.Module):
+        x = weight(input)  # a norm of the host, whose weight may lie elsewhere
+    else:
+        x = activated(input, act, weight)
+    if x is NotImplemented:
+        raise TurboError(
+            f"a linear layer is to apply the activation {act!r}, which this ComfyUI lacks: update ComfyUI."
+        )
+    return added(forward(x), extras.get("residual"), extras.get("residual_scale"))

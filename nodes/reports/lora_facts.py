@@ -14,7 +14,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ...turbo_core.checkpoint import lora_names
 from ..host.fused import FeedForward
-from ..host.linears import takes_activation
+from ..host.ops import takes_activation
 from ..host.weights import PREFIX, original_weight
 from .facts import weight_format
 

@@ -125,7 +125,7 @@ def test_report_on_int8(lab, network, report, kind):
 @pytest.mark.parametrize("format", ["int8_row", "fp32"])
 def test_report_of_what_bypass_does_to_the_host_s_own_blocks(lab, network, report, tmp_path, format):
     """Its feed-forward part runs past the forward of ffn.2, or with what comes before the activation."""
-    takes_activation = lab.pack.part("nodes.host.linears").takes_activation()
+    takes_activation = lab.pack.ops.takes_activation()
     checkpoint.convert(lab.path(STOCK), tmp_path / "stock.safetensors", format)
     model = lab.load(tmp_path / "stock.safetensors", torch.float32)
     layer = "diffusion_model.blocks.0.ffn.2"

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.newer
 
 @pytest.fixture
 def linears(pack):
-    return pack.part("nodes.host.linears")
+    return pack.ops
 
 
 def gelu(x):
@@ -43,7 +43,7 @@ def test_a_linear_takes_an_activation_before_and_a_sum_after(comfy, lab, kind):
         assert lab.distance(layer(x, **named), scaled) < ROUNDING
 
 
-def test_what_a_signature_names_goes_to_the_host(linears, caplog):
+def test_what_a_signature_names_goes_to_the_host(pack, caplog):
     """One that nobody here knows as well, said once; one that the host lacks is computed around its forward."""
 
     class Newer:
@@ -55,24 +55,27 @@ def test_what_a_signature_names_goes_to_the_host(linears, caplog):
             return 2 * input
 
     x, one = torch.randn(3, 4), torch.ones(3, 4)
-    newer, older = Newer().forward, Older().forward
-    assert linears.call_linear(newer, x, "anything", residual=one) == ("anything", one, None)
+    call = lambda layer, *given, **named: pack.ops.call_linear(  # noqa: E731
+        layer.forward, pack.ops.names_in(layer.forward), *given, **named
+    )
+    newer, older = Newer(), Older()
+    assert call(newer, x, "anything", residual=one) == ("anything", one, None)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert linears.call_linear(newer, x, tomorrow=5) == (None, None, 5)
+            assert call(newer, x, tomorrow=5) == (None, None, 5)
     assert len([r for r in caplog.records if "tomorrow" in r.getMessage()]) == 1
-    assert torch.equal(linears.call_linear(older, x, "gelu_tanh"), 2 * gelu(x))
-    torch.testing.assert_close(linears.call_linear(older, x, residual=one, residual_scale=3 * one), one + 6 * x)
-    assert torch.equal(linears.call_linear(older, x, None, None, None, None), 2 * x)
+    assert torch.equal(call(older, x, "gelu_tanh"), 2 * gelu(x))
+    torch.testing.assert_close(call(older, x, residual=one, residual_scale=3 * one), one + 6 * x)
+    assert torch.equal(call(older, x, None, None, None, None), 2 * x)
 
 
-def test_an_activation_that_nobody_knows_is_no_other_result(lab, pack, linears):
+def test_an_activation_that_nobody_knows_is_no_other_result(lab, pack):
     class Older:
         def forward(self, input, *args, **kwargs):
             return input
 
     with pytest.raises(pack.errors.TurboError, match="the activation 'tomorrow', which this ComfyUI lacks"):
-        linears.call_linear(Older().forward, torch.randn(3, 4), "tomorrow")
+        pack.ops.call_linear(Older().forward, frozenset(), torch.randn(3, 4), "tomorrow")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,6 +303,6 @@ def test_formats_that_the_device_cannot_multiply_are_passed_on(comfy, lab, monke
 def test_the_shim_is_what_it_says(comfy, lab, request):
     """With --newer the calls are newer ones; without it nothing of the host is changed."""
     newer = request.config.getoption("--newer", False)
-    assert lab.pack.part("nodes.host.linears").takes_activation() == newer
+    assert lab.pack.ops.takes_activation() == newer
     part = lab.load(STOCK).model.diffusion_model.blocks[0].self_attn
     assert hasattr(part, "comfy_attention") == newer
