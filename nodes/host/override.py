@@ -83,7 +83,7 @@ def _of_another(override, trained, reached):
     name = getattr(override, "__qualname__", type(override).__qualname__)
     who = f"the attention override {name} (in {getattr(override, '__module__', None) or type(override).__module__})"
     if trained:
-        return f"{who} acts on cross-attention alone: self-attention of this model runs with its trained branch."
+        return f"{who} acts on cross-attention alone: self-attention of this model is computed by TurboWan."
     if reached:
         return f"{who} stands above Sparse Low-Bit Attention and passes attention on to it."
     return (

@@ -227,7 +227,7 @@ def test_an_override_above_is_told_once(lab, caplog, name, passes_on):
     print(told)
     expected = "passes attention on to it" if passes_on else "whose settings have no effect"
     assert len(told) == 1 and "enhance" in told[0]
-    assert ("trained branch" if name == T2V else expected) in told[0]
+    assert ("cross-attention alone" if name == T2V else expected) in told[0]
 
 
 def test_the_node_tells_it(lab, caplog, monkeypatch):
