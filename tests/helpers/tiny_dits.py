@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ TINY = Sizes(dim=256, in_dim=16, out_dim=16, ffn_dim=512, text_dim=64, freq_dim=
 # both edges of its int8 blocks are ragged; 3 heads of 64
 RAGGED = Sizes(dim=192, in_dim=16, out_dim=16, ffn_dim=200, text_dim=24, freq_dim=40, head_dim=64)
 TINY_BLOCKS = 2
+_NORM = re.compile(r"\.norm(?:3|_q|_k)\.")
 STOCK = "tiny_wan_stock_bf16.safetensors"
 
 
@@ -58,6 +60,12 @@ def tiny_state_dict(seed: int, sizes: Sizes = TINY, blocks: int = TINY_BLOCKS) -
         state[name] = x if PROJ_L in name else x.bfloat16()
     state["patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
     return state
+
+
+def unquantized(state: dict, rest: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A state dict in the dtypes of the published unquantized 1.3B file: the six norm tensors of each block float32,
+    everything else bf16, proj_l, modulation and embeddings too. rest: float32 for the same values in float32."""
+    return {n: t.bfloat16().to(torch.float32 if _NORM.search(n) else rest) for n, t in state.items()}
 
 
 def random_weight(name, shape, generator, dim):
