@@ -1,6 +1,7 @@
 """Files as the host's MODEL and CLIP: any TurboWan or Wan model, umT5 in any size."""
 
 import json
+import logging
 import os
 
 import comfy.model_detection
@@ -14,7 +15,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...turbo_core import checkpoint
-from ...turbo_core.checkpoint.names import looks_like
+from ...turbo_core.checkpoint.names import DIFFUSERS, looks_like
+from ...turbo_core.checkpoint.others.attention import attention_tensors
+from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError
 from .blocks import SLAWanBlock
 from .files import read_tensors
@@ -82,7 +85,10 @@ def _config(sd, description, quantized):
 def file_name(model):
     """Of the file that a MODEL came from; empty where the host's own loader made it."""
     source = model.get_attachment(SOURCE)
-    return "" if source is None else os.path.basename(str(source.path))
+    if source is None:
+        return ""
+    folder, name = os.path.split(str(source.path))
+    return os.path.basename(folder) if name.endswith(INDEX) else name  # every index has the same name
 
 
 def _as_distilled(network, x, timestep, *args, **kwargs):
@@ -93,17 +99,45 @@ def _as_distilled(network, x, timestep, *args, **kwargs):
 def load_turbo_model(path, dtype=None, disable_dynamic=False):
     """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
     description = checkpoint.inspect(path)
-    if description.has_sla or description.format == "int8_block" or description.container == "pth":
+    if _is_ours(description):
         sd, description = checkpoint.load(path)
-        patcher = build_patcher(sd, description, dtype, disable_dynamic)
+        patcher = build_patcher(sd | attention_tensors(description.attention), description, dtype, disable_dynamic)
         if description.has_sla:
             patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbowan", _as_distilled)
     else:
-        options = {} if dtype is None else {"dtype": dtype}
-        patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
+        patcher = _load_as_the_host_does(path, description, dtype, disable_dynamic)
     mark_sigma_max(patcher.model)
     patcher.set_attachments(SOURCE, description)
     patcher.cached_patcher_init = (load_turbo_model, (path, dtype))
+    return patcher
+
+
+def _is_ours(description):
+    """True for what the host's own loader does not read, or reads without proj_l."""
+    if description.has_sla or DIFFUSERS in description.notes:
+        return True
+    return not description.foreign and (description.format == "int8_block" or description.container == "pth")
+
+
+def _load_as_the_host_does(path, description, dtype, disable_dynamic):
+    """A stock file by the host's own loader, whatever it is quantized as."""
+    options, kinds = {} if dtype is None else {"dtype": dtype}, ", ".join(sorted(set(description.foreign.values())))
+    try:
+        patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        if not kinds:
+            raise
+        raise TurboError(
+            f"{path} is quantized as {kinds}, which this ComfyUI does not load ({type(error).__name__}: {error}). "
+            "Update ComfyUI, or use the bf16 version of this model."
+        ) from error
+    if kinds:
+        logging.info(
+            "TurboWan: %s is quantized as %s and was loaded by ComfyUI's own loader. The samplers, sparse attention, "
+            "LoRAs, QuantizeW8A8 and TurboSave work on this MODEL; TurboConvert and TurboMerge do not read the file.",
+            path,
+            kinds,
+        )
     return patcher
 
 

@@ -6,8 +6,10 @@ import comfy.model_management
 import comfy.utils
 from comfy.quant_ops import QuantizedTensor
 
+from ...turbo_core.checkpoint.others.attention import attention_tensors
 from ...turbo_core.checkpoint.write import stream_safetensors
 from ...turbo_core.errors import TurboError
+from .loading import SOURCE
 from .weights import PREFIX, original_weight, stored_weight
 
 
@@ -20,7 +22,8 @@ def save_model(patcher, path):
     if patcher.injections:
         names = ", ".join(patcher.injections)
         raise TurboError(f"TurboSave cannot bake in the injection {names} (a bypass LoRA is one): use a LoRA loader.")
-    sd = patcher.model.diffusion_model.state_dict()
+    network = patcher.model.diffusion_model
+    sd = network.state_dict() | _attention_of_the_file(patcher, network)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sd.items()}
     quantized = {}  # name of a weight: the names of all its tensors
     for name in [n for n in sd if n.endswith(".weight")]:
@@ -30,6 +33,8 @@ def save_model(patcher, path):
     for name in [n for n in sd if PREFIX + n in patcher.backup and n not in quantized]:
         layout[name] = (original_weight(patcher, PREFIX + name).dtype, layout[name][1])
     parts = set().union(*quantized.values()) - set(quantized)
+    held = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    held |= {name for name, _ in network.named_buffers(remove_duplicate=False)}
     progress = comfy.utils.ProgressBar(len(sd))
 
     def tensors():
@@ -41,8 +46,8 @@ def save_model(patcher, path):
             if name in quantized:
                 pieces = stored_weight(patcher, PREFIX + name).state_dict(name)
                 yield from ((n, t.cpu()) for n, t in pieces.items())
-            elif name.endswith(".comfy_quant"):
-                yield name, tensor
+            elif name not in held:  # what a module writes of itself, as .comfy_quant and .comfy_attention.config
+                yield name, tensor.cpu()
             else:
                 yield name, stored_weight(patcher, PREFIX + name).detach().cpu()
 
@@ -52,3 +57,11 @@ def save_model(patcher, path):
     sizes = {"num_heads": config.unet_config["num_heads"], "text_dim": config.unet_config.get("text_dim", 4096)}
     metadata = {"format": "pt", "config": json.dumps({"transformer": {**kind, **sizes}})}
     return stream_safetensors(path, layout, tensors(), metadata)
+
+
+def _attention_of_the_file(patcher, network):
+    """{name: tensor} of the attention that the MODEL's file names for modules in which this host keeps no such wish."""
+    source = patcher.get_attachment(SOURCE)
+    modules = dict(network.named_modules())
+    wishes = {} if source is None else source.attention
+    return attention_tensors({m: text for m, text in wishes.items() if not hasattr(modules.get(m), "comfy_attention")})

@@ -144,7 +144,11 @@ def test_unreadable_quantization_is_named(tiny, tmp_path):
     quant = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     state = dict(checkpoint.load(tiny / "tiny_wan_stock_bf16.safetensors")[0])
     state[f"{Q}.comfy_quant"] = quant
-    refuse(saved(state, tmp_path / "x.safetensors"), "nvfp4", "bf16 version")
+    path = saved(state, tmp_path / "x.safetensors")
+    with pytest.raises(TurboError, match=r"nvfp4.*bf16 version.*Turbo Loader hands it to"):
+        checkpoint.load(path)
+    found = checkpoint.inspect(path)
+    assert found.foreign == {f"{Q}.weight": "nvfp4"} and "nvfp4" in found.notes[-1]
     state[f"{Q}.comfy_quant"] = torch.frombuffer(bytearray(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
     refuse(saved(state, tmp_path / "y.safetensors"), "stated to be int8_row and stored as bf16")
     state[f"{Q}.comfy_quant"] = torch.frombuffer(bytearray(b"{nonsense"), dtype=torch.uint8)

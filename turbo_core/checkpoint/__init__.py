@@ -1,6 +1,7 @@
 """Checkpoints of Wan models in every format: inspect, load, convert, quantize, merge.
 
-Imports run one way: read, write, formats, names, shapes -> describe -> encode, loading -> converting -> merging.
+Imports run one way: read, write, sharded, formats, names, shapes -> describe -> encode, loading -> converting ->
+merging.
 """
 
 from .converting import Converted, Progress, convert, quantize

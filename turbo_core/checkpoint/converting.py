@@ -1,9 +1,9 @@
 """Any readable checkpoint rewritten as safetensors in another number format.
 
-Reads the published .pth (quantized or not), safetensors, training dumps, stock Wan files in ComfyUI's naming and our
-own. In memory a checkpoint is a flat dictionary of official names, where a quantized linear X is X.weight int8 [N, K]
-and X.weight_scale float32, [ceil(N/128), ceil(K/128)] in the block format or [N, 1] in the row format; on disk
-X.comfy_quant says which.
+Reads the published .pth (quantized or not), safetensors, training dumps, stock Wan files in ComfyUI's naming, folders
+and files in Diffusers' layout, and our own. In memory a checkpoint is a flat dictionary of official names, where a
+quantized linear X is X.weight int8 [N, K] and X.weight_scale float32, [ceil(N/128), ceil(K/128)] in the block format
+or [N, 1] in the row format; on disk X.comfy_quant says which.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from .describe import Description, stored_formats
 from .encode import Plan, on_disk, plan, rewritten, while_unchanged
 from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
 from .loading import FILE_VERSION, WORLD, opened
+from .others.sharded import files_of
 from .read import stored_checksums
 from .write import check_name, check_target, stream_safetensors
 
@@ -65,9 +66,10 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
 
 def _rewrite(source: Path, target: Path, format: str, progress: Progress | None, floats_only=False) -> Converted:
     check_name(target)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
+    parts = files_of(source)
+    if target.exists() and any(path.exists() and os.path.samefile(path, target) for path in parts):
         raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
-    before = state_of(source) if source.is_file() else None
+    states = {path: state_of(path) for path in parts if path.is_file()}
     tensors, description, mapped = opened(source)
     stored = stored_formats(tensors, source)
     if floats_only and not set(stored.values()) <= set(FLOATS):
@@ -79,11 +81,11 @@ def _rewrite(source: Path, target: Path, format: str, progress: Progress | None,
     places = on_disk(planned, tensors)
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
     check_target(target, size)  # before the long part
-    count = _counter(progress, source.stat().st_size + size)
+    count = _counter(progress, description.bytes + size)
     output = rewritten(source, tensors, mapped, planned, stored, count)
     del tensors  # see rewritten
-    metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(source, count)}
-    size = stream_safetensors(target, places, while_unchanged(output, {source: before}), metadata)
+    metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(parts, count)}
+    size = stream_safetensors(target, places, while_unchanged(output, states), metadata)
     return Converted(str(target), size, _warnings(description, stored, planned))
 
 
@@ -115,9 +117,17 @@ def _counter(progress: Progress | None, total: int):
     return count
 
 
-def _sha256(path: Path, count) -> str:
-    """The hash of a file. Raises TurboError where a record of a .pth is not what its checksum says."""
-    digest, at, crc = hashlib.sha256(), 0, 0
+def _sha256(paths: list[Path], count) -> str:
+    """The hash of files, one after the other. Raises TurboError where a record of a .pth is not what its checksum
+    says."""
+    digest = hashlib.sha256()
+    for path in paths:
+        _hash(path, digest, count)
+    return digest.hexdigest()
+
+
+def _hash(path: Path, digest, count) -> None:
+    at, crc = 0, 0
     records = stored_checksums(path)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -135,7 +145,6 @@ def _sha256(path: Path, count) -> str:
                 del records[0]
                 crc = 0
             at += len(chunk)
-    return digest.hexdigest()
 
 
 def _warnings(description: Description, stored: dict[str, str], planned: Plan) -> list[str]:

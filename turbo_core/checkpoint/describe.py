@@ -1,12 +1,21 @@
 """What a Wan checkpoint is, from the names, shapes and dtypes of its tensors alone."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..errors import TurboError
-from .formats import declared_formats, layer_format
+from .formats import check_scale_names, declared_formats, layer_format
 from .names import PROJ_L, is_quantizable
-from .shapes import block_count, check_names, check_shapes, check_types, expected_shapes, read_sizes
+from .others.attention import attention_settings
+from .others.sharded import files_of
+from .shapes import (
+    block_count,
+    check_names,
+    check_shapes,
+    check_types,
+    expected_shapes,
+    read_sizes,
+    without_packing,
+)
 
 _SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # by (dim, blocks)
 _MARKERS = {  # keys that only one kind of Wan model has
@@ -39,28 +48,33 @@ class Description:
     in_dim: int
     out_dim: int
     text_dim: int
-    format: str  # of the ten linears per block: int8_block, int8_row, bf16, fp16, fp32, fp8 or mixed
+    format: str  # of the ten linears per block: int8_block, int8_row, bf16, fp16, fp32, fp8, mixed, or as in `foreign`
     has_sla: bool
     tensors: int
     bytes: int
     metadata: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what reading it involved: a prefix removed, a training dump entered, keys left out
+    attention: dict[str, str] = field(default_factory=dict)  # {module: JSON} of the attention it asks ComfyUI for
+    foreign: dict[str, str] = field(default_factory=dict)  # {weight: format} of those that are not read here: "nvfp4"
 
 
 def describe(path, container: str, metadata: dict, stored: int, tensors: dict, notes=()) -> Description:
-    """Describe and validate tensors under their official names (names.canonical); no data is read.
+    """Describe and validate tensors under their official names (names.canonical); no weight is read.
 
     Wan 2.1 T2V-14B and the experts of Wan 2.2 T2V-A14B have the same shapes, as have the two A14B I2V experts: a file
     does not tell which it is. Raises TurboError naming what is missing, extra, of another shape or another family.
     """
     blocks = block_count(tensors, path)
-    declared = declared_formats(tensors, metadata, path)
+    declared, foreign = declared_formats(tensors, metadata, path)
+    attention, asked = attention_settings(tensors)
+    tensors = without_packing(tensors, foreign, metadata, path)
     has_sla = any(name.endswith(f"{PROJ_L}.weight") for name in tensors)
     variant = next((kind for key, kind in _MARKERS.items() if key in tensors), None)
+    check_scale_names(tensors, path)
     check_names(tensors, blocks, has_sla, variant, path)
     sizes = read_sizes(tensors, metadata, path)
     check_shapes(tensors, blocks, has_sla, sizes, path)
-    formats = stored_formats(tensors, path)
+    formats = stored_formats(tensors, path) | foreign
     check_types(tensors, expected_shapes(blocks, has_sla), path)
     for name, kind in declared.items():
         if formats.get(name, kind) != kind:
@@ -83,15 +97,22 @@ def describe(path, container: str, metadata: dict, stored: int, tensors: dict, n
         format=used.pop() if len(used) == 1 else "mixed",
         has_sla=has_sla,
         tensors=stored,
-        bytes=Path(path).stat().st_size,
+        bytes=sum(file.stat().st_size for file in files_of(path)),
         metadata=dict(metadata),
-        notes=tuple(notes),
+        notes=(*notes, *asked, *_foreign_notes(foreign)),
+        attention=attention,
+        foreign=foreign,
     )
 
 
 def stored_formats(tensors: dict, path) -> dict[str, str]:
     """{name: layer_format} of the weights that are, or can be, quantized."""
     return {n: layer_format(n, tensors, path) for n in tensors if is_quantizable(n) or f"{n}_scale" in tensors}
+
+
+def _foreign_notes(foreign: dict[str, str]) -> list[str]:
+    kinds = ", ".join(sorted(set(foreign.values())))
+    return [f"{len(foreign)} layers in a format that only ComfyUI's own loader reads: {kinds}"] if foreign else []
 
 
 def _family(sizes, blocks, has_sla, variant, image_branch) -> str:

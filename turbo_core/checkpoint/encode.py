@@ -9,7 +9,8 @@ from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
-from .read import open_tensors
+from .others.attention import is_attention
+from .others.sharded import open_checkpoint
 from .write import Layout
 
 REMAP = 1 << 30  # bytes read before a source is mapped anew, which gives the pages back
@@ -30,7 +31,9 @@ def plan(tensors: dict, stored: dict[str, str], format: str) -> Plan:
             continue
         was, isfloat = stored.get(name), tensor.is_floating_point()
         dtype = tensor.dtype if isfloat and tensor.dtype.itemsize > 1 else torch.bfloat16
-        if is_quantizable(name) and format in QUANTIZED:
+        if is_attention(name):
+            result[name] = tensor.dtype
+        elif is_quantizable(name) and format in QUANTIZED:
             result[name] = format
         elif was in INTEGERS and format in QUANTIZED:
             result[name] = was  # a quantized layer outside the ten: left as it is
@@ -91,7 +94,7 @@ def while_unchanged(output, states: dict):
 
 def mapped_anew(path) -> dict[str, torch.Tensor]:
     """The tensors of a file that was opened and validated before, under official names."""
-    return canonical(open_tensors(path).tensors, path)[0]
+    return canonical(open_checkpoint(path).tensors, path)[0]
 
 
 def written_as(kind, name, weight, scale, stored, path) -> dict:
@@ -108,7 +111,7 @@ def _comfy_quant_name(name):
 
 
 def _cast(name, weight, scale, dtype, path):
-    if not dtype.is_floating_point:
+    if is_attention(name) or not dtype.is_floating_point:
         return weight
     if weight.dtype.itemsize > 1:
         check_finite(name, weight, path)

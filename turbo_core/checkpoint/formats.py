@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import torch
 
@@ -13,11 +14,12 @@ INTEGERS = {"int8_block": "int8_block128", "int8_row": "int8_tensorwise"}  # to 
 QUANTIZED = {**INTEGERS, "fp8": "float8_e4m3fn"}
 FORMATS = (*INTEGERS, *FLOATS, "fp8")
 FP8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-_STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(FP8.values(), "fp8")
+STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(FP8.values(), "fp8")
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(FP8, "fp8")
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 _SLAB = 512  # rows in float32 at a time
 _MOST_TEXT = 4096  # bytes of X.comfy_quant
+_LIKE_A_SCALE = re.compile(r"scale|scb|absmax|qstat", re.IGNORECASE)  # in the names that other tools give one
 
 
 def layer_format(name: str, tensors: dict, path) -> str:
@@ -52,27 +54,55 @@ def layer_format(name: str, tensors: dict, path) -> str:
     )
 
 
-def declared_formats(tensors: dict, metadata: dict, path) -> dict[str, str]:
-    """{weight name: format} that the file states of its layers, in X.comfy_quant or `_quantization_metadata`.
+def check_scale_names(tensors: dict, path) -> None:
+    """Raise TurboError for an int8 weight without a scale beside which something lies that may be one."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int8 or not name.endswith(".weight") or f"{name}_scale" in tensors:
+            continue
+        layer = name.removesuffix("weight")
+        beside = [n for n in tensors if n.startswith(layer) and _LIKE_A_SCALE.search(n[len(layer) :])]
+        if beside:
+            raise TurboError(
+                f"{path}: {name} is int8 and its scale is looked for as {name}_scale, weight_scale_inv, scale_weight "
+                f"or, of {layer}int8_weight, as {layer}scale. None is there; {shown(beside[0])} "
+                f"{list(tensors[beside[0]].shape)} may be it. If the weight is int8 times that, save it as "
+                f"{name}_scale; else use the bf16 version of this model."
+            )
 
-    Formats as layer_format names them. Raises TurboError for a quantization that is not read here.
+
+def declared_formats(tensors: dict, metadata: dict, path) -> tuple[dict[str, str], dict[str, str]]:
+    """({weight name: format}, {weight name: what a format that is not read here calls itself}) as the file states
+    them of its layers, in X.comfy_quant or `_quantization_metadata`; formats as layer_format names them.
+
+    Raises TurboError where it states nothing that is a format.
     """
     layers = _json(metadata.get("_quantization_metadata", "{}"), "_quantization_metadata", path).get("layers")
-    stated = {f"{layer}.weight": _dict(config) for layer, config in _dict(layers).items()}
+    stated = {_known(f"{layer}.weight", tensors): _dict(config) for layer, config in _dict(layers).items()}
     for name, tensor in tensors.items():
         if name.endswith(".comfy_quant"):
             if tensor.numel() > _MOST_TEXT:
                 raise TurboError(f"{path}: {shown(name)} has {tensor.numel():,} bytes. Expected a few words of JSON.")
             text = bytes(tensor.flatten().to(torch.uint8).tolist()).decode("utf-8", "replace")
             stated[name.removesuffix("comfy_quant") + "weight"] = _json(text, name, path)
+    known, foreign = {}, {}
     for name, config in stated.items():
-        rotated, kind = config.get("convrot") or _dict(config.get("params")).get("convrot"), str(config.get("format"))
-        if kind not in _STATED or rotated:
+        kind, rotated = config.get("format"), config.get("convrot") or _dict(config.get("params")).get("convrot")
+        if not isinstance(kind, str):
             raise TurboError(
-                f"{path}: {shown(name)} is quantized as {shown(kind)!r}{' with convrot' if rotated else ''}, which "
-                f"is not read here. Expected {', '.join(_STATED)}: use the bf16 version of this model."
+                f"{path}: {shown(name)} is quantized as {shown(kind)!r}, which is not read here. Expected "
+                f"{', '.join(STATED)}: use the bf16 version of this model."
             )
-    return {name: _STATED[config["format"]] for name, config in stated.items()}
+        if kind in STATED and not rotated:
+            known[name] = STATED[kind]
+        else:
+            foreign[name] = f"{shown(kind)}{' with convrot' if rotated else ''}"
+    return known, foreign
+
+
+def _known(name: str, tensors: dict) -> str:
+    """The name without what stands before it in a file with a prefix, which metadata keep."""
+    parts = name.split(".")
+    return next((n for i in range(len(parts)) if (n := ".".join(parts[i:])) in tensors), name)
 
 
 def transformer_config(metadata: dict, path) -> dict:

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from .describe import Description, describe
-from .formats import check_scale_values, decode
-from .names import canonical, is_helper, is_scale
-from .read import open_tensors
+from .formats import STATED, check_scale_values, decode
+from .names import DIFFUSERS, canonical, is_helper, is_scale
+from .others.attention import is_attention
+from .others.sharded import open_checkpoint
 
 WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, as tinywan.world.WORLD
 FILE_VERSION = "1"  # of what converting writes, in the metadata as turbowan.version
@@ -25,9 +26,11 @@ class Opened(NamedTuple):
 def inspect(path) -> Description:
     """Say what a checkpoint is and whether it is whole, without reading its weights: 28 GB take no longer than 28 MB.
 
-    Raises TurboError (a ValueError) when the file is missing, damaged, refused, incomplete or of another family.
+    path: a .pth or .safetensors file, the .safetensors.index.json of several, or a folder in Diffusers' layout. A
+    format that is not read here (nvfp4, int8 with convrot ...) is named in the description, see `foreign`. Raises
+    TurboError (a ValueError) when the file is missing, damaged, refused, incomplete or of another family.
     """
-    return opened(path, contents=False).description
+    return _open(path, contents=False).description
 
 
 def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
@@ -35,19 +38,25 @@ def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
 
     Tensors on the CPU stay mapped to the file, are read when touched, and may be written to (the file keeps its
     bytes). int8 stays int8; fp8 becomes bf16, since nothing here computes in it. Keys of Wan variants (VACE, the image
-    branch ...) are passed through. Raises TurboError like inspect, and when a scale is not finite.
+    branch ...) are passed through; what modules ask ComfyUI for is in the description, see `attention`. Raises
+    TurboError like inspect, for formats that are not read here, and when a scale is not finite.
     """
     file = opened(path, writable=True)
     return weights(file, device), file.description
 
 
-def opened(path, writable: bool = False, contents: bool = True) -> Opened:
-    """Open and validate a checkpoint whose weights are wanted later, see weights. Raises TurboError like inspect.
+def opened(path, writable: bool = False) -> Opened:
+    """Open and validate a checkpoint whose weights are wanted later, see weights. Raises TurboError like load.
 
-    writable: may what lies in the mapped file, and with it a model on the CPU, be written to? contents: False where
-    nobody will ask for weights. See read.open_tensors.
+    writable: may what lies in the mapped file, and with it a model on the CPU, be written to? See read.open_tensors.
     """
-    file = open_tensors(path, writable, contents)
+    file = _open(path, writable)
+    _check_read(file.description)
+    return file
+
+
+def _open(path, writable: bool = False, contents: bool = True) -> Opened:
+    file = open_checkpoint(path, writable, contents)
     version = file.metadata.get("turbowan.version", FILE_VERSION)
     if version != FILE_VERSION:
         raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")
@@ -57,11 +66,27 @@ def opened(path, writable: bool = False, contents: bool = True) -> Opened:
     return Opened(tensors, described, file.mapped)
 
 
+def _check_read(found: Description) -> None:
+    """Raise TurboError where a file has layers in formats that are not read here."""
+    if not found.foreign:
+        return
+    name, kind = next(iter(found.foreign.items()))
+    cure = "use the bf16 version of this model"
+    if found.has_sla:
+        cure = "use the published file of this model, or `turbo-core convert --format int8_block` on its bf16 version"
+    elif DIFFUSERS not in found.notes:
+        cure += ", or load it in ComfyUI, whose own loader Turbo Loader hands it to"
+    raise TurboError(
+        f"{found.path}: {shown(name)} is quantized as {kind!r}, which is not read here. "
+        f"Expected {', '.join(STATED)}: {cure}."
+    )
+
+
 def weights(file: Opened, device="cpu") -> dict[str, torch.Tensor]:
     """The state dict that load gives of an opened checkpoint. Raises TurboError when a scale is not finite."""
     result = {}
     for name, tensor in file.tensors.items():
-        if is_helper(name):
+        if is_helper(name) or is_attention(name):
             continue
         if is_scale(name, file.tensors):
             if file.tensors[name.removesuffix("_scale")].dtype != torch.int8:

@@ -2,6 +2,8 @@
 
 import re
 
+from .others import diffusers
+
 _PREFIX = re.compile(
     r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer(?:_2)?|unet|pipe\.dit|dit|module|net)\."
     r"|lora_unet__?|lora_transformer_|lycoris_)+"
@@ -13,27 +15,6 @@ _PART = re.compile(  # what a tensor is to its layer; the longest name that leav
 )
 _NAMED_ADAPTER = re.compile(r"(lora_[AB])\.(?!weight$)[^.]+\.weight$")
 _TEXT = re.compile(r"(?:lora_(?:prior_)?te\d?_|text_encoders?[._\d]|te\d?\.|clip_[lgh]\.|t5xxl\.)")
-_DIFFUSERS = (  # official name, name in diffusers, both as regular expressions that undo each other
-    (r"blocks\.(\d+)\.self_attn\.([qkv])", r"blocks.\1.attn1.to_\2"),
-    (r"blocks\.(\d+)\.self_attn\.o", r"blocks.\1.attn1.to_out.0"),
-    (r"blocks\.(\d+)\.cross_attn\.([qkv])", r"blocks.\1.attn2.to_\2"),
-    (r"blocks\.(\d+)\.cross_attn\.o", r"blocks.\1.attn2.to_out.0"),
-    (r"blocks\.(\d+)\.cross_attn\.([kv])_img", r"blocks.\1.attn2.add_\2_proj"),
-    (r"blocks\.(\d+)\.cross_attn\.norm_k_img", r"blocks.\1.attn2.norm_added_k"),
-    (r"blocks\.(\d+)\.self_attn\.(norm_[qk])", r"blocks.\1.attn1.\2"),
-    (r"blocks\.(\d+)\.cross_attn\.(norm_[qk])", r"blocks.\1.attn2.\2"),
-    (r"blocks\.(\d+)\.ffn\.0", r"blocks.\1.ffn.net.0.proj"),
-    (r"blocks\.(\d+)\.ffn\.2", r"blocks.\1.ffn.net.2"),
-    (r"blocks\.(\d+)\.norm3", r"blocks.\1.norm2"),
-    (r"time_embedding\.0", r"condition_embedder.time_embedder.linear_1"),
-    (r"time_embedding\.2", r"condition_embedder.time_embedder.linear_2"),
-    (r"time_projection\.1", r"condition_embedder.time_proj"),
-    (r"text_embedding\.0", r"condition_embedder.text_embedder.linear_1"),
-    (r"text_embedding\.2", r"condition_embedder.text_embedder.linear_2"),
-    (r"img_emb\.proj\.1", r"condition_embedder.image_embedder.ff.net.0.proj"),
-    (r"img_emb\.proj\.3", r"condition_embedder.image_embedder.ff.net.2"),
-    (r"head\.head", r"proj_out"),
-)
 _FAMILIES = (  # the first whose layer names these are
     ("Flux, Chroma or HunyuanVideo", r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d"),
     ("Qwen-Image", r"transformer_blocks[._]\d+[._](attn[._]add_|img_m|txt_m)"),
@@ -52,11 +33,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def spellings(layer: str) -> list[str]:
-    """How tools write the name of an official layer: as it is, as diffusers has it, and both with underscores."""
-    names = [layer]
-    for official, diffusers in _DIFFUSERS:
-        if re.fullmatch(official, layer):
-            names.append(re.sub(official, diffusers, layer))
+    """How tools write the name of an official layer: as it is, as Diffusers has it, and both with underscores."""
+    names = [layer, diffusers.layer_name(layer) or layer]
     return list(dict.fromkeys(names + [name.replace(".", "_") for name in names]))
 
 

@@ -17,6 +17,8 @@ from .encode import REMAP, mapped_anew, on_disk, plan, while_unchanged, written_
 from .formats import FLOATS, FORMATS, check_finite, decode
 from .loading import WORLD, opened
 from .names import PROJ_L, is_delicate, is_helper, is_scale
+from .others.attention import is_attention
+from .others.sharded import files_of
 from .write import check_name, check_target, stream_safetensors
 
 _SLAB = 64  # rows added at once: bounds the float64 copies, and keeps them in the cache
@@ -60,9 +62,10 @@ def merge(
     strengths = _strengths(strength, len(turbo), format)
     check_name(target)
     for path in (finetune, base, *turbo):
-        if target.exists() and path.exists() and os.path.samefile(path, target):
+        if target.exists() and any(part.exists() and os.path.samefile(part, target) for part in files_of(path)):
             raise TurboError(f"{target} is one of the files to merge. Expected another name for the result.")
-    states = {path: state_of(path) for path in (finetune, base, *turbo) if path.is_file()}
+    parts = [part for path in dict.fromkeys((finetune, base, *turbo)) for part in files_of(path)]
+    states = {part: state_of(part) for part in parts if part.is_file()}
     files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
@@ -134,6 +137,9 @@ def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Pa
         for name in tensors:
             if is_helper(name) or is_scale(name, tensors):
                 continue
+            if is_attention(name):  # no weight: the finetune's own
+                result |= {name: finetune} if path == finetune else {}
+                continue
             lacking = [other for other in (finetune, base, *turbo) if name not in files[other]]
             if not lacking:
                 _check_alike(files, name)
@@ -169,7 +175,7 @@ def _hollow(files, finetune, sources) -> dict[str, torch.Tensor]:
     result = {}
     for name, only in sources.items():
         tensor = files[only or finetune][name]
-        dtype = tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16
+        dtype = tensor.dtype if tensor.dtype.itemsize > 1 or is_attention(name) else torch.bfloat16
         if only is None and is_delicate(name):  # as wide as the widest file has it
             for tensors in files.values():
                 dtype = torch.promote_types(dtype, tensors[name].dtype) if tensors[name].dtype.itemsize > 1 else dtype
@@ -204,7 +210,7 @@ def _merged(files, mapped, planned, sources, paths, strengths, distance):
         tensors = files[only or paths[0]]
         tensor = tensors[name]
         read += tensor.nbytes
-        if tensor.dtype == torch.int8 or tensor.is_floating_point():
+        if not is_attention(name) and (tensor.dtype == torch.int8 or tensor.is_floating_point()):
             tensor = decode(tensor, tensors.get(f"{name}_scale"), _decoded(tensor.dtype))
         if only is None and tensor.is_floating_point():
             inputs = [tensor, *(files[path][name] for path in paths[1:])]

@@ -6,10 +6,15 @@ from ..errors import TurboError
 from ..int8 import block_scale_shape
 from ..wan import QUANTIZED_LINEARS
 from .formats import FP8
+from .others import diffusers
 
 PROJ_L = "self_attn.attn_op.local_attn.proj_l"
+DIFFUSERS = "names translated from Diffusers' layout"  # in the notes of a file that has it
 _WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
-_RENAMED = {"int8_weight": "weight", "scale": "weight_scale", "scale_weight": "weight_scale"}
+_RENAMED = {"int8_weight": "weight", "scale": "weight_scale"} | dict.fromkeys(
+    ("scale_weight", "weight_scale_inv"),
+    "weight_scale",  # both are multiplied by, whatever they are called
+)
 _HELPERS = (".comfy_quant", ".input_scale", ".scale_input")  # describe a quantized layer, hold no weights
 _LINEAR = re.compile(r"(?:vace_)?blocks\.\d+\.(?:" + "|".join(map(re.escape, QUANTIZED_LINEARS)) + r")\.weight")
 _DELICATE = re.compile(r"\.proj_l\.|(?:^|\.)modulation$|\.norm[^.]*\.")
@@ -19,7 +24,7 @@ _SIGNATURES = (
     ("a LoRA. Load it with a LoRA node on top of a model", (".lora_down.",)),
     ("a LoRA. Load it with a LoRA node on top of a model", (".lora_up.",)),
     (
-        "a Wan model in the diffusers layout. Use the file in the official layout, or ComfyUI's repack",
+        "part of a Wan model in the diffusers layout. Open its folder, or the .safetensors.index.json in it",
         ("condition_embedder.time_embedder.", "blocks.0.attn1.to_q."),
     ),
     ("HunyuanVideo", ("double_blocks.0.img_attn_qkv.",)),
@@ -51,27 +56,32 @@ def canonical(tensors: dict, path) -> tuple[dict, list[str]]:
     """({official name: tensor}, notes) of a Wan file in any known spelling; nothing is read from the tensors.
 
     Handles prefixes (net., model.diffusion_model., module. ...: whatever stands before head.modulation), wrappers
-    inside names, the published names of quantized layers, the 2-D patch embedding, and scales stored flat. Keys
-    outside the prefix are left out and noted. Without head.modulation the names stay as they are.
+    inside names, Diffusers' names, the published names of quantized layers, the 2-D patch embedding, and scales
+    stored flat. Keys outside the prefix are left out and noted. Without head.modulation the names stay as they are.
     Raises TurboError when two keys come to the same name.
     """
     bare = {}
     for name, tensor in tensors.items():
         _add(bare, _WRAPPERS.sub("", name), tensor, path)
-    end = "head.modulation"
-    prefixes = [n[: -len(end)] for n in bare if n == end or n.endswith("." + end)]
+    prefixes = _prefixes(bare, "head.modulation")
+    translated = not prefixes and bool(prefixes := _prefixes(bare, diffusers.MARK))
     # averaged weights first, as among nested dictionaries
     prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)), default="")
     notes = [f"prefix {prefix!r} removed from the names"] if prefix else []
     inside = {n[len(prefix) :]: t for n, t in bare.items() if n.startswith(prefix)}
     if len(inside) < len(bare):
         notes.append(f"{len(bare) - len(inside)} tensors outside {prefix!r} left out")
+    if translated:
+        theirs, inside = inside, {}
+        for name, tensor in theirs.items():
+            _add(inside, diffusers.official_name(name), tensor, path)
+        notes.append(DIFFUSERS)
     result = {}
     for name, tensor in inside.items():
         stem, _, last = name.rpartition(".")
         if last == "scaled_fp8":
             continue
-        if last == "int8_weight" or last == "scale_weight" or (last == "scale" and f"{stem}.int8_weight" in inside):
+        if (last != "scale" and last in _RENAMED) or (last == "scale" and f"{stem}.int8_weight" in inside):
             name = f"{stem}.{_RENAMED[last]}"
         _add(result, name, tensor, path)
     return {n: _canonical_shape(n, t, result) for n, t in result.items()}, notes
@@ -104,6 +114,11 @@ def looks_like(names) -> str | None:
         if all(any(fragment in name for name in names) for fragment in fragments):
             return kind
     return None
+
+
+def _prefixes(names, mark: str) -> list[str]:
+    """What stands before the mark wherever it occurs."""
+    return [n[: -len(mark)] for n in names if n == mark or n.endswith("." + mark)]
 
 
 def _add(into: dict, name: str, tensor, path):

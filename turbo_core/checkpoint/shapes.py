@@ -10,6 +10,8 @@ from ..errors import TurboError, shown
 from ..wan import QUANTIZED_LINEARS
 from .formats import transformer_config
 from .names import PROJ_L, is_helper, looks_like
+from .others.attention import is_attention
+from .others.sharded import INDEX
 
 _IMAGE_BRANCH = re.compile(r"cross_attn\.(?:k_img\.(?:weight|bias)|v_img\.(?:weight|bias)|norm_k_img\.weight)")
 _MOST_BLOCKS = 200  # far above any Wan model; a higher number in a name is damage
@@ -78,7 +80,10 @@ def block_count(tensors: dict, path) -> int:
 
 def _shard_hint(path) -> str:
     shard = re.search(r"-(\d+)-of-(\d+)\.", Path(path).name)
-    return f" by itself (it is part {shard[1]} of {shard[2]}: merge the parts into one file first)" if shard else ""
+    if shard is None:
+        return ""
+    index = f"{Path(path).name[: shard.start()]}{INDEX}"
+    return f" by itself (it is part {shard[1]} of {shard[2]}: open {index} beside it, or merge the parts into one file)"
 
 
 def check_names(tensors: dict, blocks: int, has_sla: bool, variant: str | None, path) -> None:
@@ -97,7 +102,7 @@ def check_names(tensors: dict, blocks: int, has_sla: bool, variant: str | None, 
         for name in tensors
         if name.startswith("blocks.")
         and name not in expected
-        and not is_helper(name)
+        and not (is_helper(name) or is_attention(name))
         and not (name.endswith(".weight_scale") and name.removesuffix("_scale") in expected)
         and not _IMAGE_BRANCH.fullmatch(name.split(".", 2)[-1])
     ]
@@ -114,6 +119,24 @@ def _listed(names: list[str], what: str) -> str:
     numbers = ", ".join(map(str, blocks[:6])) + (", ..." if len(blocks) > 6 else "")
     where = f" (block{'s' if len(blocks) > 1 else ''} {numbers})" if blocks else ""
     return f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}{where}: {first}"
+
+
+def without_packing(tensors: dict, packed, metadata: dict, path) -> dict:
+    """The tensors with each weight in `packed`, whose format is not read here and may hold several numbers in a byte,
+    as an empty one of the width that a Wan model has there, and without the other parts of these layers."""
+    if not packed:
+        return tensors
+    layers = {name.removesuffix(".weight") for name in packed}
+    result = {n: t for n, t in tensors.items() if n.endswith(".bias") or n.rpartition(".")[0] not in layers}
+    dim, ffn = tensors["head.modulation"].shape[-1:], tensors.get("blocks.0.ffn.0.weight", torch.empty(0)).shape[:1]
+    text = transformer_config(metadata, path).get("text_dim")
+    text = text if isinstance(text, int) and 0 < text < 1 << 20 else 4096
+    widths = {"ffn.2": ffn, "text_embedding.0": (text,), "time_embedding.0": (256,)}
+    for name in (n for n in packed if n in tensors):
+        kind = ".".join(name.split(".")[-3:-1])
+        shape = (*tensors[name].shape[:1], *widths.get(kind, dim))
+        result[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return result
 
 
 def read_sizes(tensors: dict, metadata: dict, path) -> Sizes:
