@@ -122,6 +122,16 @@ def test_wrong_scale_shape_says_expected_and_got(tiny, tmp_path):
     refuse(saved(state, tmp_path / "y.pth"), f"{Q}.weight_scale is missing")
 
 
+@pytest.mark.parametrize("name", ["SCB", "scales", "weight_scales", "weight.absmax", "qweight_scale"])
+def test_a_scale_under_another_name_is_named(tiny, tmp_path, name):
+    state = torch.load(tiny / "TinyWan2.1-T2V-quant.pth", weights_only=True)
+    state[f"{Q}.{name}"] = state.pop(f"{Q}.scale")
+    words = f"{Q}.weight is int8", f"looked for as {Q}.weight_scale", f"{Q}.{name} [2, 2] may be it", "bf16 version"
+    refuse(saved(state, tmp_path / "x.pth"), *words)
+    state[f"{Q}.weight_scale_inv"] = state.pop(f"{Q}.{name}")  # as the message says
+    assert checkpoint.inspect(saved(state, tmp_path / "y.pth")).format == "int8_block"
+
+
 def test_scale_that_is_not_finite(tiny, tmp_path):
     state = torch.load(tiny / "TinyWan2.1-T2V-quant.pth", weights_only=True)
     state[f"{Q}.scale"][0, 0] = math.nan
