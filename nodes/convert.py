@@ -1,12 +1,11 @@
 """TurboConvert: a file in models/diffusion_models into a new one there, in another number format."""
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
 from ..turbo_core import checkpoint
 from .host.files import (
     file_input,
+    file_stem,
     filename_input,
     format_input,
     model_file,
@@ -40,7 +39,7 @@ class TurboConvert(io.ComfyNode):
     @classmethod
     def execute(cls, source, format, filename="", overwrite=False) -> io.NodeOutput:
         path = model_file(source)
-        target = new_model((filename or "").strip() or f"{Path(source).stem}_{format}", overwrite)
+        target = new_model((filename or "").strip() or f"{file_stem(source)}_{format}", overwrite)
         done = checkpoint.convert(path, target, format, progress_bar())
         return written(done, *done.warnings)
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..turbo_core.checkpoint.merging import merge
 from .host.files import (
     file_input,
+    file_stem,
     filename_input,
     format_input,
     model_file,
@@ -56,7 +57,7 @@ class TurboMerge(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         paths = model_file(finetune), model_file(base), [model_file(turbo)]
-        target = new_model((filename or "").strip() or f"{Path(finetune).stem}_turbo_{format}", overwrite)
+        target = new_model((filename or "").strip() or f"{file_stem(finetune)}_turbo_{format}", overwrite)
         done = merge(*paths, target, format, strength, progress_bar())
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
         return written(done, *apart, *done.warnings)

@@ -12,17 +12,36 @@ from comfy_api.latest import io
 from safetensors import SafetensorError
 
 from ...turbo_core.checkpoint.formats import FORMATS
+from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError
 
 MODELS = "diffusion_models"
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+_SHARD = re.compile(r"-\d+-of-\d+\.(?:safetensors|sft)$")
 _LONGEST = 200  # bytes of one part of a path: file systems hold 255, and a number, .safetensors and .part are added
 
 
 def file_input(name, tooltip, kind=MODELS):
     """An input that offers the files in models/`kind`, for model_file."""
-    return io.Combo.Input(name, options=folder_paths.get_filename_list(kind), tooltip=tooltip)
+    return io.Combo.Input(name, options=_listed(kind), tooltip=tooltip)
+
+
+def _listed(kind):
+    """The host's list of the files in models/`kind`, with an index in place of the shards that lie beside it."""
+    names = {}
+    for name in folder_paths.get_filename_list(kind):
+        index = _SHARD.sub(INDEX, name)
+        names[name if index == name or folder_paths.get_full_path(kind, index) is None else index] = True
+    return list(names)
+
+
+def file_stem(name):
+    """What a file made from this one is called; an index has the name of its folders, as all are called the same."""
+    path = Path(name)
+    if path.name.endswith(INDEX) and path.parent.name:
+        return "_".join(path.parent.parts)
+    return path.stem
 
 
 def model_file(name, kind=MODELS):

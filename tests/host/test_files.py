@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.diffusers_files import INDEX, renamed, repacked, sharded
 from tests.helpers.lab import QUANT, STOCK, T2V
-from tests.helpers.states import saved
+from tests.helpers.states import plain, saved
 from tests.helpers.tiny_dits import tiny_state_dict, unquantized
 
 pytestmark = pytest.mark.host
@@ -87,3 +88,53 @@ def test_attention_that_a_file_names_reaches_a_host_that_knows_it(comfy, lab, tm
     blocks[1].self_attn.comfy_attention.config = None  # as a node may
     lab.pack.saving.save_model(model, str(tmp_path / "without.safetensors"))
     assert KEY not in load_file(tmp_path / "without.safetensors")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The host's folder of models."""
+    import folder_paths
+
+    paths = [str(tmp_path)], {".pth", ".safetensors"}
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", paths)
+    folder_paths.filename_list_cache.pop("diffusion_models", None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop("diffusion_models", None)
+
+
+def offered(lab, node, name):
+    return next(i.options for i in lab.pack.nodes[node].define_schema().inputs if i.id == name)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8_block", "int8_row", "stock"])
+def test_a_folder_in_the_diffusers_layout_is_one_entry_and_the_same_model(lab, state, place, kind):
+    """Of shards without an index the list shows what is there."""
+    state = plain(state) if kind == "stock" else state
+    saved(state, place / "official.pth")
+    tensors = repacked(state, kind) if "int8" in kind else renamed(state)
+    sharded(tensors, place / "TurboWan").rename(place / "index")
+    loose = offered(lab, "TurboLoader", "model_name")
+    assert len([name for name in loose if "-of-00003" in name]) == 3
+    (place / "index").rename(place / "TurboWan" / INDEX)
+    for node, name in {"TurboLoader": "model_name", "TurboConvert": "source", "TurboMerge": "turbo"}.items():
+        assert sorted(offered(lab, node, name)) == [f"TurboWan/{INDEX}", "official.pth"]
+    model = lab.pack.nodes["TurboLoader"].execute(f"TurboWan/{INDEX}")[0]
+    expected = lab.load(place / "official.pth")
+    if "int8" in kind:
+        expected = lab.quantize(expected, kind.removeprefix("int8_"))
+    assert lab.same(lab.weights(model), lab.weights(expected))
+    # tensors of a file are used where they lie, and float32 products of unaligned ones may round otherwise
+    assert lab.distance(lab.denoise(model), lab.denoise(expected)) < 5e-3
+    assert lab.pack.loading.file_name(model) == "TurboWan"
+    done = lab.pack.nodes["TurboConvert"].execute(f"TurboWan/{INDEX}", "bf16")
+    assert done[0] == str(place / "TurboWan_bf16.safetensors")
+    lab.pack.saving.save_model(model, str(place / "saved.safetensors"))
+    assert lab.same(lab.weights(lab.load(place / "saved.safetensors")), lab.weights(model))
+
+
+def test_a_shard_names_the_index_in_the_node(lab, state, place):
+    index = sharded(renamed(state), place / "model")
+    index.unlink()
+    for name in offered(lab, "TurboLoader", "model_name"):
+        with pytest.raises(lab.pack.errors.TurboError, match=f"of 00003: open {INDEX}"):
+            lab.pack.nodes["TurboLoader"].execute(name)
