@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.diffusers_files import INDEX, renamed, repacked, sharded
 from tests.helpers.lab import QUANT, STOCK, T2V
-from tests.helpers.states import plain, saved
+from tests.helpers.states import official, plain, saved
 from tests.helpers.tiny_dits import tiny_state_dict, unquantized
+from turbo_core import checkpoint
+from turbo_core.checkpoint.names import is_quantizable
 
 pytestmark = pytest.mark.host
 
@@ -138,3 +140,79 @@ def test_a_shard_names_the_index_in_the_node(lab, state, place):
     for name in offered(lab, "TurboLoader", "model_name"):
         with pytest.raises(lab.pack.errors.TurboError, match=f"of 00003: open {INDEX}"):
             lab.pack.nodes["TurboLoader"].execute(name)
+
+
+HOST_FORMATS = {  # of newer official files: what an entry says beside the name, and what the layout is asked for
+    "int8_tensorwise": ({"convrot": True, "convrot_groupsize": 256}, {"per_channel": True, "convrot": True}),
+    "nvfp4": ({}, {}),
+    "mxfp8": ({}, {}),
+    "convrot_w4a4": ({"convrot_groupsize": 256}, {}),
+    "asym_w4a8_int8": ({"group_size": 16, "convrot_groupsize": 256}, {}),
+}
+
+
+def by_the_host(state, kind):
+    """A state whose ten linears a block are in a format of the host's own."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    if kind not in QUANT_ALGOS:
+        pytest.skip(f"this host has no {kind}")
+    says, asked = HOST_FORMATS[kind]
+    entry = torch.tensor(list(json.dumps({"format": kind, **says}).encode()), dtype=torch.uint8)
+    result = {}
+    for name, tensor in official(state).items():
+        if is_quantizable(name):
+            quantized = QuantizedTensor.from_float(tensor.float(), QUANT_ALGOS[kind]["comfy_tensor_layout"], **asked)
+            result |= quantized.state_dict(name) | {f"{name.removesuffix('weight')}comfy_quant": entry.clone()}
+        else:
+            result[name] = tensor
+    return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def host_file(lab, state, kind, path):
+    with safe_open(lab.path(STOCK), "pt") as file:
+        save_file(by_the_host(state, kind), path, file.metadata())
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", HOST_FORMATS)
+def test_stock_files_in_the_hosts_own_formats_are_loaded_by_the_host(comfy, lab, state, tmp_path, kind, caplog):
+    """And everything that the log says is possible with the MODEL is."""
+    path = host_file(lab, plain(state), kind, tmp_path / "x.safetensors")
+    with caplog.at_level("INFO"):
+        model = lab.load(path)
+    assert f"quantized as {kind}" in caplog.text and "TurboConvert and TurboMerge do not read" in caplog.text
+    result = lab.denoise(model)
+    assert torch.equal(result, lab.denoise(comfy.sd.load_diffusion_model(path)))
+    assert lab.distance(result, lab.denoise(lab.load(STOCK))) < 0.4
+    assert lab.denoise(lab.attention(model, mode="sparse only")).isfinite().all()
+    changed = lab.merged(model, lab.lora(model))
+    assert lab.distance(lab.denoise(changed), result) > 0.01
+    # w4a4 rounds what goes into a layer to four bits as well, W8A8 does not
+    assert lab.distance(lab.denoise(lab.quantize(lab.load(path))), result) < (0.2 if kind == "convrot_w4a4" else 0.1)
+    lab.pack.saving.save_model(lab.load(path), str(tmp_path / "saved.safetensors"))
+    again = lab.load(tmp_path / "saved.safetensors")
+    assert again.get_attachment(lab.pack.loading.SOURCE).format == model.get_attachment(lab.pack.loading.SOURCE).format
+    assert lab.same(lab.weights(again), lab.weights(lab.load(path)))
+    assert lab.distance(lab.denoise(again), result) < 5e-3
+
+
+@pytest.mark.parametrize("kind", HOST_FORMATS)
+def test_turbowan_files_in_the_hosts_own_formats_are_told_what_to_do(lab, state, tmp_path, kind):
+    """The host's loader would read them, without proj_l."""
+    path = host_file(lab, state, kind, tmp_path / "x.safetensors")
+    for call in (lab.load, checkpoint.load, lambda p: checkpoint.convert(p, tmp_path / "y.safetensors", "bf16")):
+        with pytest.raises(ValueError, match=f"quantized as '{kind}.*published file.*turbo-core convert"):
+            call(path)
+    found = checkpoint.inspect(path)
+    assert found.format.startswith(kind) and found.has_sla and kind in found.notes[-1]
+    assert (found.dim, found.ffn_dim, found.text_dim, found.in_dim) == (256, 512, 64, 16)
+
+
+def test_a_format_of_a_newer_host_is_told_apart_from_a_fault(lab, state, tmp_path):
+    path = tmp_path / "x.safetensors"
+    entry = torch.tensor(list(b'{"format": "w6a8_of_tomorrow"}'), dtype=torch.uint8)
+    with safe_open(lab.path(STOCK), "pt") as file:
+        save_file(official(plain(state)) | {"blocks.0.ffn.0.comfy_quant": entry}, path, file.metadata())
+    with pytest.raises(lab.pack.errors.TurboError, match=r"w6a8_of_tomorrow, which this ComfyUI does not load.*Update"):
+        lab.load(path)
