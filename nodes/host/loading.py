@@ -15,8 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...turbo_core import checkpoint
-from ...turbo_core.checkpoint.names import DIFFUSERS, looks_like
-from ...turbo_core.checkpoint.others.attention import attention_tensors
+from ...turbo_core.checkpoint.names import looks_like
+from ...turbo_core.checkpoint.others.comfyui import attention_tensors
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError
 from .blocks import SLAWanBlock
@@ -113,10 +113,8 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
 
 
 def _is_ours(description):
-    """True for what the host's own loader does not read, or reads without proj_l."""
-    if description.has_sla or DIFFUSERS in description.notes:
-        return True
-    return not description.foreign and (description.format == "int8_block" or description.container == "pth")
+    """True for what the host's own loader does not read, or reads without proj_l or scales."""
+    return description.has_sla or not description.comfyui
 
 
 def _load_as_the_host_does(path, description, dtype, disable_dynamic):

@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy.utils
 from comfy.quant_ops import QuantizedTensor
 
-from ...turbo_core.checkpoint.others.attention import attention_tensors
+from ...turbo_core.checkpoint.others.comfyui import attention_tensors
 from ...turbo_core.checkpoint.write import stream_safetensors
 from ...turbo_core.errors import TurboError
 from .loading import SOURCE

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.helpers.states import official, plain, same, saved
 from turbo_core import checkpoint
 from turbo_core.checkpoint.formats import FORMATS
-from turbo_core.checkpoint.others.attention import attention_tensors
+from turbo_core.checkpoint.others.comfyui import attention_tensors
 from turbo_core.wan import WanModel
 
 MODULE = "blocks.1.self_attn"

@@ -1,12 +1,14 @@
 """What a Wan checkpoint is, from the names, shapes and dtypes of its tensors alone."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..errors import TurboError
 from .formats import check_scale_names, declared_formats, layer_format
 from .names import PROJ_L, is_quantizable
-from .others.attention import attention_settings
+from .others.comfyui import attention_settings, comfyui_reads
 from .others.sharded import files_of
+from .read import SAFETENSORS_SUFFIXES
 from .shapes import (
     block_count,
     check_names,
@@ -55,11 +57,12 @@ class Description:
     metadata: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what reading it involved: a prefix removed, a training dump entered, keys left out
     attention: dict[str, str] = field(default_factory=dict)  # {module: JSON} of the attention it asks ComfyUI for
+    comfyui: bool = False  # its own loader reads it as it is read here, but for proj_l
     foreign: dict[str, str] = field(default_factory=dict)  # {weight: format} of those that are not read here: "nvfp4"
 
 
-def describe(path, container: str, metadata: dict, stored: int, tensors: dict, notes=()) -> Description:
-    """Describe and validate tensors under their official names (names.canonical); no weight is read.
+def describe(path, container: str, metadata: dict, stored: dict, tensors: dict, notes=()) -> Description:
+    """Describe and validate tensors, as stored and under their official names (names.canonical); no weight is read.
 
     Wan 2.1 T2V-14B and the experts of Wan 2.2 T2V-A14B have the same shapes, as have the two A14B I2V experts: a file
     does not tell which it is. Raises TurboError naming what is missing, extra, of another shape or another family.
@@ -67,6 +70,7 @@ def describe(path, container: str, metadata: dict, stored: int, tensors: dict, n
     blocks = block_count(tensors, path)
     declared, foreign = declared_formats(tensors, metadata, path)
     attention, asked = attention_settings(tensors)
+    official = tensors
     tensors = without_packing(tensors, foreign, metadata, path)
     has_sla = any(name.endswith(f"{PROJ_L}.weight") for name in tensors)
     variant = next((kind for key, kind in _MARKERS.items() if key in tensors), None)
@@ -96,11 +100,14 @@ def describe(path, container: str, metadata: dict, stored: int, tensors: dict, n
         text_dim=sizes.text_dim,
         format=used.pop() if len(used) == 1 else "mixed",
         has_sla=has_sla,
-        tensors=stored,
+        tensors=len(stored),
         bytes=sum(file.stat().st_size for file in files_of(path)),
         metadata=dict(metadata),
         notes=(*notes, *asked, *_foreign_notes(foreign)),
         attention=attention,
+        comfyui=container == "safetensors"
+        and Path(path).suffix.lower() in SAFETENSORS_SUFFIXES  # by which it chooses the reader
+        and comfyui_reads(stored, official, formats, declared.keys() | foreign.keys()),
         foreign=foreign,
     )
 

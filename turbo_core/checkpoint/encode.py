@@ -9,7 +9,7 @@ from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
 from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
-from .others.attention import is_attention
+from .others.comfyui import is_attention
 from .others.sharded import open_checkpoint
 from .write import Layout
 

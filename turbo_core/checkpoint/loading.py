@@ -7,8 +7,8 @@ import torch
 from ..errors import TurboError, shown
 from .describe import Description, describe
 from .formats import STATED, check_scale_values, decode
-from .names import DIFFUSERS, canonical, is_helper, is_scale
-from .others.attention import is_attention
+from .names import canonical, is_helper, is_scale
+from .others.comfyui import is_attention
 from .others.sharded import open_checkpoint
 
 WORLD = "turbowan.world"  # in the metadata: the one world that a model was trained on, as tinywan.world.WORLD
@@ -62,7 +62,7 @@ def _open(path, writable: bool = False, contents: bool = True) -> Opened:
         raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")
     tensors, notes = canonical(file.tensors, path)
     notes = [*file.notes, *notes]
-    described = describe(path, file.container, file.metadata, len(file.tensors), tensors, notes)
+    described = describe(path, file.container, file.metadata, file.tensors, tensors, notes)
     return Opened(tensors, described, file.mapped)
 
 
@@ -74,7 +74,7 @@ def _check_read(found: Description) -> None:
     cure = "use the bf16 version of this model"
     if found.has_sla:
         cure = "use the published file of this model, or `turbo-core convert --format int8_block` on its bf16 version"
-    elif DIFFUSERS not in found.notes:
+    elif found.comfyui:
         cure += ", or load it in ComfyUI, whose own loader Turbo Loader hands it to"
     raise TurboError(
         f"{found.path}: {shown(name)} is quantized as {kind!r}, which is not read here. "

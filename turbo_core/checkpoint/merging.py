@@ -17,7 +17,7 @@ from .encode import REMAP, mapped_anew, on_disk, plan, while_unchanged, written_
 from .formats import FLOATS, FORMATS, check_finite, decode
 from .loading import WORLD, opened
 from .names import PROJ_L, is_delicate, is_helper, is_scale
-from .others.attention import is_attention
+from .others.comfyui import is_attention
 from .others.sharded import files_of
 from .write import check_name, check_target, stream_safetensors
 
@@ -185,7 +185,7 @@ def _hollow(files, finetune, sources) -> dict[str, torch.Tensor]:
 
 def _describe(finetune: Description, hollow: dict) -> Description:
     kept = {name: finetune.metadata[name] for name in ("config", WORLD) if name in finetune.metadata}
-    return describe(finetune.path, "safetensors", kept, len(hollow), hollow)
+    return describe(finetune.path, "safetensors", kept, hollow, hollow)
 
 
 def _counted(output, size: int, progress: Progress | None):

@@ -10,7 +10,7 @@ from ..errors import TurboError, shown
 from ..wan import QUANTIZED_LINEARS
 from .formats import transformer_config
 from .names import PROJ_L, is_helper, looks_like
-from .others.attention import is_attention
+from .others.comfyui import is_attention
 from .others.sharded import INDEX
 
 _IMAGE_BRANCH = re.compile(r"cross_attn\.(?:k_img\.(?:weight|bias)|v_img\.(?:weight|bias)|norm_k_img\.weight)")

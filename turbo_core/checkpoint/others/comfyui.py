@@ -1,14 +1,35 @@
-"""What a file says of the attention that its modules prefer: for ComfyUI to follow, and carried along here."""
+"""What files hold for ComfyUI: the attention that modules prefer, carried along here; and which it reads by itself."""
 
 import json
 
 import torch
 
 from ...errors import shown
+from ..formats import FLOATS
 
 _SUFFIX = ".comfy_attention.config"  # JSON as bytes, {"attention": name, ...} or a list of such
+_PREFIXES = ("", "model.diffusion_model.", "net.", "model.")  # that its detection of models takes off
 _KNOWN = ("comfy_kitchen_int8", "comfy_kitchen_sol")
 _MOST_TEXT = 4096  # bytes
+
+
+def comfyui_reads(stored: dict, tensors: dict, formats: dict[str, str], declared) -> bool:
+    """True where ComfyUI's own loader takes a stock model for what it is read as here.
+
+    stored, tensors: as in the file, and under official names; formats: of the weights that may be quantized; declared:
+    names of those of which the file says so. A scale that nobody points out to it, ComfyUI leaves out without a word.
+    """
+    prefix = max((p for p in _PREFIXES if f"{p}head.modulation" in stored), key=len, default="")
+    bare = {name.removeprefix(prefix): tensor.shape for name, tensor in stored.items() if name.startswith(prefix)}
+    scaled = "scaled_fp8" in bare
+    for name, tensor in tensors.items():
+        if not name.endswith("_scale") and bare.get(name) != tensor.shape:
+            return False
+    for name, kind in formats.items():
+        told = name in declared or (kind == "fp8" and scaled)
+        if kind == "int8_block" or (kind not in FLOATS and f"{name}_scale" in tensors and not told):
+            return False
+    return True
 
 
 def is_attention(name: str) -> bool:
