@@ -15,10 +15,11 @@ class TurboLoader(io.ComfyNode):
             display_name="Turbo Loader",
             category="model/loaders",
             description="Loads TurboWan and Wan diffusion models as an ordinary MODEL: the published .pth (quantized "
-            "or not), safetensors, files saved by ComfyUI or by turbo-core, and stock Wan files.",
+            "or not), safetensors, Diffusers' layout, files saved by ComfyUI or by turbo-core, and stock Wan files in "
+            "every format that ComfyUI's own loader reads.",
             search_aliases=["TurboDiffusion", "TurboWan", "load diffusion model", "unet loader"],
             inputs=[
-                file_input("model_name", "A file in models/diffusion_models."),
+                file_input("model_name", "A file in models/diffusion_models; of a model in several files, its index."),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
