@@ -42,9 +42,9 @@ def attention_settings(tensors: dict) -> tuple[dict[str, str], list[str]]:
     is left out, which a note tells."""
     texts, kinds = {}, []
     for name, tensor in tensors.items():
-        if not is_attention(name) or tensor.is_meta:
+        if not is_attention(name):
             continue
-        if tensor.dtype != torch.uint8 or tensor.numel() > _MOST_TEXT:
+        if tensor.dtype != torch.uint8 or tensor.numel() > _MOST_TEXT or tensor.is_meta:
             kinds.append(f"unknown: {tensor.dtype} {list(tensor.shape)}")
             continue
         text = bytes(tensor.flatten().tolist()).decode("utf-8", "surrogateescape")
