@@ -59,7 +59,9 @@ def _open(path, writable: bool = False, contents: bool = True) -> Opened:
     file = open_checkpoint(path, writable, contents)
     version = file.metadata.get("turbowan.version", FILE_VERSION)
     if version != FILE_VERSION:
-        raise TurboError(f"{path} is of version {version!r}. Expected {FILE_VERSION!r}: update this pack to read it.")
+        raise TurboError(
+            f"{path} is of version {shown(version)!r}. Expected {FILE_VERSION!r}: update this pack to read it."
+        )
     tensors, notes = canonical(file.tensors, path)
     notes = [*file.notes, *notes]
     described = describe(path, file.container, file.metadata, file.tensors, tensors, notes)

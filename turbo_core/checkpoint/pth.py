@@ -19,7 +19,7 @@ from .places import Damaged, Place, Refused
 from .unpickle import MOST, read
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-_ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"
+_ENTRY, _LOCAL, _BEHIND = b"PK\1\2", b"PK\3\4", b"PK\7\b"
 _STORED, _DEFLATED = 0, 8
 _MOST_ENTRIES = 1 << 18
 _MOST = 1 << 48  # elements
@@ -38,6 +38,7 @@ class Record(NamedTuple):
     size: int
     method: int
     crc: int  # 0: not recorded
+    header: int = 0  # where its header lies
 
 
 class Checkpoint:
@@ -157,12 +158,23 @@ def directory(mapping) -> dict[str, Record]:
         records[name] = record
     if at != stop:
         raise Damaged("the zip's directory is longer than its records")
-    end = 0
-    for name, record in sorted(records.items(), key=lambda item: item[1].start):
-        if record.start < end or record.start + record.packed > start:
-            raise Damaged(f"the record {shown(name)!r} lies over another one")
-        end = record.start + record.packed
+    _check_order(mapping, records, start)
     return records
+
+
+def _check_order(mapping, records, stop):
+    """Raise Damaged unless each record ends where the next begins, or before its sizes, repeated as streams do. Where
+    it begins only its own header says: a flipped bit there would move the numbers."""
+    ordered = sorted(records.items(), key=lambda item: item[1].start)
+    for (name, record), following in zip(ordered, [*(record.header for _, record in ordered[1:]), stop]):
+        end = record.start + record.packed
+        gap = following - end
+        if gap < 0:
+            raise Damaged(f"the record {shown(name)!r} lies over another one")
+        form = {16: "<2L", 24: "<2Q"}.get(gap)
+        repeated = form and mapping[end : end + 4] == _BEHIND
+        if gap and not (repeated and struct.unpack(form, mapping[end + 8 : following]) == (record.packed, record.size)):
+            raise Damaged(f"the record {shown(name)!r} does not end where the next one begins")
 
 
 def _entry(mapping, at, stop):
@@ -185,7 +197,7 @@ def _entry(mapping, at, stop):
         raise Damaged(f"the record {shown(name)!r} is encrypted or packed in an unknown way, expected a plain zip")
     if method == _STORED and packed != size:
         raise Damaged(f"the record {shown(name)!r} has two sizes")
-    return name, Record(header + 30 + here_name + here_extra, packed, size, method, crc), end
+    return name, Record(header + 30 + here_name + here_extra, packed, size, method, crc, header), end
 
 
 def _wide(extra, size, packed, header):

@@ -198,8 +198,9 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
     """(dtype, shape, begin, end) of a tensor in the header."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    sizes = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if len(sizes) > _MOST_AXES or len(offsets or ()) != 2 or any(type(n) is not int or n < 0 for n in sizes):
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise Damaged(f"{shown(name)} has no shape or place")
+    if len(shape) > _MOST_AXES or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
         raise Damaged(f"{shown(name)} has no shape or place")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise Damaged(f"{shown(name)} has the unknown type {shown(kind)}")

@@ -1,0 +1,42 @@
+"""The classes of hostile inputs: how each is made, how many of a thousand, and which outcomes are right."""
+
+from random import Random
+
+from tests.hostile import archives, headers, pictures, programs, states, words
+from tests.hostile.cases import Case, Kind
+
+KINDS = {
+    "pth bytes": Kind(archives.zip_bytes, 110, "fine where only weights were touched, or nothing that is read"),
+    "old pth bytes": Kind(archives.legacy_bytes, 60, "fine where only weights were touched, or nothing that is read"),
+    "safetensors bytes": Kind(archives.header_bytes, 80, "fine where only weights or metadata were touched"),
+    "zip structure": Kind(archives.archive, 100, "fine for honest repacks and fields that nothing depends on"),
+    "pickle programs": Kind(programs.program, 130, "always an error: no program is a model"),
+    "pickle payloads": Kind(programs.payload, 80, "always an error: they name code"),
+    "pickles with more": Kind(programs.aside, 60, "fine where what lies beside the weights is harmless, and small"),
+    "safetensors header": Kind(headers.header, 80, "fine where the safetensors library reads the same"),
+    "safetensors metadata": Kind(headers.metadata, 40, "fine where the metadata say nothing of the weights"),
+    "model states": Kind(states.model, 70, "fine where it still is a model; never converted with NaN or infinity"),
+    "merges": Kind(states.merge, 20, "fine where the three still fit together"),
+    "text encoders": Kind(states.encoder, 20, "fine where only weights or what is not read was touched"),
+    "tokenizers": Kind(states.tokenizer, 20, "fine where the library reads it and it encodes"),
+    "VAEs": Kind(states.vae, 20, "fine where only weights were touched"),
+    "pictures": Kind(pictures.picture, 60, "fine where the library reads it; other formats and bombs never"),
+    "LoRA names": Kind(words.lora, 20, "always fine: a name of any length is looked at, in bounded time"),
+    "commands": Kind(words.command, 30, "fine where the arguments make sense, however odd"),
+    "training data": Kind(states.training, 20, "fine where shapes and numbers still fit together"),
+}
+
+
+def made(kind: str, seed: int) -> Case:
+    """The input of a class and a seed; the same on every machine."""
+    return KINDS[kind].make(Random(f"{kind} {seed}"))
+
+
+def planned(count: int, first: int = 0) -> list[tuple[str, int]]:
+    """(class, seed) of so many inputs, by the shares of the classes."""
+    whole = sum(kind.share for kind in KINDS.values())
+    return [
+        (name, seed)
+        for name, kind in KINDS.items()
+        for seed in range(first, first + max(1, count * kind.share // whole))
+    ]
