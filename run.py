@@ -6,6 +6,7 @@ test   style check and tests; also in the real ComfyUI where one is found (COMFY
        or ~/ComfyUI)
 check  style check only
 host   only the tests in the real ComfyUI; "host --newer" gives it the calls of newer ones (tests/host/newer.py)
+hostile   damaged and malicious files by the thousand, races and kills; results in benchmarks/results/cpu/
 soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
 bench  times and errors of all that this machine can run, results in benchmarks/results/; "bench --check" first holds
        every kernel to an oracle: the one command for a borrowed card; "bench --help" tells the rest
@@ -35,7 +36,7 @@ HOST_SKIPS = ("torch", "torchvision", "torchaudio", "spandrel", "pyopengl", "com
 def main():
     if sys.version_info < (3, 10):  # noqa: UP036 (whoever runs this may have an older one)
         sys.exit("TurboWan needs Python 3.10 or newer, this is " + sys.version.split()[0])
-    verbs = {"demo": demo, "test": test, "check": check, "host": host, "soak": soak, "bench": bench}
+    verbs = {"demo": demo, "test": test, "check": check, "host": host, "soak": soak, "hostile": hostile, "bench": bench}
     if len(sys.argv) < 2 or sys.argv[1] not in verbs:
         sys.exit(__doc__)
     sys.exit(verbs[sys.argv[1]](sys.argv[2:]))
@@ -131,6 +132,10 @@ def soak(arguments):
     if find_comfyui() is None:
         return host(arguments)
     return call(host_environment(), "-m", "tests.tools.soak", *arguments)
+
+
+def hostile(arguments):
+    return call(environment(".venv", [".[test]"]), "-m", "tests.hostile.suite", *arguments)
 
 
 def bench(arguments):

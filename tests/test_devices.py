@@ -2,6 +2,14 @@ import pytest
 import torch
 
 from turbo_core import devices
+from turbo_core.errors import TurboError
+
+
+def test_a_device_that_is_not_there_is_told_in_one_line():
+    """torch lists its backends on 1,200 characters."""
+    with pytest.raises(TurboError, match="Leave --device out") as error:
+        devices.pick_device("mps" if not torch.backends.mps.is_available() else "cuda:99")
+    assert len(str(error.value)) < 250
 
 
 def test_only_apple_gpus_lack_float64():

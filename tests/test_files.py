@@ -99,6 +99,12 @@ def test_the_second_writer_is_told_who_the_first_is(target):
     assert target.read_text() == "ours"
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "é" * 120, "x\0", "\ud800"])
+def test_names_that_no_disk_takes_are_refused_before_the_work(tmp_path, name):
+    with pytest.raises(TurboError, match=r"too long a name|no disk takes"):
+        files.check_free(tmp_path / f"{name}.mp4")
+
+
 def test_what_a_killed_writer_left_is_swept_by_the_next_in_that_folder(target, caplog):
     with another(target):
         pass

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from .errors import TurboError
+from .errors import TurboError, shown
 
 
 def pick_device(device=None) -> torch.device:
@@ -19,7 +19,9 @@ def pick_device(device=None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise TurboError(f"Device {device!s} cannot be used ({reason}). Leave --device out, or use cpu.") from error
+        raise TurboError(
+            f"Device {device!s} cannot be used ({shown(reason, 120)}). Leave --device out, or use cpu."
+        ) from error
     return device
 
 

@@ -7,7 +7,7 @@ import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import TurboError
+from .errors import TurboError, shown
 
 try:
     import fcntl
@@ -16,6 +16,7 @@ except ImportError:  # Windows
     import msvcrt
 
 _LOCK = ".turbowan-lock"
+_LONGEST = 230  # bytes of a name: file systems take 255, and the lock beside it has a longer one
 
 
 @contextmanager
@@ -68,8 +69,16 @@ def _alone(target: Path):
 
 
 def check_free(target) -> None:
-    """Raise TurboError, before any work, while another process writes to the target."""
+    """Raise TurboError, before any work, where no disk takes the target's name or another process writes to it."""
     target = Path(target)
+    try:
+        raw = os.fsencode(target)
+    except UnicodeEncodeError:  # a lone surrogate
+        raw = b"\0"
+    if b"\0" in raw:
+        raise TurboError(f"{target.name} is a name that no disk takes. Choose another one.")
+    if len(os.fsencode(target.name)) > _LONGEST:
+        raise TurboError(f"{shown(target.name)} is too long a name. Expected at most {_LONGEST} bytes: shorten it.")
     with suppress(OSError), open(_lock_of(target), "r+", encoding="utf-8") as file:
         if _lock(file) is False:
             raise _taken(target, file)

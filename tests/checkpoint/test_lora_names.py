@@ -1,5 +1,7 @@
 """Names in LoRA files: which layer, which part, and which are refused."""
 
+import time
+
 import pytest
 
 from turbo_core.checkpoint.lora_names import in_comfyui_names, spellings, split_name, why_not
@@ -65,3 +67,18 @@ def test_reasons():
     for why, found in why_not(names, LAYERS).items():
         for name in found:
             assert names[name] in why, (name, why)
+
+
+@pytest.mark.parametrize(
+    "bit", [".lora_magnitude_vector", "_lokr_a", "_oft_b", "lora_unet_", "blocks.", ".lora_A", "9"]
+)
+@pytest.mark.parametrize("end", ["", ".", "\n"])
+def test_a_name_of_100_kb_takes_no_time(bit, end):
+    """An expression that tries every start and every end took 9 seconds."""
+    name, began = "blocks." + bit * (100_000 // len(bit)) + end, time.process_time()
+    split_name(name)
+    assert (
+        not in_comfyui_names([name], ["blocks.0.ffn.0"])
+        and sum(map(len, why_not([name], ["blocks.0.ffn.0"]).values())) == 1
+    )
+    assert time.process_time() - began < 2

@@ -201,6 +201,15 @@ def test_a_damaged_zip(good, change, words):
     refused(good, words)
 
 
+def test_an_old_file_ends_with_its_storages(tmp_path):
+    """A byte put into the last of them moves all that follow."""
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.arange(100.0)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    path.write_bytes(data[:-200] + b"x" + data[-200:])
+    refused(path, f"its storages end at byte {len(data)}, the file at {len(data) + 1}")
+
+
 def test_two_directories_are_one_too_many(good):
     """A zip with a second directory in front of the end is read differently by different readers."""
     data = good.read_bytes()
@@ -403,3 +412,16 @@ def test_what_is_packed_stays_so_where_nobody_asks_for_weights(good, tmp_path):
 
 def _text(text):
     return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize("by", [1, 4, 16, 64])
+@pytest.mark.parametrize("streamed", [None, False, True])
+def test_where_a_record_begins_is_held_to_where_the_next_one_does(good, tmp_path, streamed, by):
+    """Only a record's own header says how long its extra field is: a flipped bit there moves all of its numbers."""
+    path = good if streamed is None else repacked(good, tmp_path / "again.pth", streamed=streamed)
+    data = bytearray(path.read_bytes())
+    header = data.rindex(b"PK\3\4", 0, data.index(b"/data/0"))
+    length = struct.unpack("<H", data[header + 28 : header + 30])[0]
+    data[header + 28 : header + 30] = struct.pack("<H", length ^ by)
+    path.write_bytes(data)
+    refused(path, "the record")

@@ -168,6 +168,16 @@ def test_unreadable_quantization_is_named(tiny, tmp_path):
 def test_newer_version_of_our_own_files(tmp_path, state):
     save_file(state, tmp_path / "x.safetensors", metadata={"turbowan.version": "2"})
     refuse(tmp_path / "x.safetensors", "version '2'", "update")
+    save_file(state, tmp_path / "y.safetensors", metadata={"turbowan.version": "9" * 5000})
+    refuse(tmp_path / "y.safetensors", "999...'. Expected '1'")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".pth", "x\0.pth", "\ud800.pth", "y" * 300 + "/x.pth"])
+def test_a_name_that_no_disk_takes_is_no_file(tmp_path, name):
+    with pytest.raises(TurboError, match="does not exist"):
+        checkpoint.inspect(tmp_path / name)
+    with pytest.raises(TurboError, match="does not exist"):
+        checkpoint.convert(tmp_path / name, tmp_path / "y.safetensors", "bf16")
 
 
 def test_a_dtype_that_is_not_read_is_named(tmp_path, state):
@@ -204,6 +214,8 @@ def test_other_families_are_named(tmp_path, keys, kind):
         (lambda s: s | {"__metadata__": torch.ones(4)}, ["is called __metadata__"]),
         (lambda s: s | {"\ud800": torch.ones(4)}, ["is called \\ud800"]),
         (lambda s: s | {"x": torch.ones(3, dtype=torch.complex64)}, ["x is torch.complex64"]),
+        (lambda s: s | {f"blocks.{'9' * 5000}.x": torch.ones(1)}, ["not part of any Wan model", "blocks.999"]),
+        (lambda s: s | {"patch_embedding.weight": torch.ones(0, 64)}, ["patch_embedding.weight", "[0, 64]"]),
         (lambda s: s | {"blocks.x": torch.ones(1)}, ["not part of any Wan model", "blocks.x"]),
         (lambda s: s | {"head.head.weight": s["head.head.weight"].to(torch.int8)}, ["head.head.weight", "torch.int8"]),
         (lambda s: s | {"time_projection.1.weight": s["time_projection.1.weight"].bool()}, ["torch.bool"]),
@@ -259,6 +271,8 @@ def test_what_a_terminal_obeys_is_escaped(tmp_path):
         b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}', b'{"__metadata__": [1]}',
         b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": 4.0}}',
+        b'{"a": {"dtype": "F32", "shape": [], "data_offsets": 1}}',
     ],
 )  # fmt: skip
 def test_a_header_may_be_any_json(tmp_path, header):

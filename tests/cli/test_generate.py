@@ -73,6 +73,9 @@ def test_a_report_that_cannot_be_written_is_named_and_keeps_the_old_one(tiny, tm
         (["--tokenizer", "nowhere"], "Pass --tokenizer"),
         (["-o", "video.gif"], "video.mp4"),
         (["--contact-sheet", "sheet.abc"], "sheet.png"),
+        (["--json", "."], "name a file in it"),
+        (["-o", "x" * 300 + ".mp4"], "too long a name"),
+        (["--size", "9" * 5000 + "x16"], "is not understood"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message, capsys):

@@ -1,5 +1,8 @@
 """What a hostile input is, and what came of it."""
 
+from collections.abc import Callable, Mapping
+from random import Random
+from types import MappingProxyType
 from typing import NamedTuple
 
 # worst first; the last two are right
@@ -15,7 +18,7 @@ class Case(NamedTuple):
     """
 
     door: str
-    files: dict[str, bytes] = {}
+    files: Mapping[str, bytes] = MappingProxyType({})
     same: dict | None = None
     refuse: str = ""
     arguments: tuple = ()
@@ -24,6 +27,6 @@ class Case(NamedTuple):
 class Kind(NamedTuple):
     """A class of inputs: how to make the one of a seed, its share of a run, and which outcomes are right."""
 
-    make: object  # Random -> Case
+    make: Callable[[Random], Case]
     share: int
     right: str

@@ -3,6 +3,7 @@
 import io
 import math
 import time
+import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -54,10 +55,8 @@ class Found:
         except TurboError as error:
             self.error(str(error), [str(name) for name in names])
         except Exception as error:
-            trace = error.__traceback__
-            while trace.tb_next and "turbo_core" in trace.tb_next.tb_frame.f_code.co_filename:
-                trace = trace.tb_next
-            where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+            ours = [step for step in traceback.extract_tb(error.__traceback__) if "turbo_core" in step.filename]
+            where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "outside"
             self.add(
                 "over 1 GB" if isinstance(error, MemoryError) else "traceback",
                 f"{type(error).__name__}: {error} {where}",
@@ -203,7 +202,7 @@ def _training(found, case, folder):
 
 def _command(found, case, folder):
     out, err, status = io.StringIO(), io.StringIO(), None
-    before = {path for path in folder.rglob("*")}
+    before = set(folder.rglob("*"))
     try:
         with redirect_stdout(out), redirect_stderr(err):
             status = cli.main(list(case.arguments))

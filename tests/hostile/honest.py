@@ -19,7 +19,8 @@ from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.tinywan.text import tiny_text_encoder
 
-SIZES = Sizes(dim=64, in_dim=16, out_dim=16, ffn_dim=192, text_dim=64, freq_dim=16, head_dim=64)
+# two int8 blocks in ffn.0 and ffn.2; a stock model is known without metadata by heads of 128
+SIZES = Sizes(dim=128, in_dim=16, out_dim=16, ffn_dim=136, text_dim=64, freq_dim=16, head_dim=128)
 CONFIG = {"config": json.dumps({"transformer": {"num_heads": 1, "text_dim": 64}})}
 
 
@@ -29,7 +30,16 @@ class Base(NamedTuple):
     name: str
     data: bytes
     state: dict
-    weights: tuple[tuple[int, int], ...]
+    places: dict[str, int]
+
+    def with_bytes_of(self, data: bytes) -> dict:
+        """The tensors, with the bytes that now lie at their places: what a file of this layout must be read as."""
+        state = dict(self.state)
+        for name, at in self.places.items():
+            like = state[name]
+            raw = torch.frombuffer(bytearray(data[at : at + like.nbytes]), dtype=torch.uint8)
+            state[name] = raw.view(like.dtype).reshape(like.shape)
+        return state
 
 
 @cache
@@ -89,12 +99,12 @@ def _ours(state: dict, metadata: dict) -> bytes:
 
 
 def _base(name: str, data: bytes, state: dict) -> Base:
-    places, at = [], 0
-    for tensor in state.values():
+    places = {}
+    for key, tensor in state.items():
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        at = data.find(raw) if len(raw) >= 16 else -1
-        places += [(at, at + len(raw))] if at >= 0 else []
-    return Base(name, data, state, tuple(places))
+        if len(raw) >= 16 and data.count(raw) == 1:
+            places[key] = data.find(raw)
+    return Base(name, data, state, places)
 
 
 @cache

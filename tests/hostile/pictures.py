@@ -48,7 +48,7 @@ def picture(random: Random) -> Case:
     data = _good(kind, random.choice(_MODES[kind]))
     make = random.random()
     if make < 0.6:
-        data = damaged(random, data, random.choice((None, 100)))[0]
+        data = damaged(random, data, random.choice((None, 100)))
     elif make < 0.75:
         data = _resized(random, kind, data)
     elif make < 0.85:

@@ -18,15 +18,18 @@ HARMFUL = (
     ("runpy", "run_path"), ("webbrowser", "open"), ("builtins", "getattr"), ("operator", "attrgetter"),
     ("functools", "partial"), ("numpy", "load"), ("numpy.core.multiarray", "_reconstruct"), ("types", "CodeType"),
     ("torch", "ops.aten"), ("torch._utils", "_rebuild_tensor_v2.__globals__"), ("torch.storage", "_load_from_bytes"),
-    ("ctypes", "CDLL"), (CANARY, "run"), (f"{CANARY}.inner", "run"), ("site", "main"), ("bdb", "Bdb"), ("code", "interact"),
+    ("ctypes", "CDLL"), (CANARY, "run"), (f"{CANARY}.inner", "run"), ("site", "main"), ("bdb", "Bdb"), ("code",
+    "interact"),
 )  # fmt: skip
 ALLOWED = (
     ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_tensor_v3"), ("torch._tensor", "_rebuild_from_type_v2"), ("collections", "OrderedDict"),
-    ("torch", "FloatStorage"), ("torch", "BFloat16Storage"), ("torch", "QInt8Storage"), ("torch.storage", "UntypedStorage"),
+    ("torch", "FloatStorage"), ("torch", "BFloat16Storage"), ("torch", "QInt8Storage"), ("torch.storage",
+    "UntypedStorage"),
     ("torch", "float32"), ("torch", "Size"), ("torch", "device"), ("builtins", "set"), ("builtins", "bytearray"),
     ("builtins", "complex"), ("collections", "Counter"), ("_codecs", "encode"), ("torch._utils", "_rebuild_qtensor"),
-    ("torch.nn.parameter", "Parameter"), ("torch._utils", "_rebuild_sparse_tensor"), ("torch.serialization", "_get_layout"),
+    ("torch.nn.parameter", "Parameter"), ("torch._utils", "_rebuild_sparse_tensor"), ("torch.serialization",
+    "_get_layout"),
 )  # fmt: skip
 _INTEGERS = (0, 1, 2, -1, 255, 256, 1 << 16, (1 << 31) - 1, -(1 << 31), 1 << 40, 1 << 62, 1 << 63, 1 << 64, -(1 << 200))
 _TEXTS = (
@@ -188,7 +191,8 @@ def _described(random, name):
             tensor(tuple(given.shape), storage=Storage(str(index), count, "FloatStorage")),
             tensor(tuple(given.shape), storage=Storage(str(index), count, "BFloat16Storage")),
             tensor(tuple(given.shape), storage=Storage(str(index), count - 1)),
-            tensor(tuple(given.shape), storage=Storage(str(index), count, random.choice(("HalfStorage", "QInt8Storage")))),
+            tensor(tuple(given.shape), storage=Storage(str(index), count, random.choice(("HalfStorage",
+            "QInt8Storage")))),
             tensor(tuple(given.shape), offset=1, storage=Storage(str(index), count)),
             tensor(tuple(given.shape), tuple(given.stride()[:-1]) + (2,), storage=Storage(str(index), count)),
             tensor(tuple(given.shape), storage=Storage("no", count)),

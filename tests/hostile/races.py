@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tests.hostile import honest
 from turbo_core import checkpoint
-from turbo_core.errors import TurboError
 
 ROOT = Path(__file__).resolve().parents[2]
 # converts when a line comes: what starting Python takes is not part of the race

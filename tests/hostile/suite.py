@@ -7,6 +7,7 @@ where something is not as it should be. One input again: `--kind "pth bytes" --s
 
 import argparse
 import json
+import logging
 import os
 import platform
 import queue
@@ -144,6 +145,8 @@ def main():
     from tests.hostile import races
     from tests.hostile.classes import planned
 
+    logging.disable(logging.WARNING)  # of what a killed writer left, which is what is tried
+
     if arguments.seed is not None:
         print(*tried([(arguments.kind[0], arguments.seed)])[arguments.kind[0]][0], sep="\n")
         return 0
@@ -162,7 +165,7 @@ def main():
     print(f"{text}\n\n{words}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "hostile.md").write_text(
-        f"# Hostile inputs\n\n{arguments.date}, {words}, Python {platform.python_version()}, by `{command}`.\n\n{text}\n"
+        f"# Hostile inputs\n\n{arguments.date}: {words}, Python {platform.python_version()}; `{command}`.\n\n{text}\n"
     )
     report = {"date": arguments.date, "command": command, "inputs": len(inputs), "seconds": round(seconds)}
     counts = {kind: dict(Counter(outcome for _, outcome, _ in found)) for kind, found in results.items()}

@@ -11,7 +11,7 @@ _BITS = (
     "blocks.0.", "blocks_0_", "blocks.999.", "self_attn.q", "self_attn_q", "attn1.to_q", "ffn.net.0.proj", "lora_te1_",
     ".lora_A", ".lora_B.default", ".weight", ".lora_up.weight", ".lora.down.weight", ".alpha", ".diff_b", ".hada_w1_a",
     ".lokr_w2", ".dora_scale", ".lora_magnitude_vector", ".oft_blocks", "double_blocks.0", "down_blocks_1", "mid_block",
-    "_", ".", "a", "1", "\x1b[2J", "\n", "١", "layers.0.attention",
+    "_lokr_a", "_oft_b", "_hada_", "blocks.", "_", ".", "a", "1", "\x1b[2J", "\n", "١", "layers.0.attention",
 )  # fmt: skip
 
 
@@ -31,13 +31,15 @@ def _name(random):
 
 
 _PATHS = (
-    "none.pth", "x" * 300 + ".pth", "a\x1b[2J.pth", ".", "/", "", "..", "model.pth", "vae.pth", "encoder.pth", "/dev/null",
+    "none.pth", "x" * 300 + ".pth", "a\x1b[2J.pth", ".", "/", "", "..", "model.pth", "vae.pth", "encoder.pth",
+    "/dev/null",
     "/dev/zero", "a\nb.pth", "no/such/x.pth", "-x.pth", "\ud800.pth", "x\0.pth", "folder",
 )  # fmt: skip
 _TARGETS = (
-    "out.safetensors", "out.pth", "out", "x" * 300 + ".safetensors", "é" * 150 + ".safetensors", "no/such/out.safetensors",
+    "out.safetensors", "out.pth", "out", "x" * 300 + ".safetensors", "é" * 150 + ".safetensors",
+    "no/such/out.safetensors",
     "folder", "a\x1b]0;x\x07.safetensors", "model.pth", ".safetensors", "out.SAFETENSORS", "/dev/null", "/dev/full",
-    "/proc/x.safetensors", "a\nb.safetensors", "out.safetensors/", "x\0.safetensors", "\ud800.safetensors",
+    "a\nb.safetensors", "out.safetensors/", "x\0.safetensors", "\ud800.safetensors",
 )  # fmt: skip
 _WHOLE = (
     "0",
@@ -46,7 +48,7 @@ _WHOLE = (
     "5",
     "6",
     "81",
-    "1000000000",
+    "1000000001",
     "99999999999999999999",
     "1e9",
     "nan",
@@ -57,7 +59,8 @@ _WHOLE = (
     " 4",
 )
 _REAL = ("0", "0.1", "1", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "", "x", "0,5", "2")
-_FRAMES = ("16x16", "32x32", "0x0", "-16x16", "1x1", "17x16", "1e3x16", "x", "480p", "480p-9:0", "480p-0:1", "720p-9:16", "99999999999x16",
+_FRAMES = ("16x16", "32x32", "0x0", "-16x16", "1x1", "17x16", "1e3x16", "x", "480p", "480p-9:0", "480p-0:1",
+    "720p-9:16", "99999999999x16",
            "16x16x16", "٣٢x٣٢", "nanxnan", "p", "1000000p", "480p-1:99999999999999999999")  # fmt: skip
 _PROMPTS = ("a ship", "", "\ud800", "\x1b[2J", "x" * 50_000, "&amp;" * 5000, "<pad>" * 100, "\0", "<extra_id_0>")
 _VIDEOS = (
@@ -156,7 +159,7 @@ def _generate(random):
     # what is large and right would be computed
     if given["--size"] in ("480p", "720p-9:16", "1000000p"):
         given["--frames"] = "6"
-    if given["--frames"] in ("81", "1000000000"):
+    if given["--frames"] in ("81", "1000000001"):
         given["--frames"] = "82"
     for name, value in given.items():
         words += ["-o", value] if name == "-o" else [f"{name}={value}"]

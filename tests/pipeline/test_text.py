@@ -1,5 +1,6 @@
 """The umT5 encoder: names, sizes, masking, tokenizers, float8 repacks, wrong files."""
 
+import json
 import math
 
 import pytest
@@ -159,6 +160,24 @@ def test_a_damaged_tokenizer_is_named(folder, name, tmp_path):
     (tmp_path / name).write_bytes(b"\x00no tokenizer")
     with pytest.raises(TurboError, match=name):
         load_text_encoder(folder / "tiny_umt5_enc.pth", tmp_path)
+
+
+def test_a_tokenizer_that_fails_when_it_is_used_is_named(folder, tmp_path):
+    """Damaged files may load: without their unknown or end token, or with tokens that the encoder does not have."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "gone"}
+    for vocabulary, words in ({"a": 0}, "fails .*UNK"), ({"a": 10**6, "gone": 1}, "token 1000000, expected below 640"):
+        text = json.dumps({"version": "1.0", "added_tokens": [], "model": model | {"vocab": vocabulary}})
+        (tmp_path / "tokenizer.json").write_text(text)
+        _, tokenize = load_text_encoder(folder / "tiny_umt5_enc.pth", tmp_path)
+        with pytest.raises(TurboError, match=words):
+            tokenize("a" if "gone" in vocabulary else "unknown")
+
+
+def test_a_long_error_of_a_tokenizer_is_shortened(folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "x" * 5000, "model": {}}))
+    with pytest.raises(TurboError, match=r"not a tokenizer\.json") as error:
+        load_text_encoder(folder / "tiny_umt5_enc.pth", tmp_path)
+    assert len(str(error.value)) - len(str(tmp_path)) < 400
 
 
 def foreign(state, kind):

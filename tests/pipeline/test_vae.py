@@ -76,12 +76,22 @@ def foreign(kind):
         state = {"blocks.0.self_attn.q.weight": torch.zeros(4, 4)}
     elif kind == "lacks 1 of":
         del state["decoder.middle.1.proj.bias"]
+    elif kind == "single number":
+        state = {
+            "decoder.conv1.weight": state["decoder.conv1.weight"],
+            "decoder.middle.0.residual.0.gamma": torch.ones(8),
+        }
+        state["decoder.head.0.gamma"] = torch.tensor(1.0)
+    elif kind == "has 1 unknown":
+        state["decoder.upsamples." + "9" * 5000 + ".x"] = torch.ones(1)
     elif kind == "has shape":
         state["conv2.weight"] = torch.zeros(16, 8, 1, 1, 1)
     return state
 
 
-@pytest.mark.parametrize("kind", ["Wan 2.2 5B", "image VAE", "not a Wan VAE", "lacks 1 of", "has shape"])
+@pytest.mark.parametrize(
+    "kind", ["Wan 2.2 5B", "image VAE", "not a Wan VAE", "lacks 1 of", "has shape", "single number", "has 1 unknown"]
+)
 def test_another_vae_is_named_with_the_cure(kind, tmp_path):
     save_file(foreign(kind), tmp_path / "other.safetensors")
     with pytest.raises(TurboError, match=rf"other\.safetensors.*{kind}.*Wan2\.1_VAE\.pth"):

@@ -135,6 +135,22 @@ def test_formats_are_named_whatever_the_suffix(tmp_path):
         read_image(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF"])
+def test_damaged_bytes_of_an_image_are_an_error_of_ours_or_a_picture(tmp_path, kind):
+    """Each decoder has errors of its own: AVIF's is a RuntimeError."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (20, 12), (200, 30, 90)).save(path, kind)
+    data, failed = path.read_bytes(), 0
+    for at in range(4, min(300, len(data)), 3):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        try:
+            assert read_image(path).dtype == torch.uint8
+        except TurboError as error:
+            assert "x.png" in str(error) and len(str(error)) - len(str(path)) < 400
+            failed += 1
+    assert failed
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_is_refused_by_its_pixels_before_they_are_unpacked(tmp_path, monkeypatch):
     Image.new("L", (13300, 13300)).save(tmp_path / "x.png")

@@ -31,6 +31,25 @@ def test_data_comes_back(tmp_path):
         assert path.stat().st_mode == path.with_name("plain").stat().st_mode  # others may read it, as any new file
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lengths": torch.tensor([1, 9, 3, 4, 5, 2, 5])}, "lengths goes from 1 to 9, expected 0 to 5"),
+        ({"captions_of": torch.full((6, 1), -1)}, "captions_of goes from -1 to -1, expected 0 to 6"),
+        ({"captions_of": torch.ones(5, 1, dtype=torch.long)}, "do not fit together"),
+        ({"lengths": torch.ones(7)}, "lengths is torch.float32"),
+        ({"latents": torch.full((6, 16, 3, 4, 4), math.nan)}, "latents holds NaN"),
+        ({"text": torch.ones(7, 5, 0)}, "text is torch.bfloat16"),
+        ({"images": torch.ones(6, 20, 3, 4, 2)}, "do not fit together"),
+    ],
+)
+def test_parts_that_do_not_fit_together(tmp_path, change, words):
+    path = tmp_path / "data.safetensors"
+    data.save(clips()._replace(**change), path)
+    with pytest.raises(TurboError, match=rf"data\.safetensors: .*{words}.*Make it again"):
+        data.load(path)
+
+
 def test_data_with_images_come_back_and_join(tmp_path):
     data.save(clips(images=True), tmp_path / "data.safetensors")
     back = data.load(tmp_path / "data.safetensors")

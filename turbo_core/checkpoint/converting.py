@@ -67,9 +67,9 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
 def _rewrite(source: Path, target: Path, format: str, progress: Progress | None, floats_only=False) -> Converted:
     check_name(target)
     parts = files_of(source)
-    if target.exists() and any(path.exists() and os.path.samefile(path, target) for path in parts):
+    if os.path.exists(target) and any(os.path.exists(path) and os.path.samefile(path, target) for path in parts):
         raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
-    states = {path: state_of(path) for path in parts if path.is_file()}
+    states = {path: state_of(path) for path in parts if os.path.isfile(path)}
     tensors, description, mapped = opened(source)
     stored = stored_formats(tensors, source)
     if floats_only and not set(stored.values()) <= set(FLOATS):

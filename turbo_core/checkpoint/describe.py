@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from .formats import check_scale_names, declared_formats, layer_format
 from .names import PROJ_L, is_quantizable
 from .others.comfyui import attention_settings, comfyui_reads
@@ -82,7 +82,9 @@ def describe(path, container: str, metadata: dict, stored: dict, tensors: dict, 
     check_types(tensors, expected_shapes(blocks, has_sla), path)
     for name, kind in declared.items():
         if formats.get(name, kind) != kind:
-            raise TurboError(f"{path}: {name} is stated to be {kind} and stored as {formats[name]}. Save it again.")
+            raise TurboError(
+                f"{path}: {shown(name)} is stated to be {kind} and stored as {formats[name]}. Save it again."
+            )
     used = {kind for name, kind in formats.items() if is_quantizable(name)}
     image_branch = "img_emb.proj.0.weight" in tensors
     return Description(

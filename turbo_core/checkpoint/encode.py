@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
@@ -118,7 +118,7 @@ def _cast(name, weight, scale, dtype, path):
     tensor = decode(weight, scale, dtype)
     if dtype == torch.float16 and tensor.dtype != weight.dtype and not is_finite(tensor):
         raise TurboError(
-            f"{path}: {name} exceeds 65504, the largest float16. Expected smaller weights: convert to bf16."
+            f"{path}: {shown(name)} exceeds 65504, the largest float16. Expected smaller weights: convert to bf16."
         )
     check_finite(name, tensor, path)
     return tensor

@@ -30,16 +30,18 @@ def layer_format(name: str, tensors: dict, path) -> str:
     weight, scale = tensors[name], tensors.get(f"{name}_scale")
     if weight.dtype != torch.int8 and weight.dtype not in _FLOAT_NAMES:
         raise TurboError(
-            f"{path}: {name} is stored as {weight.dtype}, which is not read here. "
+            f"{path}: {shown(name)} is stored as {weight.dtype}, which is not read here. "
             f"Expected int8, bf16, fp16, fp32 or fp8: use the bf16 version of this model."
         )
     if scale is None:
         if weight.dtype == torch.int8:
-            raise TurboError(f"{path}: {name} is int8 but {name}_scale is missing. The file is incomplete.")
+            raise TurboError(
+                f"{path}: {shown(name)} is int8 but {shown(name)}_scale is missing. The file is incomplete."
+            )
         return _FLOAT_NAMES[weight.dtype]
     shape = tuple(scale.shape)
     if not scale.dtype.is_floating_point or scale.dtype in FP8:
-        raise TurboError(f"{path}: {name}_scale is {scale.dtype}. Expected float32.")
+        raise TurboError(f"{path}: {shown(name)}_scale is {scale.dtype}. Expected float32.")
     if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in FP8:
         return "fp8"
     if weight.ndim == 2 and weight.dtype == torch.int8:
@@ -49,7 +51,7 @@ def layer_format(name: str, tensors: dict, path) -> str:
             return "int8_row"
     blocks = f"{list(block_scale_shape(*weight.shape))} (128x128 blocks) or " if weight.dtype == torch.int8 else ""
     raise TurboError(
-        f"{path}: {name} is {weight.dtype} {list(weight.shape)} and {name}_scale has the shape {list(shape)}. "
+        f"{path}: {shown(name)} is {weight.dtype} {list(weight.shape)} and {shown(name)}_scale has the shape {list(shape)}. "
         f"Expected {blocks}[{weight.shape[0]}, 1] (rows). The file is damaged or in a format that is not read here."
     )
 
@@ -154,10 +156,10 @@ def check_scale_values(name: str, scale, path) -> None:
     scale = scale.float()
     check_finite(name, scale, path)
     if scale.numel() and scale.min() < 0:
-        raise TurboError(f"{path}: {name} is negative. Expected scales above zero: the file is damaged.")
+        raise TurboError(f"{path}: {shown(name)} is negative. Expected scales above zero: the file is damaged.")
 
 
 def check_finite(name: str, tensor, path) -> None:
     """Raise TurboError when a float tensor holds NaN or infinity."""
     if not is_finite(tensor):
-        raise TurboError(f"{path}: {name} holds NaN or infinity. Expected finite weights: the file is damaged.")
+        raise TurboError(f"{path}: {shown(name)} holds NaN or infinity. Expected finite weights: the file is damaged.")

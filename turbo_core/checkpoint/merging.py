@@ -62,10 +62,12 @@ def merge(
     strengths = _strengths(strength, len(turbo), format)
     check_name(target)
     for path in (finetune, base, *turbo):
-        if target.exists() and any(part.exists() and os.path.samefile(part, target) for part in files_of(path)):
+        if os.path.exists(target) and any(
+            os.path.exists(part) and os.path.samefile(part, target) for part in files_of(path)
+        ):
             raise TurboError(f"{target} is one of the files to merge. Expected another name for the result.")
     parts = [part for path in dict.fromkeys((finetune, base, *turbo)) for part in files_of(path)]
-    states = {part: state_of(part) for part in parts if part.is_file()}
+    states = {part: state_of(part) for part in parts if os.path.isfile(part)}
     files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
@@ -123,7 +125,7 @@ def _check_exact(tensors: dict, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.int8 or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
             raise TurboError(
-                f"{path} is quantized ({name} is {tensor.dtype}). Expected bf16, fp16 or fp32: rounded to 8 bits, the "
+                f"{path} is quantized ({shown(name)} is {tensor.dtype}). Expected bf16, fp16 or fp32: rounded to 8 bits, the "
                 "difference between two models is mostly rounding. Take the unquantized file (without -quant)."
             )
 
@@ -156,7 +158,7 @@ def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Pa
                 )
             else:
                 raise TurboError(
-                    f"{name} of {path.name} is missing in {lacking[0].name}: they are of different families. Expected "
+                    f"{shown(name)} of {path.name} is missing in {lacking[0].name}: they are of different families. Expected "
                     "accelerated models of the finetune's original."
                 )
     return result

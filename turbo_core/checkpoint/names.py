@@ -2,7 +2,7 @@
 
 import re
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..int8 import block_scale_shape
 from ..wan import QUANTIZED_LINEARS
 from .formats import FP8
@@ -67,10 +67,10 @@ def canonical(tensors: dict, path) -> tuple[dict, list[str]]:
     translated = not prefixes and bool(prefixes := _prefixes(bare, diffusers.MARK))
     # averaged weights first, as among nested dictionaries
     prefix = min(prefixes, key=lambda p: ("ema" not in p, len(p)), default="")
-    notes = [f"prefix {prefix!r} removed from the names"] if prefix else []
+    notes = [f"prefix {shown(prefix)!r} removed from the names"] if prefix else []
     inside = {n[len(prefix) :]: t for n, t in bare.items() if n.startswith(prefix)}
     if len(inside) < len(bare):
-        notes.append(f"{len(bare) - len(inside)} tensors outside {prefix!r} left out")
+        notes.append(f"{len(bare) - len(inside)} tensors outside {shown(prefix)!r} left out")
     if translated:
         theirs, inside = inside, {}
         for name, tensor in theirs.items():
@@ -123,12 +123,14 @@ def _prefixes(names, mark: str) -> list[str]:
 
 def _add(into: dict, name: str, tensor, path):
     if name in into:
-        raise TurboError(f"{path}: two keys stand for {name}. Expected one: save the file again without the other.")
+        raise TurboError(
+            f"{path}: two keys stand for {shown(name)}. Expected one: save the file again without the other."
+        )
     into[name] = tensor
 
 
 def _canonical_shape(name, tensor, tensors):
-    if name == "patch_embedding.weight" and tensor.ndim == 2 and tensor.shape[1] % 4 == 0:
+    if name == "patch_embedding.weight" and tensor.ndim == 2 and tensor.shape[1] % 4 == 0 and tensor.numel():
         return tensor.reshape(tensor.shape[0], -1, 1, 2, 2)  # columns run over channel, time, height, width
     if name.endswith(".weight_scale"):
         weight = tensors.get(name.removesuffix("_scale"))

@@ -171,10 +171,16 @@ def _check_order(mapping, records, stop):
         gap = following - end
         if gap < 0:
             raise Damaged(f"the record {shown(name)!r} lies over another one")
-        form = {16: "<2L", 24: "<2Q"}.get(gap)
-        repeated = form and mapping[end : end + 4] == _BEHIND
-        if gap and not (repeated and struct.unpack(form, mapping[end + 8 : following]) == (record.packed, record.size)):
+        moved = any(_repeats(mapping, end - length, length, record) for length in (16, 24))
+        if moved or (gap and (gap not in (16, 24) or not _repeats(mapping, end, gap, record))):
             raise Damaged(f"the record {shown(name)!r} does not end where the next one begins")
+
+
+def _repeats(mapping, at, length, record) -> bool:
+    """Do the sizes of a record stand at a byte, as streams write them behind it?"""
+    behind = mapping[at : at + length]
+    form = "<2L" if length == 16 else "<2Q"
+    return behind[:4] == _BEHIND and struct.unpack(form, behind[8:]) == (record.packed, record.size)
 
 
 def _entry(mapping, at, stop):
@@ -274,6 +280,8 @@ def _legacy(mapping):
             raise Damaged(f"its storage {shown(key)!r} has {has}: it is cut short")
         runs[key] = Record(at + 8, size, size, _STORED, 0)
         at += 8 + size
+    if at != len(mapping):
+        raise Damaged(f"its storages end at byte {at}, the file at {len(mapping)}")
     return pickled.content, runs
 
 

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import mmap
+import os
 import platform
 import sys
 from pathlib import Path
@@ -66,9 +67,9 @@ def open_tensors(path, writable: bool = False, contents: bool = True) -> TensorF
     tensors (it is refused when it names it, and nothing is run).
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise TurboError(f"{path} is a folder. Expected one .pth or .safetensors file: name the file inside it.")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises for names that no disk takes
         raise TurboError(f"{path} does not exist.{_near_names(path)}")
     try:
         is_pickle = _start(path)[:1] in (b"P", b"\x80") or path.suffix.lower() not in SAFETENSORS_SUFFIXES
@@ -105,7 +106,7 @@ def stored_checksums(path) -> list[tuple[int, int, int, str]]:
 
 
 def _near_names(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f" There is no folder {path.parent} either. Check the path."
     names = [p.name for p in path.parent.iterdir() if p.is_file()]
     near = difflib.get_close_matches(path.name, names, 3, 0.6)

@@ -114,7 +114,7 @@ def check_names(tensors: dict, blocks: int, has_sla: bool, variant: str | None, 
 
 
 def _listed(names: list[str], what: str) -> str:
-    blocks = sorted({int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))})
+    blocks = sorted({int(m[1]) for name in names if (m := re.match(r"blocks\.(\d{1,9})\.", name))})
     first = ", ".join(map(shown, names[:4])) + (", ..." if len(names) > 4 else "")
     numbers = ", ".join(map(str, blocks[:6])) + (", ..." if len(blocks) > 6 else "")
     where = f" (block{'s' if len(blocks) > 1 else ''} {numbers})" if blocks else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import TurboError, shown
+from ..errors import TurboError
 from ..files import check_free, written_aside
 from .read import DTYPES
 
@@ -19,7 +19,6 @@ _IN_USE = (
     "Check the rights to that folder, and that no program has the file open (ComfyUI has, while its MODEL is loaded): "
     "or choose another name."
 )
-_LONGEST = 230  # bytes of a name: file systems take 255, and the lock beside it has a longer one
 _ALIGNMENT = 64  # bytes: a cache line, and what torch gives its own tensors
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -55,23 +54,21 @@ def write_safetensors(target, state: dict[str, torch.Tensor], metadata: dict[str
 
 
 def check_name(target: Path) -> None:
-    """Raise TurboError unless a file to be written has a .safetensors name that a disk takes."""
-    if len(os.fsencode(target.name)) > _LONGEST:
-        raise TurboError(f"{shown(target.name)} is too long a name. Expected at most {_LONGEST} bytes: shorten it.")
+    """Raise TurboError unless a file to be written has a .safetensors name that a disk takes and nobody writes to."""
     if target.suffix.lower() != ".safetensors":
         raise TurboError(
             f"{target} does not end in .safetensors. Expected a .safetensors name: that is what is written."
         )
+    check_free(target)
 
 
 def check_target(target: Path, size: int) -> None:
     """Raise TurboError unless `size` bytes can go to `target`: see check_name, in an existing folder with room."""
     check_name(target)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise TurboError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise TurboError(f"{target} is a folder. Expected the name of a file to write.")
-    check_free(target)
     if target.exists():
         with _explained(target):
             os.rename(target, target)  # does nothing, and on Windows says now whether a program has the file open

@@ -49,13 +49,15 @@ def run_generate(arguments) -> None:
 
     from .. import pipeline
     from ..pipeline.sizes import parse_size
-    from ..pipeline.video import check_sheet_path, check_video_path, write_contact_sheet, write_video
+    from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
     from .console import progress_bars
 
     size = parse_size(arguments.size)
     check_video_path(arguments.output)
     if arguments.contact_sheet:
         check_sheet_path(arguments.contact_sheet)
+    if arguments.json:
+        check_place(arguments.json)
     start = time.perf_counter()
     try:
         with progress_bars() as progress:

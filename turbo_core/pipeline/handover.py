@@ -17,7 +17,7 @@ from ..devices import release
 from ..errors import TurboError
 from ..wan import WanModel
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 _STOP = object()
 
 

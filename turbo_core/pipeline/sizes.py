@@ -24,7 +24,7 @@ def parse_size(text: str) -> tuple[int, int]:
             known = ", ".join(f"{name}-{ratio}" for name, ratios in PRESETS.items() for ratio in ratios)
             raise TurboError(f"Unknown size preset {text!r}. Known: {known}; or write it like 832x480.")
         return size
-    match = re.fullmatch(r"(\d+)\s*[x×]\s*(\d+)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,5})\s*[x×]\s*(\d{1,5})", text.strip().lower())
     if not match:
         raise TurboError(f"Size {text!r} is not understood: write it like 832x480, 480p or 720p-9:16.")
     size = int(match[1]), int(match[2])

@@ -1,6 +1,7 @@
 """The umT5 text encoder of Wan: prompts to [B, 512, text_dim] embeddings, computed by transformers."""
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from ..checkpoint.formats import check_scale_values
 from ..checkpoint.read import open_tensors
-from ..errors import TurboError, missing_library
+from ..errors import TurboError, missing_library, shown
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
 _PAD, _EOS = 0, 1
@@ -52,6 +53,7 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
     config_class, model_class = _transformers()
     config = config_class(**_infer_sizes(state, path))
+    tokenize = _within(tokenize, config.vocab_size, path)
     with torch.device("meta"):
         model = model_class(config)
     tensors = {}
@@ -182,14 +184,30 @@ def _widen(state: dict, name: str, path) -> torch.Tensor:
     return weight.float() * scale.float().reshape(-1, 1)
 
 
+def _within(tokenize, vocabulary: int, path):
+    """tokenize, with an error where it fails or knows tokens that the encoder does not: a damaged file may load."""
+
+    def checked(text):
+        try:
+            ids = tokenize(text)
+        except Exception as error:  # as raised by two libraries, bare Exception among them
+            raise TurboError(f"tokenizer: that of {path} fails ({shown(error)}). Download it again.") from error
+        if not ids or max(ids) >= vocabulary:
+            most = max(ids, default=None)
+            raise TurboError(f"tokenizer: token {most}, expected below {vocabulary}, as {path} has. Use its own.")
+        return ids
+
+    return checked
+
+
 def _load_tokenizer(embedded, tokenizer, path: Path):
     if tokenizer is None and embedded is not None:
         if embedded.dtype != torch.uint8:
             raise TurboError(f"tokenizer: the {_EMBEDDED} in {path} is {embedded.dtype}, expected bytes.")
         return _sentencepiece(embedded.numpy().tobytes(), path)
     place = Path(tokenizer) if tokenizer is not None else path.parent / "google" / "umt5-xxl"
-    found = [place] if place.is_file() else [place / name for name in ("spiece.model", "tokenizer.json")]
-    found = [file for file in found if file.is_file()]
+    found = [place] if os.path.isfile(place) else [place / name for name in ("spiece.model", "tokenizer.json")]
+    found = [file for file in found if os.path.isfile(file)]
     if not found:
         inside = "" if tokenizer is not None else f"{path.name} carries no tokenizer, and "
         raise TurboError(
@@ -210,7 +228,7 @@ def _sentencepiece(proto: bytes, source: Path):
         if not proto:  # which the library takes, and fails when it is used
             raise RuntimeError("empty")
         processor = SentencePieceProcessor(model_proto=proto, add_eos=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # of its structure, and of text in it that is none
         raise TurboError(f"tokenizer: the sentencepiece model in {source} is damaged. Download it again.") from error
     return lambda text: list(processor.encode(text))
 
@@ -223,7 +241,7 @@ def _tokenizer_json(file: Path):
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the Rust library raises bare Exception for every malformed file
-        raise TurboError(f"tokenizer: {file} is not a tokenizer.json ({error}). Download it again.") from error
+        raise TurboError(f"tokenizer: {file} is not a tokenizer.json ({shown(error)}). Download it again.") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
 

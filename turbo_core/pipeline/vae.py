@@ -5,7 +5,7 @@ import re
 import torch
 
 from ..checkpoint.read import open_tensors
-from ..errors import TurboError, missing_library
+from ..errors import TurboError, missing_library, shown
 
 LATENT_CHANNELS = 16
 # Per-channel statistics of the latents; the DiT works on (latent - mean) / std. Published with the Wan 2.1 VAE.
@@ -91,8 +91,8 @@ def _canonical(state: dict, path) -> dict:
 
 def _base_dim(state: dict, path) -> int:
     name = "decoder.norm_out.gamma"
-    if name not in state:
-        raise TurboError(f"VAE: {path} lacks {name}. {_CURE}")
+    if name not in state or state[name].ndim == 0:
+        raise TurboError(f"VAE: {path} lacks {name}, or it is a single number. {_CURE}")
     return state[name].shape[0]
 
 
@@ -102,7 +102,7 @@ def _check_shapes(model, state: dict, path) -> None:
     if missing or extra:
         raise TurboError(
             f"VAE: {path} lacks {len(missing)} of {len(expected)} tensors and has {len(extra)} unknown ones, for "
-            f"example {sorted(missing | extra)[0]}. {_CURE}"
+            f"example {shown(min(missing | extra))}. {_CURE}"
         )
     for name in expected:
         if not state[name].is_floating_point():
@@ -126,7 +126,7 @@ def diffusers_name(key: str) -> str:
     key = re.sub(r"\.middle\.([02])\.", lambda match: f".mid_block.resnets.{int(match[1]) // 2}.", key)
     key = key.replace("encoder.downsamples.", "encoder.down_blocks.")
     # the decoder counts four entries a level: three residual blocks and an upsampler
-    key = re.sub(r"decoder\.upsamples\.(\d+)\.", lambda match: _up_block(int(match[1])), key)
+    key = re.sub(r"decoder\.upsamples\.(\d{1,4})\.", lambda match: _up_block(int(match[1])), key)
     for official, ours in _RESIDUAL.items():
         key = key.replace(f".{official}", f".{ours}")
     return key

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import TurboError, missing_library
+from ..errors import TurboError, missing_library, shown
 from ..files import check_free, written_aside
 from .sizes import FPS
 
@@ -26,7 +26,7 @@ def read_image(path) -> torch.Tensor:
     from PIL import ImageOps
 
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TurboError(f"image: {path} is not a file. Check the path.")
     try:
         # formats by name: for others Pillow starts programs, Ghostscript for one
@@ -40,8 +40,8 @@ def read_image(path) -> torch.Tensor:
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except TurboError:
         raise
-    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-        raise TurboError(f"image: {path} cannot be read ({error}). Save it as PNG or JPEG.") from error
+    except Exception as error:  # each of Pillow's decoders has its own
+        raise TurboError(f"image: {path} cannot be read ({shown(error, 200)}). Save it as PNG or JPEG.") from error
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
@@ -114,7 +114,7 @@ def check_video_path(path) -> None:
     if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
         raise TurboError(f"The output must end in {known}, got {Path(path).name!r}: name it {Path(path).stem}.mp4.")
     _pyav()
-    _check_folder(path)
+    check_place(path)
 
 
 def check_sheet_path(path) -> None:
@@ -123,12 +123,13 @@ def check_sheet_path(path) -> None:
     known = image_module.registered_extensions()  # reads all formats, those that cannot be written too
     if known.get(Path(path).suffix.lower()) not in image_module.SAVE:
         raise TurboError(f"The contact sheet {path} is of no known image format: name it {Path(path).stem}.png.")
-    _check_folder(path)
+    check_place(path)
 
 
-def _check_folder(path) -> None:
+def check_place(path) -> None:
+    """The same for a file of any kind."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise TurboError(f"The output {path} is a folder: name a file in it.")
     check_free(path)
     try:

@@ -1,6 +1,6 @@
 """What the transformer is trained on: latents of clips and embeddings of their captions, encoded once, in one file."""
 
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import inspect
+from ..checkpoint.formats import is_finite
 from ..checkpoint.write import write_safetensors
 from ..errors import TurboError
 from ..pipeline.inputs import check_experts, check_model
@@ -15,6 +16,8 @@ from ..pipeline.text import TEXT_LENGTH, clean_prompt, encode_text
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
 _SMALL = ("latents", "text", "images")  # in bfloat16
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_AGAIN = "Make it again with turbo-core train data."
 
 
 class Data(NamedTuple):
@@ -39,7 +42,7 @@ def save(data: Data, path) -> None:
 
 def load(path) -> Data:
     """Read a data set. Raises TurboError when the file is missing or holds something else."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise TurboError(f"data: there is no file {path}. Make it with turbo-core train data.")
     try:
         with safe_open(path, "pt") as file:
@@ -48,7 +51,36 @@ def load(path) -> Data:
         raise TurboError(f"data: {path} cannot be read ({error}). Make it again.") from error
     if set(found) - {"images"} != set(_NAMES) or found["latents"].ndim != 5 or found["text"].ndim != 3:
         raise TurboError(f"data: {path} is no training data, expected the tensors {', '.join(_NAMES)}.")
-    return Data(**found)
+    data = Data(**found)
+    _check_parts(data, path)
+    return data
+
+
+def _check_parts(data: Data, path) -> None:
+    """Raise TurboError unless the parts fit together, as every batch takes for granted."""
+    clips, captions, tokens = len(data.latents), *data.text.shape[:2]
+    for name, tensor in data._asdict().items():
+        if tensor is None:
+            continue
+        floats = name in _SMALL
+        if tensor.numel() == 0 or tensor.dtype not in (_FLOATS if floats else (torch.int64,)):
+            wanted = "float16, bfloat16 or float32" if floats else "int64"
+            raise TurboError(
+                f"data: {path}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {wanted}. {_AGAIN}"
+            )
+        if floats and not is_finite(tensor):
+            raise TurboError(f"data: {path}: {name} holds NaN or infinity. {_AGAIN}")
+    shapes = {name: list(tensor.shape) for name, tensor in data._asdict().items() if tensor is not None}
+    fits = shapes["lengths"] == [captions] and len(shapes["captions_of"]) == 2 and shapes["captions_of"][0] == clips
+    if data.images is not None:
+        images, latents = shapes["images"], shapes["latents"]
+        fits = fits and len(images) == 5 and images[0] == clips and images[2:] == latents[2:]
+    if not fits:
+        raise TurboError(f"data: {path}: the shapes {shapes} do not fit together. {_AGAIN}")
+    for name, most in (("lengths", tokens), ("captions_of", captions - 1)):
+        low, high = (edge.item() for edge in getattr(data, name).aminmax())
+        if low < 0 or high > most:
+            raise TurboError(f"data: {path}: {name} goes from {low} to {high}, expected 0 to {most}. {_AGAIN}")
 
 
 def check_fits(data: Data, model, low=None) -> None:
