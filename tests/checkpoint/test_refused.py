@@ -256,6 +256,24 @@ def test_what_a_file_says_of_itself_may_be_anything(tmp_path, state, metadata, q
     refuse(tmp_path / "x.safetensors", *words)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"y": torch.ones(2, 2), "y_scale": torch.ones(3)},  # of the wrong shape
+        {"y": torch.ones(2, 2, dtype=torch.int8), "y_scale": torch.ones(2, 1, dtype=torch.int8)},
+        {"y": torch.ones(2, 2, dtype=torch.int32), "y_scale": torch.ones(2, 1)},
+        {"y": torch.full((2, 2), math.nan)},
+        {"_orig_mod.y": torch.ones(1), "y": torch.ones(1)},
+    ],
+)
+def test_an_error_shows_the_beginning_of_a_long_name(tmp_path, state, change):
+    long = {name.replace("y", "y" * 3000): tensor for name, tensor in change.items()}
+    path = saved(official(state) | long, tmp_path / "x.pth")
+    with pytest.raises(TurboError, match=r"yyy\.\.\.") as error:
+        checkpoint.convert(path, tmp_path / "y.safetensors", "bf16")
+    assert len(str(error.value)) - len(str(path)) < 400
+
+
 def test_what_a_terminal_obeys_is_escaped(tmp_path):
     path = saved({"\r\x1b[2K\x1b[32mall is well\x1b[0m\x1b]0;owned\x07": torch.ones(1)}, tmp_path / "x.pth")
     with pytest.raises(TurboError) as error:

@@ -51,7 +51,8 @@ def layer_format(name: str, tensors: dict, path) -> str:
             return "int8_row"
     blocks = f"{list(block_scale_shape(*weight.shape))} (128x128 blocks) or " if weight.dtype == torch.int8 else ""
     raise TurboError(
-        f"{path}: {shown(name)} is {weight.dtype} {list(weight.shape)} and {shown(name)}_scale has the shape {list(shape)}. "
+        f"{path}: {shown(name)} is {weight.dtype} {list(weight.shape)} and {shown(name)}_scale has the shape "
+        f"{list(shape)}. "
         f"Expected {blocks}[{weight.shape[0]}, 1] (rows). The file is damaged or in a format that is not read here."
     )
 

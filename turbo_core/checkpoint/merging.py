@@ -125,8 +125,9 @@ def _check_exact(tensors: dict, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.int8 or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
             raise TurboError(
-                f"{path} is quantized ({shown(name)} is {tensor.dtype}). Expected bf16, fp16 or fp32: rounded to 8 bits, the "
-                "difference between two models is mostly rounding. Take the unquantized file (without -quant)."
+                f"{path} is quantized ({shown(name)} is {tensor.dtype}). Expected bf16, fp16 or fp32: rounded to "
+                "8 bits, the difference between two models is mostly rounding. Take the unquantized file (without "
+                "-quant)."
             )
 
 
@@ -158,8 +159,8 @@ def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Pa
                 )
             else:
                 raise TurboError(
-                    f"{shown(name)} of {path.name} is missing in {lacking[0].name}: they are of different families. Expected "
-                    "accelerated models of the finetune's original."
+                    f"{shown(name)} of {path.name} is missing in {lacking[0].name}: they are of different families. "
+                    "Expected accelerated models of the finetune's original."
                 )
     return result
 
