@@ -7,9 +7,11 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("limits of memory, clear_refs and RLIMIT_FSIZE are Linux's", allow_module_level=True)
 
-from tests.hostile import races, suite
+from tests.helpers.process import run_python
+from tests.hostile import honest, races, suite
 from tests.hostile.cases import Case
 from tests.hostile.classes import KINDS, made, planned
+from turbo_core.errors import TurboError
 
 
 def test_no_input_does_harm():
@@ -36,3 +38,60 @@ def test_a_seed_makes_the_same_input_again():
 def test_rough_handling_leaves_whole_files(script):
     row = script(4)
     assert row["tried"] == 4 and row["bad"] == 0, row
+
+
+HARM = """
+import os, pickle, subprocess, sys
+from pathlib import Path
+from tests.hostile.child import Watch
+watch = Watch(Path(sys.argv[1]) / "work")
+watch.on = watch.strict = True
+(Path(sys.argv[1]) / "work" / "inside").write_text("")
+assert not watch.seen, watch.seen
+(Path(sys.argv[1]) / "outside").write_text("")
+os.system("true")
+subprocess.run(["true"])
+pickle.loads(b"cos\\nsystem\\n.")
+import wave
+try:
+    __import__("socket").create_connection(("127.0.0.1", 9), 0.1)
+except OSError:
+    pass
+watch.on = False
+print(*watch.seen, sep="\\n")
+"""
+
+
+def test_the_watch_sees_what_it_is_there_for(tmp_path):
+    (tmp_path / "work").mkdir()
+    seen = run_python("-c", HARM, tmp_path, interpret=False)
+    for words in (
+        "outside' to write",
+        "os.system",
+        "subprocess.Popen",
+        "pickle.find_class",
+        "imported wave",
+        "socket.",
+    ):
+        assert words in seen, seen
+
+
+def test_outcomes_are_told_apart(tmp_path):
+    from tests.hostile import doors
+
+    def outcome(error, name="x.pth"):
+        found = doors.Found()
+        with found.door(tmp_path / name):
+            raise error
+        return list(found.outcomes)
+
+    assert outcome(TurboError(f"{tmp_path / 'x.pth'} is damaged.")) == ["clear"]
+    assert outcome(TurboError("It is damaged.")) == ["unclear"]
+    assert outcome(TurboError(f"{tmp_path / 'x.pth'} {'y' * 400}")) == ["unclear"]
+    assert outcome(KeyError("x")) == ["traceback"] and outcome(MemoryError()) == ["over 1 GB"]
+    base = honest.zips()[0]
+    other = {name: tensor * 2 for name, tensor in base.state.items()}
+    for same, right in (base.state, "fine"), (other, "wrong"):
+        (tmp_path / base.name).write_bytes(base.data)
+        assert right in doors.opened(Case("checkpoint", {base.name: base.data}, same), tmp_path)
+    assert "wrong" in doors.opened(Case("checkpoint", {base.name: base.data}, refuse="a test"), tmp_path)
