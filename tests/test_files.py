@@ -105,6 +105,16 @@ def test_names_that_no_disk_takes_are_refused_before_the_work(tmp_path, name):
         files.check_free(tmp_path / f"{name}.mp4")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX's")
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    """Root may: --json /dev/null would have made an ordinary file of it for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    for call in (files.check_free, lambda path: write_whole(path, "ours")):
+        with pytest.raises(TurboError, match="a pipe or a device"):
+            call(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_what_a_killed_writer_left_is_swept_by_the_next_in_that_folder(target, caplog):
     with another(target):
         pass

@@ -29,6 +29,7 @@ def written_aside(target):
     format that the target's name says.
     """
     target = Path(target)
+    check_free(target)
     aside = target.with_name(f"{target.name}.part")
     _sweep(target.parent)
     with _alone(target):
@@ -69,8 +70,10 @@ def _alone(target: Path):
 
 
 def check_free(target) -> None:
-    """Raise TurboError, before any work, where no disk takes the target's name or another process writes to it."""
+    """Raise TurboError, before any work, where a target's name is that of no file, or another process writes to it."""
     target = Path(target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise TurboError(f"{target} is a folder, a pipe or a device. Expected the name of an ordinary file to write.")
     try:
         raw = os.fsencode(target)
     except UnicodeEncodeError:  # a lone surrogate

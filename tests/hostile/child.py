@@ -57,7 +57,8 @@ class Watch:
             "os.link",
             "os.symlink",
         ):
-            if not self._inside(arguments[0]):
+            nothing = event == "os.mkdir" and os.path.isdir(arguments[0])  # is there already
+            if not nothing and not self._inside(arguments[0]):
                 self.seen.append(f"{event} {arguments[0]!r}")
         elif event in _STARTS or event in _SOCKETS or event == "pickle.find_class":
             self.seen.append(f"{event} {arguments[:2]!r}"[:200])
@@ -70,7 +71,7 @@ class Watch:
         if isinstance(path, int):
             return True
         path = os.fsdecode(path) if isinstance(path, (bytes, os.PathLike)) else str(path)
-        if path.startswith("/dev/") or "\0" in path:
+        if path == os.devnull or "\0" in path:
             return True
         self.on = False  # realpath looks at the disk
         try:

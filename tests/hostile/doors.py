@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import time
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -202,6 +203,8 @@ def _training(found, case, folder):
 
 def _command(found, case, folder):
     out, err, status = io.StringIO(), io.StringIO(), None
+    for name in ("pipe.mp4", "pipe.safetensors"):  # must be neither waited for nor replaced
+        os.mkfifo(folder / name)
     before = set(folder.rglob("*"))
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -213,6 +216,8 @@ def _command(found, case, folder):
         return
     if any(path.name.endswith((".part", "-lock")) for path in folder.rglob("*")):
         found.add("damaged", f"left behind: {set(folder.rglob('*')) - before}")
+    if not all((folder / name).is_fifo() for name in ("pipe.mp4", "pipe.safetensors")):
+        found.add("damaged", f"a pipe was replaced, {case.arguments}")
     text = err.getvalue()
     lines = [line for line in text.splitlines() if line.startswith("turbo-core") or ": error:" in line]
     if status == 0:

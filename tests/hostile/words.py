@@ -32,13 +32,14 @@ def _name(random):
 
 _PATHS = (
     "none.pth", "x" * 300 + ".pth", "a\x1b[2J.pth", ".", "/", "", "..", "model.pth", "vae.pth", "encoder.pth",
-    "/dev/null",
-    "/dev/zero", "a\nb.pth", "no/such/x.pth", "-x.pth", "\ud800.pth", "x\0.pth", "folder",
+    "pipe.safetensors",
+    "pipe.safetensors", "a\nb.pth", "no/such/x.pth", "-x.pth", "\ud800.pth", "x\0.pth", "folder",
 )  # fmt: skip
 _TARGETS = (
     "out.safetensors", "out.pth", "out", "x" * 300 + ".safetensors", "é" * 150 + ".safetensors",
     "no/such/out.safetensors",
-    "folder", "a\x1b]0;x\x07.safetensors", "model.pth", ".safetensors", "out.SAFETENSORS", "/dev/null", "/dev/full",
+    "folder", "a\x1b]0;x\x07.safetensors", "model.pth", ".safetensors", "out.SAFETENSORS", "pipe.safetensors",
+    "pipe.mp4",
     "a\nb.safetensors", "out.safetensors/", "x\0.safetensors", "\ud800.safetensors",
 )  # fmt: skip
 _WHOLE = (
@@ -70,7 +71,7 @@ _VIDEOS = (
     "folder",
     "no/such/out.mp4",
     "x" * 300 + ".mp4",
-    "/dev/full",
+    "pipe.mp4",
     "out.MKV",
     "a\x1b[2J.mp4",
     "x\0.mp4",
@@ -152,7 +153,10 @@ def _generate(random):
         "--dtype": ("float32", "x"),
         "-o": _VIDEOS,
     }
-    more |= {"--contact-sheet": ("sheet.png", "sheet.psd", "folder", "x"), "--json": ("x.json", "folder", "/dev/full")}
+    more |= {
+        "--contact-sheet": ("sheet.png", "sheet.psd", "folder", "x"),
+        "--json": ("x.json", "folder", "pipe.mp4", "none/x.json"),
+    }
     more |= {"--image": _PATHS, "--dit-low": _PATHS}
     for name in random.sample(list(more), pick((1, 1, 2, 3))):
         given[name] = pick(more[name])
