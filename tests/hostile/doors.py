@@ -86,7 +86,7 @@ def _checkpoint(found, case, folder, finite=True):
     state = None
     with found.door(path):
         state, _ = checkpoint.load(path)
-    if taken is not None and case.same is not None:
+    if state is not None and case.same is not None:
         _same(found, path, case.same)
     for format in ("bf16", "int8_block"):
         _convert(found, case, path, folder / "out.safetensors", format, finite)

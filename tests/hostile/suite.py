@@ -36,7 +36,7 @@ class Child:
             [sys.executable, "-m", "tests.hostile.child"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
-        if self._line(600) is None:
+        if self._line(600) != b"ready\n":
             raise RuntimeError(f"The child did not start: {self._last_words()}")
 
     def ask(self, kind: str, seed: int) -> list[str]:
