@@ -24,7 +24,8 @@ def test_no_input_does_harm():
     outcomes = {kind: {outcome for _, outcome, _ in found} for kind, found in results.items()}
     # a class of which nothing is taken, where something should be, tests one line of the reader
     always_refused = {kind for kind, found in outcomes.items() if found == {"clear"}}
-    assert always_refused <= {"pickle programs", "pickle payloads"}, always_refused
+    # a change to a header of safetensors is hardly ever without consequence
+    assert always_refused <= {"pickle programs", "pickle payloads", "safetensors header"}, always_refused
 
 
 def test_a_seed_makes_the_same_input_again():

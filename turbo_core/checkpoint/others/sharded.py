@@ -1,6 +1,7 @@
 """A checkpoint in one file or in several: a folder as Diffusers writes it, or the index that names its shards."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,12 +20,12 @@ def files_of(path) -> list[Path]:
     that is damaged or names anything but files beside it, and shards that are missing.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _in_folder(path)
-    if not path.name.endswith(INDEX) or not path.is_file():
+    if not path.name.endswith(INDEX) or not os.path.isfile(path):
         return [path]
     shards = [path.with_name(name) for name in dict.fromkeys(_weight_map(path).values())]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    missing = [shard.name for shard in shards if not os.path.isfile(shard)]
     if missing:
         names = ", ".join(map(shown, missing[:4])) + (", ..." if len(missing) > 4 else "")
         raise TurboError(
