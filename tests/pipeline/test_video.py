@@ -136,6 +136,7 @@ def test_formats_are_named_whatever_the_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_bytes_of_an_image_are_an_error_of_ours_or_a_picture(tmp_path, kind):
     """Each decoder has errors of its own: AVIF's is a RuntimeError."""
     path = tmp_path / "x.png"
