@@ -94,20 +94,19 @@ def main():
     from tests.hostile import classes, doors
 
     logging.disable(logging.CRITICAL)
-    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="turbowan-hostile-", dir=fast) as top:
-        work, canary = Path(top) / "work", Path(top) / "canary"
-        _put_canary(Path(top) / "modules", canary)
-        work.mkdir()
-        os.environ |= {"HOME": str(work), "TMPDIR": str(work)}
-        tempfile.tempdir = str(work)
-        os.chdir(work)
-        watch = Watch(work)
-        _warm(classes, doors, work)
-        print("ready", file=pipe)
-        for line in sys.stdin:
-            kind, seed = json.loads(line)
-            print(json.dumps(_one(classes, doors, watch, work, canary, kind, seed)), file=pipe)
+    top = Path(sys.argv[1])
+    work, canary = top / "work", top / "canary"
+    _put_canary(top / "modules", canary)
+    work.mkdir()
+    os.environ |= {"HOME": str(work), "TMPDIR": str(work)}
+    tempfile.tempdir = str(work)
+    os.chdir(work)
+    watch = Watch(work)
+    _warm(classes, doors, work)
+    print("ready", file=pipe)
+    for line in sys.stdin:
+        kind, seed = json.loads(line)
+        print(json.dumps(_one(classes, doors, watch, work, canary, kind, seed)), file=pipe)
 
 
 def _one(classes, doors, watch, work, canary, kind, seed):

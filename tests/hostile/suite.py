@@ -12,6 +12,7 @@ import os
 import platform
 import queue
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,12 @@ class Child:
     def __init__(self):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+        # in memory where there is such a place; here, since a child that is killed removes nothing
+        self.folder = tempfile.mkdtemp("", "turbowan-hostile-", "/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.child"], cwd=ROOT, env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.errors,
+            [sys.executable, "-m", "tests.hostile.child", self.folder], cwd=ROOT, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         if self._line(600) != b"ready\n":
             raise RuntimeError(f"The child did not start: {self._last_words()}")
@@ -66,6 +69,7 @@ class Child:
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.errors):
             file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def tried(inputs, children: int = 1, say=None) -> dict[str, list]:
