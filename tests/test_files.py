@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,18 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_in_that_folder(target, c
     write_whole(target.parent / "other.txt", "ours")
     assert sorted(os.listdir(target.parent)) == [target.name, "other.txt"] and target.read_text() == "old"
     assert "removed" in caplog.text and "model.safetensors.part" in caplog.text
+
+
+@pytest.mark.skipif(not files.fcntl, reason="of flock")
+def test_whoever_only_looks_does_not_keep_a_writer_out(target):
+    """Two writers were both told that the other one writes."""
+    lock = files._lock_of(target)
+    with open(lock, "w") as file:  # made, locked and without an owner yet
+        files.fcntl.flock(file, files.fcntl.LOCK_EX)
+        threading.Timer(0.05, file.close).start()
+        files.check_free(target)
+        write_whole(target, "ours")
+    assert target.read_text() == "ours" and os.listdir(target.parent) == [target.name]
 
 
 def test_a_writer_at_work_is_not_swept(target):

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,12 +47,16 @@ def written_aside(target):
 @contextmanager
 def _alone(target: Path):
     """Hold the lock of a target; the system lets go of it when the process ends, however it does."""
-    place = _lock_of(target)
+    place, tries = _lock_of(target), 20
     while True:
         file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
         if _lock(file) is False:
             with file:
-                raise _taken(target, file)
+                if tries == 0 or _has_owner(file):
+                    raise _taken(target, file)
+            time.sleep(0.01)  # its owner is about to write its name, or another process only looked or swept
+            tries -= 1
+            continue
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
                 break
@@ -83,8 +88,12 @@ def check_free(target) -> None:
     if len(os.fsencode(target.name)) > _LONGEST:
         raise TurboError(f"{shown(target.name)} is too long a name. Expected at most {_LONGEST} bytes: shorten it.")
     with suppress(OSError), open(_lock_of(target), "r+", encoding="utf-8") as file:
-        if _lock(file) is False:
+        if _has_owner(file) and _lock(file) is False:
             raise _taken(target, file)
+
+
+def _has_owner(lock) -> bool:
+    return os.fstat(lock.fileno()).st_size > 0
 
 
 def _taken(target, lock) -> TurboError:
