@@ -116,6 +116,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     trust("cpu")  # the interpreter is there to be tested
 
 
+def register_operator(name: str, run, schema: str, empty) -> None:
+    """Make run torch's operator OPERATORS::name, one node for torch.compile.
+
+    empty: the same arguments -> results of the right shapes and dtypes, nothing computed.
+    """
+
+    def explaining(*given):
+        with explained():
+            return run(*given)
+
+    torch.library.custom_op(f"{OPERATORS}::{name}", explaining, mutates_args=(), schema=schema).register_fake(empty)
+
+
 def learning(*tensors) -> bool:
     """True where a gradient is to flow through one of the tensors, or None: kernels have none."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -5,6 +5,12 @@ import struct
 import zipfile
 from typing import NamedTuple
 
+import pytest
+import torch
+
+from turbo_core.checkpoint.read import open_tensors
+from turbo_core.errors import TurboError
+
 
 class Global(NamedTuple):
     module: str
@@ -95,3 +101,28 @@ def repacked(source, target, method=zipfile.ZIP_STORED, change=lambda name, data
             for entry in old.infolist():
                 new.writestr(entry.filename, change(entry.filename, old.read(entry)))
     return target
+
+
+STATE = {
+    "a": torch.randn(37, 5),
+    "half": torch.randn(3, 300).bfloat16(),
+    "int8": torch.randint(-128, 128, (130,), dtype=torch.int8),  # an odd length: what follows may lie anywhere
+    "fp8": torch.randn(9).to(torch.float8_e4m3fn),
+    "none": torch.zeros(0, 4),
+    "one": torch.tensor(2.5),
+}
+
+
+def same(loaded, state):
+    assert loaded.keys() == state.keys()
+    for name, expected in state.items():
+        assert loaded[name].dtype == expected.dtype and loaded[name].shape == expected.shape
+        assert torch.equal(loaded[name].float(), expected.float()), name
+    return True
+
+
+def refused(path, *words):
+    with pytest.raises(TurboError) as error:
+        open_tensors(path)
+    for word in (str(path), *words):
+        assert word in str(error.value), str(error.value)

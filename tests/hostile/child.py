@@ -110,13 +110,8 @@ def main():
 
 
 def _one(classes, doors, watch, work, canary, kind, seed):
-    case = classes.made(kind, seed)
-    folder = work / "case"
-    folder.mkdir()
-    for name, data in case.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    os.chdir(folder)
+    case, folder = classes.made(kind, seed), work / "case"
+    _enter(folder, case)
     before = _peak(reset=True)
     watch.strict = case.door in ("checkpoint", "finite", "honest", "merge")
     watch.seen, watch.on = [], True
@@ -138,6 +133,15 @@ def _one(classes, doors, watch, work, canary, kind, seed):
     return [outcome, outcomes[outcome]]
 
 
+def _enter(folder, case):
+    """Lay a case's files out in a new folder and work there."""
+    folder.mkdir()
+    for name, data in case.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    os.chdir(folder)
+
+
 def _put_canary(folder, canary):
     """A module that a payload may name; running any of it makes a file."""
     folder.mkdir()
@@ -151,13 +155,8 @@ def _warm(classes, doors, work):
     doors_left = set(doors.DOORS)
     for kind in classes.KINDS:
         for seed in range(-3, 0):
-            case = classes.made(kind, seed)
-            folder = work / "warm"
-            folder.mkdir()
-            for name, data in case.files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(data)
-            os.chdir(folder)
+            case, folder = classes.made(kind, seed), work / "warm"
+            _enter(folder, case)
             doors.opened(case, folder)
             doors_left.discard(case.door)
             os.chdir(work)

@@ -6,7 +6,7 @@ runs, a node asks again who computes on its device. These nodes are what a compi
 
 import torch
 
-from ..dispatch import OPERATORS, explained, learning, use_triton
+from ..dispatch import OPERATORS, learning, register_operator, use_triton
 from . import kitchen, reference
 from .formats import BLOCK, block_scale_shape, is_row_scale
 
@@ -38,13 +38,11 @@ def _operator(name, families, arguments, results, empty):
 
     def run(*given):
         rows = name == "int8_linear" and len(given[0]) > 0 and is_row_scale(*given[1:3])
-        with explained():
-            out = getattr(_eager(given[0].device, families, rows), name)(*given)
+        out = getattr(_eager(given[0].device, families, rows), name)(*given)
         # an operator returns tensors only: the statistics that were not asked for are empty
         return tuple(given[0].new_empty(0) if t is None else t for t in out) if isinstance(out, tuple) else out
 
-    schema = f"({arguments}) -> {results}"
-    torch.library.custom_op(f"{OPERATORS}::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
+    register_operator(name, run, f"({arguments}) -> {results}", empty)
 
 
 def _spans(n):

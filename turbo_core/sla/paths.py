@@ -5,7 +5,7 @@ torch.compile gets one node instead of the loops unrolled; when the graph runs, 
 
 import torch
 
-from ..dispatch import OPERATORS, explained, learning, use_triton
+from ..dispatch import OPERATORS, learning, register_operator, use_triton
 from ..int8 import block_scale_shape
 from . import reference
 
@@ -36,11 +36,9 @@ def _operator(name, arguments, results, empty):
     """OPERATORS::name. empty: the same arguments -> results of the right shapes and dtypes."""
 
     def run(*given):
-        with explained():
-            return getattr(_eager(given[0]), name)(*given)
+        return getattr(_eager(given[0]), name)(*given)
 
-    schema = f"({arguments}) -> {results}"
-    torch.library.custom_op(f"{OPERATORS}::{name}", run, mutates_args=(), schema=schema).register_fake(empty)
+    register_operator(name, run, f"({arguments}) -> {results}", empty)
 
 
 def _empty_int8(qkv, *_):

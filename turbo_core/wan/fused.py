@@ -9,8 +9,7 @@ import torch
 
 from ..dispatch import explained, use_triton
 from ..int8 import BLOCK, is_row_scale, operations
-
-FAMILIES = ("quantize", "norm", "int8_mm")
+from ..int8.paths import FAMILIES
 
 
 def pays(device) -> bool:
