@@ -167,8 +167,8 @@ class FusedWanBlock(wan.WanAttentionBlock):
         def attend(qkv, sums, quantized):
             return self.attend(qkv, sums, quantized, freqs, transformer_options)
 
-        def attend_text(q, k, v):
-            part = self.cross_attn
+        def attend_text(q, project):
+            part, (k, v) = self.cross_attn, project()
             q, k = part.norm_q(q), part.norm_k(k)
             return optimized_attention(q, k, v, **attention_call(part, transformer_options))
 

@@ -76,7 +76,8 @@ def block_of_a_video(rows, precision):
         out = sla.sla_from_qkv(heads, sums, norm, norm, 1e-6, *turn, *proj, 0.3, precision, quantized)
         return out if isinstance(out, tuple) else out.flatten(2)
 
-    def attend_text(q, k, v):
+    def attend_text(q, project):
+        k, _ = project()
         int8_fast.rms_norm(k[0], norm, 1e-6)
         return int8_fast.rms_norm(q[0], norm, 1e-6)[None]
 

@@ -15,6 +15,7 @@ from ..errors import TurboError
 from ..sampler import sample_rcm
 from ..schedule import default_sigma_max, rcm_sigmas
 from ..selfcheck import prove
+from ..wan import Text
 from . import sizes
 from .handover import Experts
 from .inputs import check_sampling, check_wish, open_models
@@ -183,6 +184,7 @@ def sample(
     """
     generator = torch.Generator(noise_device).manual_seed(seed)
     device = torch.device(device)
+    text = None if context is None else Text(context)
 
     def noise(*_):
         return torch.randn(shape, generator=generator, device=noise_device).to(device)
@@ -191,7 +193,7 @@ def sample(
         model = model_at(sigma[0].item())
         start = time.perf_counter()
         timestep = (sigma.float() * 1000).to(torch.bfloat16).float()
-        velocity = model(x.float(), timestep, context, y=y, topk=topk, precision=precision)
+        velocity = model(x.float(), timestep, text, y=y, topk=topk, precision=precision)
         synchronize(device)
         if step_seconds is not None:
             step_seconds.append(time.perf_counter() - start)

@@ -132,6 +132,8 @@ class Handover:
             if group not in self._left:
                 self._left[group] = threading.Event(), self._lane.ticket()
                 self._work.put(group)
+                if group is None:
+                    module.edition += 1
             elif group is None:  # the first forward of the next expert is over
                 self.cancel()
 

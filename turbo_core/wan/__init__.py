@@ -6,8 +6,9 @@ Dense or sparse-linear self-attention, float or int8 linears.
 from .block import QUANTIZED_LINEARS, Attention, Block
 from .layers import Int8Linear, RMSNorm, apply_rope, token_slices
 from .model import PATCH, WanModel, timestep_embedding
+from .text import Text
 
 __all__ = [
-    "PATCH", "QUANTIZED_LINEARS", "Attention", "Block", "Int8Linear", "RMSNorm", "WanModel", "apply_rope",
+    "PATCH", "QUANTIZED_LINEARS", "Attention", "Block", "Int8Linear", "RMSNorm", "Text", "WanModel", "apply_rope",
     "timestep_embedding", "token_slices",
 ]  # fmt: skip

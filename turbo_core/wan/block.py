@@ -37,19 +37,16 @@ class Attention(nn.Module):
     def proj_l(self):
         return self.attn_op["local_attn"]["proj_l"] if hasattr(self, "attn_op") else None
 
-    def forward(self, x, context=None, angles=None, topk=None, precision="bf16", bias=None):
-        """x [B, L, dim]; context [B, keys, dim] makes it cross-attention; angles [L, head_dim / 2] are RoPE's; bias
-        [B, keys] is added to the scores of dense attention."""
-        source = x if context is None else context
+    def forward(self, x, angles, topk=None, precision="bf16"):
+        """Self-attention of x [B, L, dim]; angles [L, head_dim / 2] are RoPE's."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        k = self.norm_k(self.k(source)).unflatten(-1, heads)
-        v = self.v(source).unflatten(-1, heads)
-        if angles is not None:
-            q = apply_rope(q, angles)
-            k = apply_rope(k, angles)
+        k = self.norm_k(self.k(x)).unflatten(-1, heads)
+        v = self.v(x).unflatten(-1, heads)
+        q = apply_rope(q, angles)
+        k = apply_rope(k, angles)
         if topk is None:
-            out = _attend(q, k, v, bias)
+            out = _attend(q, k, v)
         else:
             out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
         del q, k, v  # three times the size of what o is about to make
@@ -72,10 +69,25 @@ class Attention(nn.Module):
                 x[:, part] = apply_rope(norm(x[:, part].flatten(2)).view_as(x[:, part]), angles[part])
         return _attend(q, k, v)
 
-    def attend_text(self, q, k, v):
-        """Cross-attention between the products, see fused.block."""
+    def attend_text(self, q, project, bias=None, kept=None):
+        """Cross-attention between the products, see fused.block. bias [B, keys] is added to the scores; kept: an empty
+        list, which takes the keys and values, or the list that took them before."""
         heads = (self.num_heads, -1)
-        return _attend(*(t.unflatten(-1, heads) for t in (self.norm_q(q), self.norm_k(k), v)))
+        pair = kept[0] if kept else None
+        if pair is None:
+            k, v = project()
+            pair = self.norm_k(k).unflatten(-1, heads), v.unflatten(-1, heads)
+            if kept is not None:
+                kept.append(pair)
+        return _attend(self.norm_q(q).unflatten(-1, heads), *pair, bias)
+
+
+class CrossAttention(Attention):
+    """Attention to the text, dense."""
+
+    def forward(self, x, context, bias=None, kept=None):
+        """x [B, L, dim]; context [B, keys, dim]; bias and kept: see attend_text."""
+        return self.o(self.attend_text(self.q(x), lambda: (self.k(context), self.v(context)), bias, kept))
 
 
 def _attend(q, k, v, bias=None):
@@ -90,16 +102,17 @@ class Block(nn.Module):
         self.eps = eps
         self.self_attn = Attention(dim, num_heads, eps, sla)
         self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = Attention(dim, num_heads, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None):
-        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]; context_bias [B, keys] or None."""
+    def forward(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None):
+        """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]; context_bias [B, keys] or None; kept:
+        None, or a list that holds the text's keys and values from step to step."""
         modulation = (self.modulation.float() + modulation).chunk(6, 1)
-        runs_fused = context_bias is None and fused.pays(x.device) and self.is_int8()
+        runs_fused = fused.pays(x.device) and self.is_int8()
         if runs_fused and not learning(x, context, *modulation, *self.parameters()):
-            return self.fused(x, modulation, context, angles, topk, precision)
+            return self.fused(x, modulation, context, angles, topk, precision, context_bias, kept)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
         def modulated(x, shift, scale):
@@ -110,7 +123,7 @@ class Block(nn.Module):
 
         attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision)
         x = torch.addcmul(x, attend(modulated(x, shift1, scale1)), gate1.to(x.dtype))
-        x = x + self.cross_attn(by_slices(normed, x), context, bias=context_bias)
+        x = x + self.cross_attn(by_slices(normed, x), context, context_bias, kept)
         y = modulated(x, shift2, scale2)
         y = by_slices(self.ffn, y.view(1, -1, y.shape[-1])).view_as(x)  # one batch: int8 blocks run through samples
         return torch.addcmul(x, y, gate2.to(x.dtype))
@@ -122,7 +135,7 @@ class Block(nn.Module):
             len({is_row_scale(layer.weight, layer.weight_scale) for layer in layers}) == 1
         )
 
-    def fused(self, x, modulation, context, angles, topk=None, precision="bf16"):
+    def fused(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None):
         """The same by fused.block; modulation: six float32 [B, 1, dim]."""
 
         def borrow(*names):
@@ -130,6 +143,7 @@ class Block(nn.Module):
             return contextlib.nullcontext([(layer.weight, layer.weight_scale, layer.bias) for layer in layers])
 
         attend = functools.partial(self.self_attn.attend_self, angles=angles, topk=topk, precision=precision)
+        attend_text = functools.partial(self.cross_attn.attend_text, bias=context_bias, kept=kept)
         heads, norm3 = self.self_attn.num_heads, (self.norm3.weight, self.norm3.bias)
         modulation = [part.flatten(0, 1) for part in modulation]
-        return fused.block(x, context, modulation, borrow, attend, self.cross_attn.attend_text, norm3, heads, self.eps)
+        return fused.block(x, context, modulation, borrow, attend, attend_text, norm3, heads, self.eps)

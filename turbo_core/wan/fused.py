@@ -26,8 +26,9 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     the block, all ten in one format, for as long as it is open.
     attend(qkv [3, B, L, dim], sums, quantized): self-attention, q and k as they leave their linears, with the sums of
     squares that int8_mm_qkv gives; returns [B, L, dim], or where quantized is True it may return that as int8 [B * L,
-    dim] with block scales. attend_text(q, k, v): cross-attention, q [B, L, dim], k and v [B, keys, dim] before their
-    norms; returns [B, L, dim]. norm3: (weight, bias) of the norm before cross-attention.
+    dim] with block scales. attend_text(q, project): cross-attention, q [B, L, dim] before its norm; project() computes
+    keys and values [B, keys, dim] before their norm, for who has not kept them; returns [B, L, dim].
+    norm3: (weight, bias) of the norm before cross-attention.
     Who computes is asked once; whoever lends weights has checked them, and the kernels refuse shapes and strides that
     do not fit. Raises TurboError where a kernel cannot start.
     """
@@ -58,10 +59,13 @@ def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_
     y = run.layer_norm_quantize(x, eps, *norm3, stats=None if rows else stats, rows=rows)
     with borrow("cross_attn.q") as (q,):
         y = run.int8_mm(*y, *q, out_dtype=dtype)
-    text = _quantize(run, context, rows)
-    with borrow("cross_attn.k", "cross_attn.v") as (k, v):
-        k, v = (run.int8_mm(*text, *layer, out_dtype=dtype).view(context.shape) for layer in (k, v))
-    y = _quantize(run, attend_text(y.view(shape), k, v), rows)
+
+    def project():
+        text = _quantize(run, context, rows)
+        with borrow("cross_attn.k", "cross_attn.v") as layers:
+            return [run.int8_mm(*text, *layer, out_dtype=dtype).view(context.shape) for layer in layers]
+
+    y = _quantize(run, attend_text(y.view(shape), project), rows)
     with borrow("cross_attn.o") as (o,):
         x, stats = run.int8_mm_residual(*y, *o, x)
     y = run.layer_norm_quantize(x, eps, shift=shift2, scale=scale2, stats=None if rows else stats, rows=rows)

@@ -13,6 +13,7 @@ from ..int8 import check_scale
 from ..rope import rope_angles
 from .block import Block
 from .layers import Int8Linear, by_slices, float_linear, layer_norm
+from .text import Text
 
 PATCH = (1, 2, 2)
 _NO_FIT = "state dict does not fit a Wan model"
@@ -85,6 +86,7 @@ class WanModel(nn.Module):
             raise TurboError(f"dim {dim} does not divide into {num_heads} heads")
         self.dim, self.num_heads, self.freq_dim = dim, num_heads, freq_dim
         self.in_dim, self.out_dim = in_dim, out_dim
+        self.edition = 0  # counts how often other weights took the place of these
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -141,7 +143,8 @@ class WanModel(nn.Module):
     def forward(self, x, timestep, context, y=None, topk=None, precision="bf16", frames=None, context_bias=None):
         """Velocity of the rectified flow.
 
-        x [B, 16, T, H, W] latent (H and W even); timestep [B], 0 to 1000; context [B, tokens, text_dim];
+        x [B, 16, T, H, W] latent (H and W even); timestep [B], 0 to 1000; context [B, tokens, text_dim], or a Text of
+        it for all steps of a run, without context_bias;
         y [B, in_dim - 16, T, H, W] for image-to-video: 4 mask channels, then the 16 of the encoded clip.
         topk None: dense attention; else sparse-linear attention, see turbo_core.sla.
         frames: int64 [T], the places in time of x's latent frames, default 0 to T - 1. context_bias [B, tokens]: what
@@ -162,10 +165,14 @@ class WanModel(nn.Module):
         embed, silu, project = self.time_embedding
         time = float_linear(project, silu(float_linear(embed, timestep_embedding(timestep, self.freq_dim))))
         modulation = float_linear(self.time_projection[1], F.silu(time)).unflatten(1, (6, self.dim))
-        context = self.text_embedding(context.to(dtype))
+        if isinstance(context, Text):
+            assert context_bias is None, "a Text has a bias of its own"
+            context, context_bias, kept = context.of(self, dtype)
+        else:
+            context, kept = self.text_embedding(context.to(dtype)), [None] * len(self.blocks)
         angles = rope_angles(grid, self.dim // self.num_heads, tokens.device, frames)
-        for block in self.blocks:
-            tokens = block(tokens, modulation, context, angles, topk, precision, context_bias)
+        for block, keys in zip(self.blocks, kept):
+            tokens = block(tokens, modulation, context, angles, topk, precision, context_bias, keys)
         out = self.head(tokens, time)
         b, (t, h, w) = out.shape[0], grid
         out = out.view(b, t, h, w, *PATCH, self.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
