@@ -10,7 +10,7 @@ from turbo_core import checkpoint
 from turbo_core.checkpoint.formats import FLOATS, FORMATS, decode
 from turbo_core.checkpoint.names import PROJ_L, is_delicate
 from turbo_core.checkpoint.shapes import expected_shapes
-from turbo_core.diagnostics.plan import model_of
+from turbo_core.pipeline.plan import model_of
 from turbo_core.wan import WanModel
 
 PROJ = f"blocks.1.{PROJ_L}.weight"

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.live_bytes import LiveBytes
 from turbo_core import checkpoint
-from turbo_core.diagnostics import plan
+from turbo_core.pipeline import plan
 
 
 @pytest.mark.parametrize(

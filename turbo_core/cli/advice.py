@@ -34,7 +34,7 @@ def add_verbs(verbs, common) -> None:
 def run_plan(arguments) -> None:
     from .. import checkpoint
     from ..checkpoint import formats
-    from ..diagnostics import plan
+    from ..pipeline import plan
     from ..pipeline.sizes import latent_shape, parse_size
     from .console import table
 

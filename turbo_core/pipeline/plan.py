@@ -20,11 +20,11 @@ from ..checkpoint.shapes import Sizes, expected_shapes
 from ..errors import TurboError
 from ..int8 import block_scale_shape
 from ..int8.reference import SLICE as INT8_SLICE
-from ..pipeline.sizes import latent_shape
 from ..sla import PRECISIONS
 from ..sla.blocks import kept_blocks
 from ..sla.reference import GATHERED, SLICE
 from ..wan.layers import SLICE as WAN_SLICE
+from .sizes import latent_shape
 
 GIB = 2**30
 RESERVED = GIB  # driver, desktop, workspaces: an allowance, not a measurement

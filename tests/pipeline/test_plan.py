@@ -10,10 +10,9 @@ from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.shapes import Sizes
-from turbo_core.diagnostics import plan
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape, reference
-from turbo_core.pipeline import sizes
+from turbo_core.pipeline import plan, sizes
 from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel, block, fused, layers
 
 TOLERANCE = 0.1
