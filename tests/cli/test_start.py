@@ -13,7 +13,7 @@ from turbo_core.cli import files, generate
 ROOT = Path(__file__).resolve().parents[2]
 
 
-LIBRARIES = {"diffusers", "transformers", "av", "PIL", "sentencepiece", "rich"}
+LIBRARIES = {"diffusers", "transformers", "tokenizers", "av", "PIL", "sentencepiece", "rich"}
 
 
 @pytest.mark.parametrize(

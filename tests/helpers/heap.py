@@ -8,8 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def quick_collections():
     """Leave what the libraries of the pipeline hold out of them: a million objects that live as long as the process."""
-    for library in ("diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5.modeling_umt5"):
-        importlib.import_module(library)
+    importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
     gc.collect()
     gc.freeze()
     yield

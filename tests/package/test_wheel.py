@@ -96,7 +96,7 @@ raise SystemExit(main(["doctor"]))
 
 
 def test_turbo_core_works_without_triton_and_optional_libraries():
-    absent = "triton", "comfy_kitchen", "av", "diffusers", "transformers", "sentencepiece", "PIL", "rich", "einops"
+    absent = "triton", "comfy_kitchen", "av", "diffusers", "sentencepiece", "tokenizers", "PIL", "rich", "einops"
     said = run(sys.executable, "-c", WITHOUT, *absent, cwd=ROOT, PYTHONUTF8="1")
     assert re.search(r"generate\W+no: .*av.* missing", said)
     assert re.search(r"inspect, convert, quantize\W+yes", said)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
 
 from turbo_core.errors import TurboError
 from turbo_core.tinywan import FILES, PAIR, evaluate, report, rows, text, vae, world

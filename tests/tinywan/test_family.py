@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
 
 from turbo_core import checkpoint
 from turbo_core.cli import main

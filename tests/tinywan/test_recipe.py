@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
 
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
 
 from tests.helpers.tiny_family import make_tiny
 from turbo_core import checkpoint

@@ -22,13 +22,13 @@ LIBRARIES = (
     ("sageattention", ("sageattention",), "not used: the low-bit attention here is its own"),
     ("av", ("av",), "writing MP4"),
     ("diffusers", ("diffusers",), "the Wan VAE outside ComfyUI"),
-    ("transformers", ("transformers",), "the text encoder outside ComfyUI"),
-    ("sentencepiece", ("sentencepiece",), "the tokenizer"),
+    ("sentencepiece", ("sentencepiece",), "the tokenizer outside ComfyUI"),
+    ("tokenizers", ("tokenizers",), "the tokenizer where it is a tokenizer.json"),
     ("PIL", ("pillow",), "images and contact sheets"),
     ("rich", ("rich",), "progress bars"),
     ("ftfy", ("ftfy",), "mending wrongly decoded prompts"),
 )
-PIPELINE = ("av", "diffusers", "transformers", "sentencepiece", "PIL")
+PIPELINE = ("av", "diffusers", "sentencepiece", "PIL")
 
 
 def examine() -> dict[str, list[tuple[str, str]]]:
@@ -95,7 +95,7 @@ def _paths():
         ("int8 Wan block", "fused, kernel to kernel" if fused.pays(device) else "layer by layer"),
         ("sparse attention", _kernels(device, "sla", "PyTorch, block by block; int8 precision is emulated")),
         ("dense attention", "torch scaled_dot_product_attention"),
-        ("text encoder", _library_path("transformers", device)),
+        ("text encoder", f"PyTorch on {device}"),
         ("VAE", _library_path("diffusers", device)),
         ("generate", generate),
         ("inspect, convert, quantize", "yes"),

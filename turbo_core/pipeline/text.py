@@ -1,4 +1,4 @@
-"""The umT5 text encoder of Wan: prompts to [B, 512, text_dim] embeddings, computed by transformers."""
+"""The umT5 text encoder of Wan: prompts to [B, 512, text_dim] embeddings."""
 
 import html
 import os
@@ -10,9 +10,11 @@ import torch
 from ..checkpoint.formats import check_scale_values
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, missing_library, shown
+from .umt5 import UMT5
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
-_PAD, _EOS = 0, 1
+PAD, _EOS = 0, 1
+TABLE = "shared.weight"
 _EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OFFICIAL_BLOCK_NAMES = {  # Wan-AI's name of a block's tensor -> Hugging Face's
@@ -51,17 +53,15 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     embedded = state.pop(_EMBEDDED, None)
     state = _canonical(state, path)
     tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
-    config_class, model_class = _transformers()
-    config = config_class(**_infer_sizes(state, path))
-    tokenize = _within(tokenize, config.vocab_size, path)
+    sizes = _infer_sizes(state, path)
+    tokenize = _within(tokenize, sizes["vocabulary"], path)
     with torch.device("meta"):
-        model = model_class(config)
+        model = UMT5(**sizes)
     tensors = {}
     for name, like in model.state_dict().items():
-        # "embed_tokens" is the same table as "shared"
-        source = "shared.weight" if name == "encoder.embed_tokens.weight" else name
-        _check_shape(state, source, like.shape, path)
-        tensors[name] = tensors.get(source) if source in tensors else _widen(state, source, path).to(device, dtype)
+        _check_shape(state, name, like.shape, path)
+        keep = name == TABLE and state[name].dtype not in _FLOAT8  # of the largest tensor a prompt needs few rows
+        tensors[name] = _floats(state, name, path) if keep else _widened(state, name, path, device).to(device, dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), tokenize
 
@@ -76,30 +76,21 @@ def encode_text(model, tokenize, prompts: list[str], length: int = TEXT_LENGTH) 
     tokens = [ids if len(ids) <= length else ids[: length - 1] + ids[-1:] for ids in tokens]
     # masked keys weigh exactly zero, so the padding up to `length` need not pass through the network
     longest = max(len(ids) for ids in tokens)
-    ids = torch.full((len(tokens), longest), _PAD)
-    mask = torch.zeros_like(ids)
+    ids = torch.full((len(tokens), longest), PAD)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, sequence in enumerate(tokens):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    mask = mask.to(model.device)
-    hidden = model(input_ids=ids.to(model.device), attention_mask=mask).last_hidden_state
-    hidden = hidden * mask.unsqueeze(-1).to(hidden.dtype)
+        mask[row, : len(sequence)] = True
+    hidden = model(ids, mask)
+    hidden = hidden * mask.unsqueeze(-1).to(hidden)
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - longest))
-
-
-def _transformers():
-    try:
-        from transformers import UMT5Config, UMT5EncoderModel
-    except ImportError as error:
-        raise missing_library("transformers", "The text encoder") from error
-    return UMT5Config, UMT5EncoderModel
 
 
 def _canonical(state: dict, path) -> dict:
     """The state dict under Hugging Face's names."""
     if "token_embedding.weight" in state:
         state = {_huggingface_name(key): value for key, value in state.items()}
-    if "shared.weight" in state and "encoder.block.0.layer.0.SelfAttention.q.weight" in state:
+    if TABLE in state and "encoder.block.0.layer.0.SelfAttention.q.weight" in state:
         return state
     raise TurboError(
         f"text encoder: {path} is not a umT5 encoder. TurboWan needs models_t5_umt5-xxl-enc-bf16.pth from Wan-AI or "
@@ -109,7 +100,7 @@ def _canonical(state: dict, path) -> dict:
 
 def _huggingface_name(key: str) -> str:
     if key == "token_embedding.weight":
-        return "shared.weight"
+        return TABLE
     if key == "norm.weight":
         return "encoder.final_layer_norm.weight"
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", key)
@@ -134,20 +125,18 @@ def _infer_sizes(state: dict, path) -> dict:
     query = state[block.format(0, "q")]
     if ffn not in state:
         raise TurboError(f"text encoder: {path} lacks {ffn}. Download it again.")
-    for name in (last, "shared.weight", ffn, block.format(0, "q")):
+    for name in (last, TABLE, ffn, block.format(0, "q")):
         if state[name].ndim != 2 or 0 in state[name].shape:
             raise TurboError(f"text encoder: {path}: {name} is {list(state[name].shape)}, expected a matrix.")
-    buckets, heads = state[last].shape
-    vocabulary, width = state["shared.weight"].shape
+    heads = state[last].shape[1]
+    vocabulary, width = state[TABLE].shape
     return {
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": query.shape[0] // heads,
-        "d_ff": state[ffn].shape[0],
-        "num_layers": len(numbers),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
+        "vocabulary": vocabulary,
+        "width": width,
+        "ffn": state[ffn].shape[0],
+        "blocks": len(numbers),
+        "heads": heads,
+        "head": query.shape[0] // heads,
     }
 
 
@@ -170,18 +159,25 @@ def _scale_of(state: dict, name: str):
     return state.get(f"{stem}.scale_weight", state.get(f"{stem}.weight_scale"))
 
 
-def _widen(state: dict, name: str, path) -> torch.Tensor:
-    """One weight as floats; float8 repacks keep a scale beside it."""
+def _floats(state: dict, name: str, path) -> torch.Tensor:
     weight = state[name]
+    if not weight.is_floating_point():
+        raise TurboError(f"text encoder: {path}: {name} is {weight.dtype}, expected floats. Use a bf16 file.")
+    return weight
+
+
+def _widened(state: dict, name: str, path, device) -> torch.Tensor:
+    """One weight as floats; float8 repacks keep a scale beside it, and cross to a card before they are widened."""
+    weight = _floats(state, name, path)
     if weight.dtype not in _FLOAT8:
-        if not weight.is_floating_point():
-            raise TurboError(f"text encoder: {path}: {name} is {weight.dtype}, expected floats. Use a bf16 file.")
         return weight
+    if torch.device(device).type == "cuda":
+        weight = weight.to(device)
     scale = _scale_of(state, name)
     if scale is None:
         return weight.float()
     check_scale_values(f"the scale of {name}", scale, path)
-    return weight.float() * scale.float().reshape(-1, 1)
+    return weight.float() * scale.to(weight.device, torch.float32).reshape(-1, 1)
 
 
 def _within(tokenize, vocabulary: int, path):

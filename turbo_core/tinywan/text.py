@@ -10,6 +10,8 @@ from torch import nn
 
 from ..checkpoint.write import write_safetensors
 from ..errors import missing_library
+from ..pipeline.text import PAD
+from ..pipeline.umt5 import UMT5
 from ..train import engine, optim
 from . import world
 
@@ -26,7 +28,6 @@ TEXT_CONFIG = {  # ComfyUI's umt5xxl_model_config with small numbers; text_dim o
     "relative_attention_num_buckets": 32,
     "vocab_size": 640,
 }
-_PAD = 0
 _LETTERS = " ".join(map(chr, range(33, 127)))
 # ComfyUI recognizes the kind of a T5 file by the shape of this tensor of the full model; nothing reads its values.
 MARKER = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
@@ -38,14 +39,13 @@ def train(folder, steps=1500, batch=32, lr=3e-3, seed=0, seconds=None, log=print
     The loss asks one linear layer to tell every attribute from every token by itself, and from any wording.
     """
     from sentencepiece import SentencePieceProcessor
-    from transformers import UMT5Config, UMT5EncoderModel
 
     proto = tokenizer()
     processor = SentencePieceProcessor(model_proto=proto, add_eos=True)
     torch.manual_seed(seed)
-    names = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets", "vocab_size")
-    sizes = {name: TEXT_CONFIG[name] for name in names}
-    encoder = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    names = {"vocabulary": "vocab_size", "width": "d_model", "ffn": "d_ff", "blocks": "num_layers"}
+    names |= {"heads": "num_heads", "head": "d_kv"}
+    encoder = UMT5(**{ours: TEXT_CONFIG[theirs] for ours, theirs in names.items()})
     start = tiny_text_encoder(proto, seed)
     encoder.load_state_dict(start, strict=False)
     counts = [len(values) for values in world.ATTRIBUTES.values()]
@@ -58,8 +58,8 @@ def train(folder, steps=1500, batch=32, lr=3e-3, seed=0, seconds=None, log=print
         wordings = torch.randint(1 << 30, (batch,), generator=random).tolist()
         captions = [world.caption(scene, wording) for scene, wording in zip(scenes, wordings)]
         ids = nn.utils.rnn.pad_sequence([torch.tensor(processor.encode(text)) for text in captions], batch_first=True)
-        mask = (ids != _PAD).long()
-        hidden = model["encoder"](input_ids=ids, attention_mask=mask).last_hidden_state
+        mask = ids != PAD
+        hidden = model["encoder"](ids, mask)
         answers = model["heads"](hidden).split(counts, -1)
         weight = mask / mask.sum()
         loss, right = 0.0, 1.0
