@@ -3,6 +3,7 @@
 import functools
 import gc
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -82,6 +83,24 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+class OutOfMemory(TurboError):
+    """Memory ran out in the middle of the work."""
+
+
+@contextmanager
+def memory_told():
+    """Memory that runs out inside, of a card or the machine, as the error that a person can mend."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them; a CPU's has no type of its own
+        first_line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in first_line:
+            raise
+        raise OutOfMemory(
+            f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer --frames or --tiled."
+        ) from error
 
 
 def available_memory() -> tuple[int, int] | None:

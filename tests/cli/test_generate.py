@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.helpers.opens import counted_opens
-from turbo_core import files, pipeline
+from turbo_core import files
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import Trajectory, resident
 
 
 def generate(tiny, output, *more, dit="TinyWan2.1-T2V.pth", steps=1):
@@ -89,7 +90,7 @@ def test_a_fault_of_ours_is_one_line_too_and_asks_for_a_report(tiny, tmp_path, m
     def fail(*_, **__):
         raise KeyError("a name\nof two lines")
 
-    monkeypatch.setattr(pipeline, "generate", fail)
+    monkeypatch.setattr(resident, "open_models", fail)
     assert generate(tiny, tmp_path / "out.mp4") == 70
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "KeyError" in said[0] and "--debug and report" in said[0]
@@ -111,7 +112,7 @@ def test_interrupting_gives_130_and_leaves_no_file(tiny, tmp_path, monkeypatch, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "decode_video", interrupt)
+    monkeypatch.setattr(resident, "decode_video", interrupt)
     assert generate(tiny, tmp_path / "a.mp4") == 130
     assert "Traceback" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -122,7 +123,7 @@ def test_a_missing_library_names_the_extra_before_sampling(tiny, tmp_path, packa
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # what Python does for a package that cannot be imported
-    monkeypatch.setattr(pipeline, "sample", lambda *_, **__: pytest.fail("sampled first"))
+    monkeypatch.setattr(Trajectory, "advance", lambda *_, **__: pytest.fail("sampled first"))
     assert generate(tiny, tmp_path / "a.mp4") == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert package in last and 'pip install "comfyui-turbowan[pipeline]"' in last

@@ -12,7 +12,7 @@ from tests.helpers.tiny_family import tiny_tokenizer
 from turbo_core import pipeline
 from turbo_core.checkpoint import read
 from turbo_core.errors import TurboError
-from turbo_core.pipeline import handover, text, vae
+from turbo_core.pipeline import embeddings, experts, resident, text, vae
 from turbo_core.pipeline.vae import encode_video, load_vae
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.tinywan.text import tiny_text_encoder
@@ -55,7 +55,7 @@ def test_topk_defaults_to_what_the_file_was_trained_for(tiny):
 
 def test_kernels_are_proved_once_before_the_model_is_loaded(tiny, monkeypatch):
     events = []
-    monkeypatch.setattr(pipeline, "prove", lambda device: events.append(str(device)))
+    monkeypatch.setattr(resident, "prove", lambda device: events.append(str(device)))
     i2v(tiny, steps=2, progress=lambda stage, *_: events.append(stage))
     assert events.count("cpu") == 1 and events.index("cpu") < events.index("load DiT")
 
@@ -116,8 +116,8 @@ BOTH = ["high", "low"]
 
 @pytest.mark.parametrize(("steps", "loaded"), [(4, BOTH), (3, BOTH), (2, BOTH[:1]), (1, BOTH[:1])])
 def test_only_the_experts_that_are_needed_are_read(tiny, steps, loaded, monkeypatch):
-    read, weights = [], handover.weights
-    monkeypatch.setattr(handover, "weights", lambda file: read.append(file.description.path) or weights(file))
+    read, weights = [], experts.weights
+    monkeypatch.setattr(experts, "weights", lambda file: read.append(file.description.path) or weights(file))
     i2v(tiny, steps=steps)
     assert read == [str(tiny / f"TinyWan2.2-I2V-{name}-quant.pth") for name in loaded]
 
@@ -135,16 +135,16 @@ def test_one_large_model_at_a_time(tiny, monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", tracked(text.load_text_encoder, lambda result: result[0]))
+    monkeypatch.setattr(embeddings, "load_text_encoder", tracked(text.load_text_encoder, lambda result: result[0]))
     monkeypatch.setattr(WanModel, "from_state_dict", tracked(WanModel.from_state_dict, lambda result: result))
-    monkeypatch.setattr(pipeline, "decode_video", tracked(vae.decode_video, lambda result: result))
+    monkeypatch.setattr(resident, "decode_video", tracked(vae.decode_video, lambda result: result))
     i2v(tiny)
     assert seen == [0, 0, 0, 0]
 
 
 def test_a_file_is_let_go_before_the_next_expert_is_read(tiny, monkeypatch):
     """On a CPU int8 weights lie in the mapped file, and its pages count as memory of the process."""
-    mapped, alive, map_file, weights = {}, [], read._map, handover.weights
+    mapped, alive, map_file, weights = {}, [], read._map, experts.weights
 
     def remembered(path, writable):
         mapping = map_file(path, writable)
@@ -156,7 +156,7 @@ def test_a_file_is_let_go_before_the_next_expert_is_read(tiny, monkeypatch):
         return weights(file)
 
     monkeypatch.setattr(read, "_map", remembered)
-    monkeypatch.setattr(handover, "weights", seen)
+    monkeypatch.setattr(experts, "weights", seen)
     i2v(tiny)
     vae, high, low = "TinyWan2.1_VAE.pth", "TinyWan2.2-I2V-high-quant.pth", "TinyWan2.2-I2V-low-quant.pth"
     assert alive == [{vae, high, low}, {vae, low}]
@@ -198,7 +198,7 @@ def test_adaptive_size_follows_the_image(tiny):
     ],
 )
 def test_bad_settings_name_the_cure_before_anything_is_loaded(tiny, settings, message, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_vae", lambda *_: pytest.fail("went on to load models"))
+    monkeypatch.setattr(resident, "load_vae", lambda *_: pytest.fail("went on to load models"))
     settings = {key: tiny / value if key in ("image", "dit_low") else value for key, value in settings.items()}
     with pytest.raises(TurboError, match=message):
         t2v(tiny, **settings)

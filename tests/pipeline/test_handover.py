@@ -11,7 +11,7 @@ from tests.helpers.states import saved
 from turbo_core import checkpoint, pipeline
 from turbo_core.errors import TurboError
 from turbo_core.int8 import quantize_block
-from turbo_core.pipeline import handover
+from turbo_core.pipeline import experts
 from turbo_core.pipeline.handover import CardLane, Handover, can_follow
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.wan import QUANTIZED_LINEARS, WanModel
@@ -163,22 +163,27 @@ def test_on_a_card_a_copy_waits_for_the_compute_and_a_buffer_for_its_copy(monkey
 @pytest.mark.parametrize("steps", [4, 3])
 def test_the_pipeline_hands_over_in_place_and_gets_the_same_video(tmp_path, steps, monkeypatch):
     files = [saved(expert(seed), tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
-    reads, weights = [], handover.weights
-    monkeypatch.setattr(handover, "weights", lambda file: reads.append(file.description.path) or weights(file))
+    reads, weights = [], experts.weights
+    monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path) or weights(file))
     results, sigmas = [], rcm_sigmas(steps, 80)
+    last_high = min(sigma for sigma in sigmas.tolist() if sigma >= 0.9)
     for in_place in (False, True):
         reads.clear()
         opened = [checkpoint.opened(path, writable=True) for path in files]  # on a CPU the model lies in it
-        experts = handover.Experts(opened, 0.9, sigmas, torch.device("cpu"), torch.float32, _no_stage)
+        pair = experts.Experts(opened, torch.device("cpu"), torch.float32)
         dropped = [weakref.ref(file.tensors["head.head.weight"]) for file in opened]
         del opened
-        experts.in_place = in_place
+        pair.in_place = in_place
         made = []
-        seen = lambda sigma, experts=experts, made=made: made.append(experts.at(sigma)) or made[-1]  # noqa: E731
+
+        def seen(sigma, pair=pair, made=made):
+            made.append(pair.at(int(sigma < 0.9), _no_stage, leaves=sigma == last_high))
+            return made[-1]
+
         results.append(pipeline.sample(seen, INPUT[2], (1, 16, 1, 4, 4), sigmas, seed=3))
         assert reads == list(map(str, files))
         assert len({id(model) for model in made}) == (1 if in_place else 2)
-        experts.free()
+        pair.free()
         made.clear()
         assert not any(reference() is not None for reference in dropped)  # neither file stays mapped
     assert torch.equal(*results)

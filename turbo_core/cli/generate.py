@@ -5,8 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-from ..errors import TurboError
-
 PRECISIONS = ("bf16", "int8")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -58,48 +56,45 @@ def run_generate(arguments) -> None:
         check_sheet_path(arguments.contact_sheet)
     if arguments.json:
         check_place(arguments.json)
+    clip = pipeline.Clip(
+        arguments.prompt,
+        seed=arguments.seed,
+        image=arguments.image,
+        size=size,
+        adaptive=arguments.adaptive,
+        frames=arguments.frames,
+        steps=arguments.steps,
+        sigma_max=arguments.sigma_max,
+        topk=None if arguments.dense else "auto" if arguments.topk is None else arguments.topk,
+        precision=arguments.precision,
+        ode=arguments.ode,
+        boundary=arguments.boundary,
+        noise_device=arguments.noise_device,
+        tiled=arguments.tiled,
+    )
+
+    def write(clip, result):
+        write_video(arguments.output, result.frames)
+        if arguments.contact_sheet:
+            write_contact_sheet(arguments.contact_sheet, result.frames)
+
     start = time.perf_counter()
-    try:
-        with progress_bars() as progress:
-            result = pipeline.generate(
-                arguments.prompt,
-                arguments.dit,
-                arguments.vae,
-                arguments.text_encoder,
-                dit_low=arguments.dit_low,
-                tokenizer=arguments.tokenizer,
-                image=arguments.image,
-                size=size,
-                adaptive=arguments.adaptive,
-                frames=arguments.frames,
-                steps=arguments.steps,
-                seed=arguments.seed,
-                sigma_max=arguments.sigma_max,
-                topk=None if arguments.dense else "auto" if arguments.topk is None else arguments.topk,
-                precision=arguments.precision,
-                ode=arguments.ode,
-                boundary=arguments.boundary,
-                device=arguments.device,
-                dtype=arguments.dtype and getattr(torch, arguments.dtype),
-                noise_device=arguments.noise_device,
-                tiled=arguments.tiled,
-                described=lambda model: _tell_of_world(model, arguments.prompt),
-                progress=progress,
-            )
-            progress("write", 0, 1)
-            written = time.perf_counter()
-            write_video(arguments.output, result.frames)
-            if arguments.contact_sheet:
-                write_contact_sheet(arguments.contact_sheet, result.frames)
-            result.seconds["write"] = time.perf_counter() - written
-            progress("write", 1, 1)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them; a CPU's has no type of its own
-        first_line = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in first_line:
-            raise
-        raise TurboError(
-            f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer --frames or --tiled."
-        ) from error
+    with (
+        progress_bars() as progress,
+        pipeline.Pipeline(
+            arguments.dit,
+            arguments.vae,
+            arguments.text_encoder,
+            dit_low=arguments.dit_low,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            dtype=arguments.dtype and getattr(torch, arguments.dtype),
+            memory=0,
+            progress=progress,
+        ) as pipe,
+    ):
+        _tell_of_world(pipe.model, arguments.prompt)
+        [result] = pipe.map([clip], write)
     _report(arguments, result, time.perf_counter() - start)
 
 

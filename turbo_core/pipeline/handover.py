@@ -1,5 +1,5 @@
-"""Two experts, room for one: each block of the next expert overwrites the same block of the one at work as soon as the
-last step of that one has left it.
+"""Each block of the next expert overwrites the same block of the one at work as soon as the last step of that one has
+left it.
 
 The copies run behind the compute of the blocks that follow: on a card on a stream of their own, from two pinned
 buffers of a block each; on a CPU in a thread. One model and no more is in memory, and the wait between the experts
@@ -12,61 +12,10 @@ import threading
 
 import torch
 
-from ..checkpoint import Opened, weights
-from ..devices import release
 from ..errors import TurboError
-from ..wan import WanModel
 
 _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 _STOP = object()
-
-
-class Experts:
-    """Reads the expert that a sigma asks for in the place of the other one.
-
-    On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
-    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
-    """
-
-    def __init__(self, files: list[Opened], boundary: float, sigmas, device, dtype, stage):
-        """files: of the only expert, or of the high- and the low-noise one; the caller must not keep them, for a file
-        stays mapped as long as it is referred to."""
-        self.files, self.boundary = dict(enumerate(files)), boundary
-        self.device, self.dtype, self.stage = device, dtype, stage
-        self.in_place = device.type != "cpu"
-        steps = [sigma for sigma in sigmas.tolist() if sigma > 0]
-        self.last_high = min((sigma for sigma in steps if sigma >= boundary), default=None)
-        self.has_low = len(files) > 1
-        if not self.has_low or min(steps) >= boundary:
-            self.last_high = None
-        self.present = self.model = self.handover = None
-
-    def at(self, sigma: float) -> WanModel:
-        """The model for a step at this sigma; sigmas fall from call to call."""
-        wanted = int(self.has_low and sigma < self.boundary)
-        if wanted != self.present and self.handover is None:
-            if self.model is not None:
-                self.free()
-            with self.stage("load DiT"):
-                file = self.files.pop(wanted)
-                state, heads = weights(file), file.description.num_heads
-                del file
-                self.model = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
-        self.present = wanted
-        if self.in_place and sigma == self.last_high and self.handover is None:
-            with self.stage("load DiT"):
-                state = weights(self.files[1])
-                if can_follow(self.model, state):
-                    self.handover = Handover(self.model, state)
-                    del self.files[1]
-        return self.model
-
-    def free(self):
-        """Let go of the model, and end a hand-over."""
-        if self.handover is not None:
-            self.handover.cancel()
-        self.present = self.model = self.handover = None
-        release(self.device)
 
 
 def can_follow(model, state) -> bool:

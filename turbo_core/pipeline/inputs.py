@@ -9,30 +9,24 @@ from ..sla import PRECISIONS
 DEFAULT_TOPK = 0.1  # what the published models were trained with; 0.15 is a little better and slower
 
 
-def open_models(dit, dit_low=None, image=None) -> list[checkpoint.Opened]:
-    """dit, and dit_low where there is one, after checking that the experts belong together and an image is there when
-    needed."""
+def open_models(dit, dit_low=None) -> list[checkpoint.Opened]:
+    """dit, and dit_low where there is one, after checking that they can be run and belong together."""
     files = [checkpoint.opened(dit)]
-    model = files[0].description
-    check_model(model)
-    if model.task == "i2v" and image is None:
-        raise TurboError(f"{dit} is an image-to-video model ({model.family}): pass --image, or use a T2V model.")
-    if model.task == "t2v" and image is not None:
-        raise TurboError(f"{dit} is a text-to-video model ({model.family}): leave --image out, or use the I2V models.")
+    check_model(files[0].description)
     if dit_low is not None:
         files.append(checkpoint.opened(dit_low))
-        check_experts(model, files[1].description)
+        check_experts(files[0].description, files[1].description)
     return files
 
 
-def check_wish(prompt: str, seed: int) -> None:
-    """Raise TurboError for a prompt that is no text, or a seed that torch does not take."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise TurboError("The prompt is not valid text: is the terminal set to UTF-8?") from error
-    if not 0 <= seed < 1 << 64:
-        raise TurboError(f"seed is a number from 0 to 2^64 - 1, got {seed}.")
+def check_task(model: checkpoint.Description, image) -> None:
+    """Raise TurboError unless an image is there where the model needs one, and not where it takes none."""
+    if model.task == "i2v" and image is None:
+        raise TurboError(f"{model.path} is an image-to-video model ({model.family}): pass --image, or use a T2V model.")
+    if model.task == "t2v" and image is not None:
+        raise TurboError(
+            f"{model.path} is a text-to-video model ({model.family}): leave --image out, or use the I2V models."
+        )
 
 
 def check_model(model: checkpoint.Description) -> None:
@@ -58,11 +52,14 @@ def check_experts(high: checkpoint.Description, low: checkpoint.Description) -> 
         raise TurboError(f"The experts look swapped: {Path(high.path).name} is given as the high-noise file.")
 
 
-def check_sampling(model: checkpoint.Description, low, sigmas, boundary: float, topk, precision: str) -> float | None:
-    """The top-k to use (None is dense), after checking the settings against the model. low: its low-noise expert."""
+def check_sampling(
+    model: checkpoint.Description, has_low: bool, sigmas, boundary: float, topk, precision: str
+) -> float | None:
+    """The top-k to use (None is dense), after checking the settings against the model. has_low: its low-noise expert is
+    there."""
     if not 0.0 < boundary < 1.0:
         raise TurboError(f"boundary is a sigma between 0 and 1, got {boundary}: use 0.9, as the reference does.")
-    if model.in_dim == 36 and low is None and any(0 < sigma < boundary for sigma in sigmas.tolist()):
+    if model.in_dim == 36 and not has_low and any(0 < sigma < boundary for sigma in sigmas.tolist()):
         raise TurboError(
             f"{model.path} is one of two experts ({model.family}) and {len(sigmas) - 1} steps pass the boundary "
             f"{boundary}: give the high-noise file as --dit and the low-noise file as --dit-low."

@@ -1,0 +1,98 @@
+"""Embeddings of prompts on disk: the same bits, bounded, and a damaged or foreign entry is made again."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from turbo_core.errors import TurboError
+from turbo_core.pipeline import embeddings
+from turbo_core.pipeline.embeddings import Embeddings, Store, cache_folder, padded
+from turbo_core.pipeline.text import encode_text, load_text_encoder
+
+PROMPTS = ["a red circle", "a blue square that moves", "a  red   circle"]
+
+
+def no_stage(name):
+    return torch.no_grad()
+
+
+def made(tiny, folder, path=None, **settings):
+    path = path or tiny / "tiny_umt5.safetensors"
+    return Embeddings(path, None, torch.device("cpu"), settings.pop("dtype", torch.float32), folder, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_what_the_encoder_gives_alone(tiny, tmp_path, dtype, monkeypatch):
+    expected = encode_text(*load_text_encoder(tiny / "tiny_umt5.safetensors", dtype=dtype), PROMPTS[:1])
+    first = made(tiny, tmp_path, dtype=dtype).of(PROMPTS, no_stage)
+    assert torch.equal(padded(first[PROMPTS[0]]), expected)
+    assert torch.equal(first[PROMPTS[2]], first[PROMPTS[0]])  # alike once it is clean
+    monkeypatch.setattr(embeddings, "load_text_encoder", lambda *_: pytest.fail("read the encoder again"))
+    again = made(tiny, tmp_path, dtype=dtype).of(PROMPTS, no_stage)
+    assert all(torch.equal(again[prompt], first[prompt]) for prompt in PROMPTS)
+
+
+def test_another_encoder_type_or_content_has_entries_of_its_own(tiny, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(tiny / "tiny_umt5.safetensors", copy)
+    folder = tmp_path / "cache"
+
+    def entries():
+        return len(list(folder.glob("*.embedding")))
+
+    made(tiny, folder).of(PROMPTS[:1], no_stage)
+    made(tiny, folder, copy).of(PROMPTS[:1], no_stage)
+    assert entries() == 1  # the same content under another name
+    made(tiny, folder, dtype=torch.bfloat16).of(PROMPTS[:1], no_stage)
+    assert entries() == 2
+    raw = bytearray(copy.read_bytes())
+    raw[-5] ^= 1
+    copy.write_bytes(raw)
+    made(tiny, folder, copy).of(PROMPTS[:1], no_stage)
+    assert entries() == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_damaged_entry_is_made_again(tiny, tmp_path, damage):
+    first = made(tiny, tmp_path).of(PROMPTS[:1], no_stage)
+    [place] = tmp_path.glob("*.embedding")
+    raw = bytearray(place.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    place.write_bytes({"cut": raw[:-7], "flipped": raw, "empty": b"", "foreign": b"x" * 100}[damage])
+    again = made(tiny, tmp_path).of(PROMPTS[:1], no_stage)
+    assert torch.equal(again[PROMPTS[0]], first[PROMPTS[0]])
+    assert len(place.read_bytes()) == len(raw)
+
+
+def test_the_folder_is_bounded_and_what_was_used_last_stays(tmp_path):
+    store, entry = Store(tmp_path, most=3 * 1300), torch.zeros(4, 64)
+    for name in "abc":
+        store.write("whose", name, entry)
+        os.utime(store._place("whose", name), (1, ord(name)))
+    assert store.read("whose", "a") is not None  # now it is the youngest
+    store.write("whose", "d", entry)
+    assert [name for name in "abcd" if store.read("whose", name) is not None] == ["a", "c", "d"]
+
+
+def test_a_disk_that_takes_nothing_costs_the_entry_and_not_the_video(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embeddings.Path, "write_bytes", full)
+    assert made(tiny, tmp_path).of(PROMPTS, no_stage).keys() == set(PROMPTS)
+    assert not list(tmp_path.glob("*.embedding"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TurboError, match="Choose another folder"):
+        made(tiny, tmp_path / "file" / "cache")
+
+
+def test_the_default_folder_is_where_caches_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(embeddings.os, "name", "posix")
+    monkeypatch.setattr(embeddings.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "turbowan" / "embeddings"

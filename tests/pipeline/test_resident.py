@@ -1,0 +1,213 @@
+"""Models that stay: the same videos as one at a time, each file read once, one clip's fault not the others'."""
+
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.opens import counted_opens
+from turbo_core import pipeline
+from turbo_core.errors import TurboError
+from turbo_core.pipeline import Clip, Pipeline, experts, residence, resident
+from turbo_core.pipeline.residence import Stay
+
+SMALL = {"size": (32, 32), "frames": 5}
+ALL = 1 << 40
+
+
+def t2v(tiny, **settings):
+    return Pipeline(
+        tiny / "TinyWan2.1-T2V.pth",
+        tiny / "TinyWan2.1_VAE.pth",
+        tiny / "tiny_umt5.safetensors",
+        device="cpu",
+        **settings,
+    )
+
+
+def i2v(tiny, **settings):
+    pair = (tiny / f"TinyWan2.2-I2V-{name}-quant.pth" for name in ("high", "low"))
+    others = tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors"
+    return Pipeline(next(pair), *others, dit_low=next(pair), device="cpu", **settings)
+
+
+def alone(pipe_files, clip):
+    """The clip by generate, from files of a pipeline."""
+    settings = {name: value for name, value in vars(clip).items() if name != "prompt"}
+    with pipe_files as pipe:
+        paths = [pipe.paths[name] for name in ("dit", "vae", "text encoder")]
+        low = pipe.experts.descriptions[1].path if pipe.has_low else None
+    return pipeline.generate(clip.prompt, *paths, dit_low=low, device="cpu", **settings)
+
+
+def same(one, other):
+    return torch.equal(one.latents, other.latents) and torch.equal(one.frames, other.frames)
+
+
+CLIPS = [
+    Clip("a red circle", seed=3, steps=2, **SMALL),
+    Clip("a blue square that moves far to the left", seed=4, steps=4, ode=True, **SMALL),
+    Clip("a red circle", seed=5, steps=1, topk=None, size=(48, 32), frames=9),
+]
+
+
+@pytest.mark.parametrize("memory", [ALL, 0])
+def test_a_set_is_the_single_videos_bit_for_bit(tiny, memory):
+    with t2v(tiny, memory=memory) as pipe:
+        made = list(pipe.map(CLIPS))
+    assert all(same(one, alone(t2v(tiny), clip)) for one, clip in zip(made, CLIPS, strict=True))
+
+
+@pytest.mark.parametrize(
+    "stay", [Stay(True, True, True), Stay(True, True, False), Stay(False, True, True), Stay(False, False, False)]
+)
+def test_two_experts_in_any_room_give_the_same_videos(tiny, tmp_path, stay, monkeypatch):
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
+    pictures = tiny / "image.png", tmp_path / "green.png", tiny / "image.png"
+    clips = [
+        Clip("a", seed, picture, steps=steps, **SMALL)
+        for (seed, steps), picture in zip([(1, 4), (2, 2), (3, 3)], pictures)
+    ]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: stay)
+    with i2v(tiny) as pipe:
+        assert all(same(one, other) for one, other in zip(pipe.map(clips), expected, strict=True))
+
+
+def test_experts_that_follow_in_place_serve_a_group_with_one_reading_each(tiny, monkeypatch):
+    """On a card the low-noise expert comes behind the last step of the last clip, not of the first."""
+    clips = [Clip("a", seed, tiny / "image.png", steps=4, **SMALL) for seed in range(3)]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    reads, weights = [], experts.weights
+    monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path[-14:]) or weights(file))
+    for _ in range(2):
+        with i2v(tiny) as pipe:
+            # on a CPU a model lies in its mapped file, which must then be a private copy
+            opened = [experts.opened(file.path, writable=True) for file in pipe.experts.descriptions]
+            pipe.experts.files, pipe.experts.in_place = dict(enumerate(opened)), True
+            del opened
+            assert all(same(one, other) for one, other in zip(pipe.map(clips), expected, strict=True))
+    assert reads == ["high-quant.pth", "-low-quant.pth"] * 2
+
+
+def test_each_file_is_read_once_for_a_whole_set(tiny, monkeypatch):
+    opened, _ = counted_opens(monkeypatch)
+    with i2v(tiny, memory=ALL) as pipe:
+        for _ in range(2):
+            assert len(list(pipe.map([Clip(p, 0, tiny / "image.png", **SMALL) for p in ("a", "b", "a")]))) == 3
+    assert set(opened.values()) == {1} and len(opened) == 4
+
+
+def test_a_file_replaced_while_it_is_in_use_is_an_error(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay())
+    dit = tmp_path / "dit.pth"
+    dit.write_bytes((tiny / "TinyWan2.1-T2V.pth").read_bytes())
+    with Pipeline(dit, tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors", device="cpu") as pipe:
+        pipe("a", steps=1, **SMALL)
+        dit.write_bytes((tiny / "TinyWan2.1-T2V-quant.pth").read_bytes())
+        with pytest.raises(TurboError, match="has changed since"):
+            pipe("a", steps=1, **SMALL)
+
+
+def test_the_next_clip_is_sampled_while_one_is_decoded(tiny, monkeypatch):
+    """The first decoding ends only when the second clip has begun: without overlap this would wait forever."""
+    begun, decode = threading.Semaphore(0), resident.decode_video
+    sampled = resident.Trajectory.advance
+
+    def advance(*arguments, **settings):
+        begun.release()
+        return sampled(*arguments, **settings)
+
+    def waiting(*arguments):
+        first.append(threading.current_thread() is threading.main_thread())
+        if len(first) == 1:
+            assert begun.acquire(timeout=60) and begun.acquire(timeout=60)
+        return decode(*arguments)
+
+    first = []
+    monkeypatch.setattr(resident.Trajectory, "advance", advance)
+    monkeypatch.setattr(resident, "decode_video", waiting)
+    with t2v(tiny, memory=ALL) as pipe:
+        assert len(list(pipe.map(CLIPS[:1] * 2))) == 2
+    assert first == [False, False]
+
+
+def test_a_clip_that_fails_leaves_the_others_alone(tiny):
+    bad = [
+        Clip("a \udcff circle", **SMALL),
+        Clip("x", size=(33, 32)),
+        Clip("x", image="none.png", **SMALL),
+        Clip("x", steps=9, **SMALL),
+        Clip("x", seed=-1, **SMALL),
+    ]
+    mixed, failures, written = [bad[0], CLIPS[0], *bad[1:], CLIPS[1]], [], []
+    with t2v(tiny, memory=ALL) as pipe:
+        made = list(pipe.map(mixed, lambda clip, _: written.append(clip), lambda *failure: failures.append(failure)))
+        assert [clip for clip, _ in failures] == bad
+        assert all(isinstance(error, TurboError) for _, error in failures)
+        assert written == CLIPS[:2]
+        assert all(same(one, alone(t2v(tiny), clip)) for one, clip in zip(made, CLIPS))
+        with pytest.raises(TurboError, match="nearest is 32x32"):
+            list(pipe.map([CLIPS[0], bad[1]]))
+
+
+def test_a_failure_of_decoding_or_writing_is_the_clips_own(tiny, monkeypatch):
+    decode, failures = resident.decode_video, []
+
+    def spoiled(vae, latents, tiled):
+        return decode(vae, latents, tiled) * (float("nan") if tiled else 1)
+
+    def write(clip, result):
+        if clip.seed == 4:
+            raise TurboError("the disk is full")
+
+    monkeypatch.setattr(resident, "decode_video", spoiled)
+    clips = [Clip("a", 3, tiled=True, **SMALL), *CLIPS[1:]]
+    with t2v(tiny, memory=ALL) as pipe:
+        made = list(pipe.map(clips, write, lambda clip, error: failures.append((clip.seed, str(error)))))
+    assert len(made) == 1 and made[0].settings["seed"] == 5
+    assert [seed for seed, _ in failures] == [3, 4] and "Decoding gave NaN" in failures[0][1]
+
+
+def test_memory_that_runs_out_fails_one_clip_and_keeps_nothing_after_it(tiny, monkeypatch, caplog):
+    sampled, failures = resident.Trajectory.advance, []
+
+    def full(self, *arguments, **settings):
+        if self.ode:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return sampled(self, *arguments, **settings)
+
+    monkeypatch.setattr(resident.Trajectory, "advance", full)
+    with t2v(tiny, memory=ALL) as pipe:
+        made = list(pipe.map(CLIPS, failed=lambda clip, error: failures.append((clip, str(error)))))
+        assert pipe.memory == 0 and not pipe.experts.models
+    assert failures[0][0] is CLIPS[1] and "Out of memory (CUDA out of memory" in failures[0][1]
+    assert len(made) == 2 and "no model stays" in caplog.text
+
+
+def test_what_stays_follows_from_memory(tiny):
+    with i2v(tiny, memory=ALL) as pipe:
+        ready = pipe.check(Clip("a", image=tiny / "image.png", **SMALL))
+        one, both = max(pipe.experts.bytes), sum(pipe.experts.bytes)
+        work = residence.what_stays(pipe.model, ready, [0, 0], 0, torch.float32)
+        assert work == Stay()
+        seen = {
+            residence.what_stays(pipe.model, ready, pipe.experts.bytes, memory, torch.float32)
+            for memory in range(0, 4 * both + 40_000_000, max(1, one // 50))
+        }
+    rooms = {Stay(False, False, False), Stay(False, True, False), Stay(True, True, False), Stay(True, True, True)}
+    assert {Stay(False, False, False), Stay(True, True, True)} <= seen <= rooms | {Stay(False, True, True)}
+    assert [Stay(dit=True).together(two) for two in (True, False)] == [residence.GROUP, 1]
+    assert Stay(True, True).together(True) == 1 and Stay().together(False) == residence.GROUP
+
+
+def test_an_interrupt_ends_the_thread_too(tiny):
+    def progress(stage, done, total):
+        if stage == "sampling" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), t2v(tiny, memory=ALL, progress=progress) as pipe:
+        list(pipe.map(CLIPS))
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())

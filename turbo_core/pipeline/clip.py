@@ -1,0 +1,114 @@
+"""One video that is wanted, on its way, and what came of it."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import Description
+from ..errors import TurboError
+from ..schedule import default_sigma_max, rcm_sigmas
+from . import sizes
+from .inputs import check_sampling, check_task
+from .vae import LATENT_CHANNELS
+from .video import read_image
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a person asks for.
+
+    image: path of the first frame. size: (width, height), multiples of 16; adaptive keeps its area and takes the
+    image's aspect ratio. frames: 4n + 1. steps: 1 to 4. sigma_max: default 80 (T2V) or 200 (I2V). topk: fraction of key
+    blocks for sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint was trained so and
+    dense elsewhere. precision: of sparse attention, "bf16" or "int8". boundary: sigma from which on the low-noise
+    expert works. noise_device: where noise is drawn; "cpu" gives the same video on every machine, "cuda" the noise of
+    the reference. tiled: decode in tiles.
+    """
+
+    prompt: str
+    seed: int = 0
+    image: object = None
+    size: tuple[int, int] = (832, 480)
+    adaptive: bool = False
+    frames: int = 81
+    steps: int = 4
+    sigma_max: float | None = None
+    topk: float | str | None = "auto"
+    precision: str = "bf16"
+    ode: bool = False
+    boundary: float = 0.9
+    noise_device: str = "cpu"
+    tiled: bool = False
+
+
+class Ready(NamedTuple):
+    """A clip that is known to fit a model, and what follows from the two."""
+
+    clip: Clip
+    sigmas: torch.Tensor  # [steps + 1], the last one 0
+    topk: float | None
+    shape: tuple[int, ...]  # of the latents, [1, 16, T, H, W]
+    size: tuple[int, int]
+    picture: torch.Tensor | None  # uint8 [3, H, W], as in the file
+    high_steps: int  # of the first expert; with a single model all
+
+
+@dataclass
+class Result:
+    """A finished video and how it came about; times in seconds, memory in bytes."""
+
+    frames: torch.Tensor  # uint8 [T, H, W, 3]
+    latents: torch.Tensor  # float32 [1, 16, (T-1)/4+1, H/8, W/8], normalized
+    settings: dict
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+
+class Work:
+    """A clip on its way through the pipeline."""
+
+    def __init__(self, clip: Clip, progress):
+        self.clip, self.progress = clip, progress
+        self.ready = self.embedding = self.trajectory = self.latents = None
+        self.failed = False
+        self.seconds, self.step_seconds = {}, []
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1, begins: bool = True, ends: bool = True):
+        """Times a stage, summed when it comes in parts, and reports its start and end."""
+        if begins:
+            self.progress(name, 0, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        if ends:
+            self.progress(name, total, total)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise TurboError for a prompt that is no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise TurboError("The prompt is not valid text: is the terminal set to UTF-8?") from error
+
+
+def check_clip(clip: Clip, model: Description, has_low: bool) -> Ready:
+    """Everything of a clip held to the model before anything computes. Raises TurboError, which names the cure."""
+    check_prompt(clip.prompt)
+    if not 0 <= clip.seed < 1 << 64:
+        raise TurboError(f"seed is a number from 0 to 2^64 - 1, got {clip.seed}.")
+    check_task(model, clip.image)
+    sigmas = rcm_sigmas(clip.steps, default_sigma_max(model.in_dim) if clip.sigma_max is None else clip.sigma_max)
+    topk = check_sampling(model, has_low, sigmas, clip.boundary, clip.topk, clip.precision)
+    picture = None if clip.image is None else read_image(clip.image)
+    width, height = clip.size
+    if clip.adaptive and picture is not None:
+        width, height = sizes.adaptive_size(picture.shape[2], picture.shape[1], width, height)
+    shape = (1, LATENT_CHANNELS, *sizes.latent_shape(width, height, clip.frames))
+    high = sum(sigma >= clip.boundary for sigma in sigmas[:-1].tolist()) if has_low else clip.steps
+    return Ready(clip, sigmas, topk, shape, (width, height), picture, high)

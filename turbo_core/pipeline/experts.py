@@ -1,0 +1,75 @@
+"""The diffusion models of a pipeline in memory: one, or two experts that take turns or stay both."""
+
+from ..checkpoint import Opened, opened, weights
+from ..devices import release
+from ..errors import TurboError
+from ..wan import WanModel
+from .handover import Handover, can_follow
+
+
+class Experts:
+    """Reads a model when it is asked for, in the place of the other one unless both may stay.
+
+    On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
+    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
+    """
+
+    def __init__(self, files: list[Opened], device, dtype):
+        """files: of the only model, or of the high- and the low-noise expert; the caller must not keep them, for a file
+        stays mapped as long as it is referred to."""
+        self.descriptions = [file.description for file in files]
+        self.bytes = [_bytes(file, dtype) for file in files]  # in memory, each
+        self.files = dict(enumerate(files))
+        self.device, self.dtype = device, dtype
+        self.in_place = device.type != "cpu"
+        self.models, self.handover = {}, None
+
+    def at(self, wanted: int, stage, keep: bool = False, leaves: bool = False) -> WanModel:
+        """Model 0, the only or the high-noise one, or model 1, for one evaluation.
+
+        stage: context manager of a name, entered while a file is read. keep: the other model may stay. leaves: model 0
+        is wanted for the last time before model 1.
+        """
+        if self.handover is not None and wanted not in self.models:
+            self.models = {wanted: self.models.popitem()[1]}  # the same module, other weights
+        if wanted not in self.models:
+            if not keep or self.handover is not None:
+                self.free()
+            with stage("load DiT"):
+                file = self._opened(wanted)
+                state, heads = weights(file), file.description.num_heads
+                del file
+                self.models[wanted] = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
+        model = self.models[wanted]
+        if leaves and self.in_place and not keep and self.handover is None:
+            with stage("load DiT"):
+                file = self._opened(1)
+                state = weights(file)
+                if can_follow(model, state):
+                    self.handover = Handover(model, state)
+                else:
+                    self.files[1] = file
+        return model
+
+    def free(self):
+        """Let go of the models, and end a hand-over."""
+        if self.handover is not None:
+            self.handover.cancel()
+        self.handover = None
+        self.models.clear()
+        release(self.device)
+
+    def _opened(self, which: int) -> Opened:
+        """A file as it was first opened, or opened again. Raises TurboError where it is another one by now."""
+        known = self.descriptions[which]
+        file = self.files.pop(which, None) or opened(known.path)
+        if file.description != known:
+            raise TurboError(f"{known.path} has changed since this run began. Start it again.")
+        return file
+
+
+def _bytes(file: Opened, dtype) -> int:
+    return sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() and tensor.ndim > 1 else tensor.itemsize)
+        for tensor in file.tensors.values()
+    )

@@ -1,0 +1,48 @@
+"""What may stay in memory from one video to the next, by the planner's count of what a video takes."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import Description
+from ..checkpoint.formats import INTEGERS
+from ..devices import available_memory
+from . import plan
+from .clip import Ready
+
+GROUP = 8  # clips that pass one expert, or the DiT, before the next network is read
+_SHARE = 0.8  # of main memory that is free
+
+
+class Stay(NamedTuple):
+    """What may be in memory together, from all to nothing."""
+
+    experts: bool = False  # all diffusion models and the VAE, in turn with sampling and decoding
+    dit: bool = False  # one of them and the VAE
+    overlap: bool = False  # sampling and decoding at the same time
+
+    def together(self, has_low: bool) -> int:
+        """How many clips are sampled before the next network is read in the place of this one."""
+        return 1 if self.dit and (self.experts or not has_low) else GROUP
+
+
+def what_stays(model: Description, ready: Ready, expert_bytes: list[int], memory: int, dtype) -> Stay:
+    """memory: bytes beside the VAE's weights."""
+    width, height = ready.size
+    share = dtype.itemsize / 2  # the planner counts in types of two bytes
+    tokens = ready.shape[2] * (ready.shape[3] // 2) * (ready.shape[4] // 2)
+    linears = model.format if model.format in INTEGERS else "float"
+    step = plan.step_peak(plan.model_of(model), tokens, linears, ready.topk, ready.clip.precision)[0] * share
+    decode = plan.vae_peak(width, height, ready.clip.frames, "decode", ready.clip.tiled) * share
+    dit = max(expert_bytes) + max(step, decode) <= memory
+    experts = sum(expert_bytes) + max(step, decode) <= memory
+    held = sum(expert_bytes) if experts else max(expert_bytes)
+    return Stay(experts, dit, dit and held + step + decode <= memory)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that models may fill: what is free now, less an allowance."""
+    if device.type == "cuda":
+        return max(0, torch.cuda.mem_get_info(device)[0] - plan.RESERVED)
+    known = available_memory()
+    return 0 if known is None else int(_SHARE * known[0])

@@ -1,0 +1,324 @@
+"""Models that stay: one video or thousands from the same files, each file read once where memory allows.
+
+While a video is decoded and written, the next one is sampled. What stays in memory is decided for each video by what
+it takes, see Stay; a video comes out the same bit for bit whatever stays, and whatever was made before it.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from ..devices import OutOfMemory, memory_told, peak_memory, pick_device, release, reset_peak_memory
+from ..errors import TurboError
+from ..selfcheck import prove
+from .clip import Clip, Ready, Result, Work, check_clip, check_prompt
+from .embeddings import Embeddings, padded
+from .experts import Experts
+from .inputs import open_models
+from .residence import Stay, free_memory, what_stays
+from .sampling import Trajectory, encode_image
+from .vae import decode_video, load_vae
+from .video import prepare_image, to_frames
+
+WINDOW = 256  # clips whose prompts are encoded before the first is sampled; 1 GB of embeddings at the very most
+
+
+class Pipeline:
+    """A set of files as something that makes videos: a context manager, or call close().
+
+    dit, dit_low, vae, text_encoder, tokenizer: paths; dit_low is the low-noise expert. device: default CUDA, then MPS,
+    then CPU. dtype: default bfloat16, on a CPU float32. memory: bytes on the device that the networks and their work
+    may take; default what is free when the pipeline is made; 0 keeps nothing that is not at work. cache: folder in
+    which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a second
+    thread too. Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
+    """
+
+    def __init__(
+        self,
+        dit,
+        vae,
+        text_encoder,
+        *,
+        dit_low=None,
+        tokenizer=None,
+        device=None,
+        dtype=None,
+        memory: int | None = None,
+        cache=None,
+        progress: Callable | None = None,
+    ):
+        self.device = pick_device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype)
+        self.model, self.has_low = self.experts.descriptions[0], dit_low is not None
+        self.memory = free_memory(self.device) if memory is None else memory
+        self.progress = progress or (lambda stage, done, total: None)
+        self.paths = {"dit": dit, "vae": vae, "text encoder": text_encoder}
+        self.embeddings = Embeddings(text_encoder, tokenizer, self.device, self.dtype, cache)
+        self.vae, self._vae_alone = None, threading.Lock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Let go of all models."""
+        self.experts.free()
+        self.embeddings.free()
+        self.vae = None
+        release(self.device)
+
+    def check(self, clip: Clip) -> Ready:
+        """Hold a clip to the models before anything computes. Raises TurboError, which names the cure."""
+        return check_clip(clip, self.model, self.has_low)
+
+    def __call__(self, prompt: str, **settings) -> Result:
+        """Make one video; settings: the fields of Clip."""
+        [result] = self.map([Clip(prompt, **settings)])
+        return result
+
+    def map(
+        self,
+        clips: Iterable[Clip],
+        write: Callable[[Clip, Result], None] | None = None,
+        failed: Callable[[Clip, TurboError], None] | None = None,
+    ) -> Iterator[Result]:
+        """Make videos, in their order.
+
+        write: takes each video as soon as it is decoded, in the thread that decodes. failed: takes a clip that could
+        not be made, with the reason, and the rest goes on; without it the first failure ends it all.
+        """
+        clips = iter(clips)
+        with ThreadPoolExecutor(1, "decode") as worker:
+            while window := list(itertools.islice(clips, WINDOW)):
+                yield from self._window(window, worker, write, failed or _raise)
+
+    def _window(self, clips, worker, write, failed):
+        works = [Work(clip, self.progress) for clip in clips]
+        if len(works) == 1:  # of more, each is checked when it is its turn: pictures take memory
+            works = self._checked(works, failed)
+        works = self._encoded(works, failed)
+        pending = None
+        for stay, group in self._groups(works, failed):
+            done = []
+            for work in self._sampled(group, stay, failed):
+                if stay.overlap:
+                    if pending is not None:
+                        yield from pending.result()
+                    pending = worker.submit(self._finished, work, write, failed)
+                elif stay.dit:
+                    yield from self._finished(work, write, failed)
+                else:
+                    done.append(work)
+            if not stay.dit:
+                self.experts.free()
+            for work in done:
+                yield from self._finished(work, write, failed)
+            if not stay.dit:
+                self.vae.to("cpu")
+        if pending is not None:
+            yield from pending.result()
+
+    def _checked(self, works, failed):
+        kept = []
+        for work in works:
+            try:
+                work.ready = self.check(work.clip)
+                kept.append(work)
+            except TurboError as error:
+                failed(work.clip, error)
+        return kept
+
+    @torch.inference_mode()
+    def _encoded(self, works, failed):
+        kept = []
+        for work in works:
+            try:
+                check_prompt(work.clip.prompt)
+                kept.append(work)
+            except TurboError as error:
+                failed(work.clip, error)
+        if not kept:
+            return []
+        first = kept[0]
+        reset_peak_memory(self.device)
+        if self.vae is None:
+            with first.stage("load VAE"):
+                self.vae = load_vae(self.paths["vae"], "cpu", self.dtype)
+        with self._memory_told():
+            found = self.embeddings.of([work.clip.prompt for work in kept], first.stage)
+        width = next(iter(found.values())).shape[-1]
+        if width != self.model.text_dim:
+            raise TurboError(
+                f"text encoder {self.paths['text encoder']} gives {width} numbers a token, {self.paths['dit']} expects "
+                f"{self.model.text_dim}: use umT5-xxl with the published models."
+            )
+        for work in kept:
+            work.embedding = found[work.clip.prompt]
+        if self.embeddings.bytes() + sum(self.experts.bytes) + self._vae_bytes() > self.memory / 2:
+            self.embeddings.free()
+        prove(self.device)  # before weights fill its memory
+        return kept
+
+    def _groups(self, works, failed):
+        """(what stays, clips that are sampled one after the other): of one clip, or of several that share the reading
+        of a network."""
+        group, shared = [], None
+        for work in works:
+            if work.ready is None and not self._checked([work], failed):
+                continue
+            stay = self._stay(work.ready)
+            if group and stay != shared:
+                yield shared, group
+                group = []
+            group.append(work)
+            shared = stay
+            if len(group) == stay.together(self.has_low):
+                yield shared, group
+                group = []
+        if group:
+            yield shared, group
+
+    def _stay(self, ready: Ready) -> Stay:
+        rest = self.memory - self._vae_bytes() - self.embeddings.bytes()
+        return what_stays(self.model, ready, self.experts.bytes, rest, self.dtype)
+
+    def _vae_bytes(self):
+        return 0 if self.vae is None else sum(p.nbytes for p in self.vae.parameters())
+
+    @torch.inference_mode()
+    def _sampled(self, group, stay, failed):
+        """The clips of a group with their latents, those that fail left out; the experts one after the other."""
+        for work in group:
+            with self._failing(work, failed):
+                work.trajectory = self._begun(work, stay)
+        group = [work for work in group if work.trajectory is not None]
+        if stay.together(self.has_low) > 1 and self.has_low:
+            for work in group:
+                with self._failing(work, failed):
+                    self._advanced(work, stay, work.ready.high_steps, leaves=work is group[-1])
+        for work in group:
+            if work.failed:
+                continue
+            with self._failing(work, failed):
+                self._advanced(work, stay, work.ready.clip.steps, leaves=len(group) == 1)
+                work.seconds["sampling"] -= work.seconds.get("load DiT", 0.0)
+                work.latents, work.trajectory = work.trajectory.latents().cpu(), None
+                if not torch.isfinite(work.latents).all():
+                    raise TurboError(
+                        f"Sampling gave NaN or infinity in {self.dtype}. Use --dtype bfloat16 or float32, or another "
+                        "file."
+                    )
+            if not work.failed:
+                yield work
+
+    def _begun(self, work, stay):
+        ready, y = work.ready, None
+        if ready.picture is not None:
+            with work.stage("encode image"), self._vae_alone:
+                image = prepare_image(ready.picture, *ready.size)
+                y = encode_image(self.vae.to(self.device), image, ready.clip.frames).to(self.dtype)
+                if not stay.dit:
+                    self.vae.to("cpu")
+                    release(self.device)
+        clip = ready.clip
+        return Trajectory(
+            padded(work.embedding).to(self.device), ready.shape, ready.sigmas, y=y, seed=clip.seed, topk=ready.topk,
+            precision=clip.precision, ode=clip.ode, device=self.device, noise_device=clip.noise_device,
+        )  # fmt: skip
+
+    def _advanced(self, work, stay, until, leaves):
+        """Take a clip's steps up to `until`. leaves: no other clip wants the high-noise expert before the low one."""
+        ready = work.ready
+        steps, high = ready.clip.steps, ready.high_steps
+        last_high = ready.sigmas[high - 1].item() if 0 < high < steps else None
+
+        def model_at(sigma):
+            low = self.has_low and sigma < ready.clip.boundary
+            return self.experts.at(int(low), work.stage, stay.experts, leaves and sigma == last_high)
+
+        with work.stage("sampling", steps, begins=work.trajectory.done == 0, ends=until == steps):
+            work.trajectory.advance(
+                model_at, until, work.step_seconds, lambda done: self.progress("sampling", done, steps)
+            )
+
+    @torch.inference_mode()
+    def _finished(self, work, write, failed) -> list[Result]:
+        """The finished clip, in a list that is empty where it failed; runs beside sampling where both fit."""
+        result = None
+        with self._failing(work, failed):
+            clip, ready = work.clip, work.ready
+            with work.stage("decode"), self._vae_alone, self._own_stream():
+                video = decode_video(self.vae.to(self.device), work.latents.to(self.device), clip.tiled)[0]
+                if not torch.isfinite(video).all():
+                    raise TurboError(
+                        f"Decoding gave NaN or infinity in {self.dtype}. Use --dtype float32, or another VAE file."
+                    )
+                frames = to_frames(video)
+                del video
+            made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
+            made.peak_memory = peak_memory(self.device)
+            if write is not None:
+                with work.stage("write"):
+                    write(clip, made)
+            result = made
+        return [] if result is None else [result]
+
+    def _settings(self, ready: Ready) -> dict:
+        clip = ready.clip
+        return {
+            "prompt": clip.prompt, "model": self.model.family, "size": "{}x{}".format(*ready.size),
+            "frames": clip.frames, "steps": clip.steps,
+            "sigmas": [round(sigma, 6) for sigma in ready.sigmas.tolist()], "rule": "ode" if clip.ode else "sde",
+            "seed": clip.seed, "topk": ready.topk, "precision": clip.precision,
+            "boundary": clip.boundary if self.has_low else None, "weights": self.model.format,
+            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+            "noise_device": str(clip.noise_device),
+        }  # fmt: skip
+
+    @contextmanager
+    def _failing(self, work, failed):
+        """A fault of this clip goes to `failed`; a hand-over that was under way leaves no usable model."""
+        try:
+            with self._memory_told():
+                yield
+        except TurboError as error:
+            work.failed = True
+            work.trajectory = work.latents = None
+            if self.experts.handover is not None:
+                self.experts.free()
+            failed(work.clip, error)
+
+    @contextmanager
+    def _memory_told(self):
+        """Memory that ran out as the error that a person can mend; from then on nothing stays that is not at work."""
+        try:
+            with memory_told():
+                yield
+        except TurboError as error:
+            if isinstance(error, OutOfMemory) and self.memory > 0:
+                logging.warning("TurboWan: memory ran out; from now on no model stays that is not at work.")
+                self.memory = 0
+            raise
+
+    @contextmanager
+    def _own_stream(self):
+        """On a card what is decoded beside sampling goes its own way, and is done at the end."""
+        if self.device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+
+def _raise(clip, error):
+    raise error
