@@ -1,5 +1,6 @@
 """The verb generate of turbo-core: prompt, and image, to video."""
 
+import gc
 import json
 import sys
 import time
@@ -50,6 +51,7 @@ def run_generate(arguments) -> None:
     from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
     from .console import progress_bars
 
+    gc.freeze()  # what the imports made stays: the collections after each network need not look through it
     size = parse_size(arguments.size)
     check_video_path(arguments.output)
     if arguments.contact_sheet:

@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 class UMT5(nn.Module):
-    """The encoder for its sizes, see text.py; weights as torch.nn initializes them, without dropout.
+    """The encoder for its sizes, see text.py; its weights are to be loaded.
 
     The table of tokens may be of another dtype than the rest and lie on the CPU, in a mapped file: only the rows of
     the tokens that are there are read.
@@ -24,7 +24,7 @@ class UMT5(nn.Module):
 
     def __init__(self, vocabulary: int, width: int, ffn: int, blocks: int, heads: int, head: int):
         super().__init__()
-        self.shared = nn.Embedding(vocabulary, width)
+        self.shared = _Table(vocabulary, width)
         self.encoder = nn.Module()
         self.encoder.block = nn.ModuleList(_Block(width, ffn, heads, head) for _ in range(blocks))
         self.encoder.final_layer_norm = _Norm(width)
@@ -75,6 +75,17 @@ class _Block(nn.Module):
         self.layer = nn.ModuleList([_Attention(width, heads, head), _FeedForward(width, ffn)])
 
 
+class _Table(nn.Module):
+    """nn.Embedding without its first values: drawing them for no device takes torch's compiler in, which is seconds."""
+
+    def __init__(self, rows, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)
+
+
 class _Norm(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -92,7 +103,7 @@ class _Attention(nn.Module):
         self.layer_norm = _Norm(width)
         self.SelfAttention = nn.ModuleDict({name: nn.Linear(width, heads * head, bias=False) for name in "qkv"})
         self.SelfAttention["o"] = nn.Linear(heads * head, width, bias=False)
-        self.SelfAttention["relative_attention_bias"] = nn.Embedding(BUCKETS, heads)
+        self.SelfAttention["relative_attention_bias"] = _Table(BUCKETS, heads)
 
     def forward(self, x, buckets, hidden):
         part = self.SelfAttention

@@ -14,7 +14,7 @@ from ..dispatch import learning
 from ..int8 import is_row_scale
 from ..sla import sla_from_qkv, sparse_linear_attention
 from . import fused
-from .layers import Int8Linear, RMSNorm, apply_rope, by_slices, layer_norm, token_slices
+from .layers import Int8Linear, RMSNorm, apply_rope, by_slices, layer_norm, new_modulation, token_slices
 
 # the ten linears of a block that W8A8 replaces
 QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
@@ -104,7 +104,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = new_modulation(6, dim)
 
     def forward(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]; context_bias [B, keys] or None; kept:

@@ -58,6 +58,13 @@ class RMSNorm(nn.Module):
         return by_slices(lambda x: F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), x)
 
 
+def new_modulation(parts: int, dim: int) -> nn.Parameter:
+    """[1, parts, dim], normal with a variance of 1 / dim. Without numbers on the meta device: drawing them there takes
+    torch's compiler in, which is seconds."""
+    values = torch.empty(1, parts, dim)
+    return nn.Parameter(values if values.is_meta else values.normal_() / dim**0.5)
+
+
 def layer_norm(x, eps, weight=None, bias=None):
     """LayerNorm over the last axis, computed and returned in float32."""
     weight, bias = (None if p is None else p.float() for p in (weight, bias))

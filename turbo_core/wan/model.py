@@ -12,7 +12,7 @@ from ..errors import TurboError
 from ..int8 import check_scale
 from ..rope import rope_angles
 from .block import Block
-from .layers import Int8Linear, by_slices, float_linear, layer_norm
+from .layers import Int8Linear, by_slices, float_linear, layer_norm, new_modulation
 from .text import Text
 
 PATCH = (1, 2, 2)
@@ -33,7 +33,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, math.prod(PATCH) * out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = new_modulation(2, dim)
 
     def forward(self, x, time):
         """x [B, L, dim], time float32 [B, dim] -> float32 [B, L, patch * out_dim]."""
