@@ -34,8 +34,9 @@ def test_networks_are_built_without_the_compiler():
     """Drawing first weights on the meta device imported torch._dynamo, 1.5 s, for numbers that the file replaces."""
     code = """
 import sys
-from turbo_core import checkpoint, pipeline, wan
-pipeline.encode_prompt("a red circle", "models/tinywan/TinyWan_umt5.safetensors")
+from turbo_core import checkpoint, wan
+from turbo_core.pipeline.text import encode_text, load_text_encoder
+encode_text(*load_text_encoder("models/tinywan/TinyWan_umt5.safetensors"), ["a red circle"])
 wan.WanModel.from_state_dict(checkpoint.load("models/tinywan/TinyWan2.1-T2V.safetensors")[0])
 print(*sorted({"torch._dynamo", "sympy", "triton", "transformers"} & set(sys.modules)))
 """
