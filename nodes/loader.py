@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from .host.files import file_input, model_file
 from .host.inputs import check_choice
 from .host.loading import DTYPES, load_turbo_model
+from .reports.memory import tell_memory
 
 
 class TurboLoader(io.ComfyNode):
@@ -34,7 +35,7 @@ class TurboLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:
         check_choice("dtype", dtype, DTYPES)
-        return io.NodeOutput(load_turbo_model(model_file(model_name), DTYPES[dtype]))
+        return io.NodeOutput(tell_memory(load_turbo_model(model_file(model_name), DTYPES[dtype])))
 
 
 NODES = [TurboLoader]

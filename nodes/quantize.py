@@ -7,6 +7,7 @@ from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .host.inputs import check_choice, network_of, parse_blocks, wan_network
 from .host.quantizing import matching_layers, quantize_patcher, wan_layers
+from .reports.memory import tell_memory
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}
 LAYERS = {
@@ -71,7 +72,7 @@ class QuantizeW8A8(io.ComfyNode):
         else:
             network = wan_network(model, "QuantizeW8A8", "or name its linear layers in pattern")
             names = wan_layers(network, LAYERS[layers], parse_blocks(skip_blocks, len(network.blocks)))
-        return io.NodeOutput(quantize_patcher(model, FORMATS[format], names))
+        return io.NodeOutput(tell_memory(quantize_patcher(model, FORMATS[format], names)))
 
 
 NODES = [QuantizeW8A8]

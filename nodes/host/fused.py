@@ -22,7 +22,7 @@ from ...turbo_core.wan import fused as wan_fused
 from .ops import ROW
 from .settings import log_once
 
-_BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
+BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
 
 
 def _untouched(module) -> bool:
@@ -30,7 +30,7 @@ def _untouched(module) -> bool:
     return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _format(layer, device):
+def quantized_as(layer, device):
     """ "row", "block" or None for a linear that only its own forward can compute."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, QuantizedTensor) or getattr(weight._params, "transposed", False):
@@ -49,12 +49,9 @@ def _format(layer, device):
 def may_fuse(block, x, e, freqs, context, transformer_options) -> bool:
     """False where the fused block cannot compute this, as far as torch.compile watches what it depends on."""
     training = comfy.model_management.in_training or learning(x, e, context)
-    if x.dtype not in FLOATS or training or any(transformer_options.get("patches", {}).get(p) for p in _BETWEEN):
+    if x.dtype not in FLOATS or training or any(transformer_options.get("patches", {}).get(p) for p in BETWEEN):
         return False
-    parts = (block.self_attn, block.cross_attn, block.ffn)
-    if tuple(map(type, parts)) != (block.self_attention, wan.WanT2VCrossAttention, FeedForward):
-        return False  # image keys among others
-    if not (block.qk_norm and block.cross_attn_norm):
+    if not has_own_parts(block):
         return False
     if e.shape[0] != x.shape[0] or (e.ndim == 4 and x.shape[1] % e.shape[1]):
         return False  # a timestep for each frame, and tokens that do not divide into frames
@@ -64,11 +61,18 @@ def may_fuse(block, x, e, freqs, context, transformer_options) -> bool:
     return all(isinstance(getattr(layer, "weight", None), QuantizedTensor) for layer in layers)
 
 
+def has_own_parts(block) -> bool:
+    """False for image keys among others, and without the norms that Wan has."""
+    parts = (block.self_attn, block.cross_attn, block.ffn)
+    own = tuple(map(type, parts)) == (block.self_attention, wan.WanT2VCrossAttention, FeedForward)
+    return bool(own and block.qk_norm and block.cross_attn_norm)
+
+
 def can_fuse(block, x) -> bool:
     """True where may_fuse was and the fused block computes what the block's own forward would."""
     if not all(map(_untouched, block.modules())):
         return False
-    formats = {_format(block.get_submodule(name), x.device) for name in QUANTIZED_LINEARS}
+    formats = {quantized_as(block.get_submodule(name), x.device) for name in QUANTIZED_LINEARS}
     return len(formats) == 1 and None not in formats
 
 

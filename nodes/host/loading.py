@@ -23,7 +23,7 @@ from .blocks import SLAWanBlock
 from .files import read_tensors
 from .fused import FusedWanBlock
 from .kernels import prove_for
-from .ops import quant_entry, quantized_ops
+from .ops import names_in, part_of_host, quant_entry, quantized_ops
 from .schedule import mark_sigma_max
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,13 +57,23 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
         config.custom_operations = quantized_ops(manual_cast or dtype)
     model = config.get_model(sd, "")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    devices = {"load_device": load_device, "offload_device": offload_device}
+    patcher = patcher_class(model, **devices, **_disk(patcher_class, sd))
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(sd, "", assign=patcher.is_dynamic())
     if description.has_sla or quantized:
         prove_for(patcher)
     return patcher
+
+
+def _disk(patcher_class, sd):
+    """What a newer host wants to know of a new patcher: whether it may read its weights from their file again.
+
+    That is for tensors that the host has mapped itself, which it alone can tell.
+    """
+    ask = part_of_host("storage", "state_dict_fast_disk")
+    return {"fast_disk": ask(sd)} if ask is not None and "fast_disk" in names_in(patcher_class.__init__) else {}
 
 
 def _config(sd, description, quantized):

@@ -3,6 +3,7 @@
 They are called as hosts of any age call linears: newer ones with an activation before the product, a sum after it.
 """
 
+import importlib
 import inspect
 import json
 
@@ -85,6 +86,14 @@ def quantized_ops(compute_dtype):
 
     TurboOps.Linear = Linear
     return TurboOps
+
+
+def part_of_host(module, name):
+    """comfy.`module`.`name`, or None where this host has no such module or name: newer ones have more."""
+    try:
+        return getattr(importlib.import_module(f"comfy.{module}"), name, None)
+    except ModuleNotFoundError:
+        return None
 
 
 def names_in(function) -> frozenset:

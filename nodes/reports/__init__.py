@@ -1,1 +1,1 @@
-"""What nodes say of models and runs."""
+"""What nodes say of models and runs: to people, and to the host."""

@@ -5,6 +5,7 @@ import torch
 from ...turbo_core.diagnostics.compare import TOPKS, error_of, recall_by_topk, sample_tokens, squared_norms
 from ...turbo_core.errors import TurboError
 from ..host.blocks import has_trained_sla
+from ..host.kernels import outside_graph
 from ..host.run import GuidedRun, Relay
 from ..host.settings import DEFAULTS, active_settings
 
@@ -41,7 +42,8 @@ class Reference:
     def _see_block(self, args):
         # a list, because context windows evaluate the network several times a step
         key = len(self.states) - 1, args["block_index"]
-        self.outputs.setdefault(key, []).append(self.sampled(args["img"]).cpu())
+        with outside_graph():
+            self.outputs.setdefault(key, []).append(self.sampled(args["img"]).cpu())
         return args
 
 
@@ -75,18 +77,25 @@ class Trial:
         return denoised
 
     def _see_block(self, args):
-        key = self.step, args["block_index"]
-        ours, theirs = self.reference.sampled(args["img"]), self.reference.outputs.get(key)
+        with outside_graph():
+            self._compare((self.step, args["block_index"]), self.reference.sampled(args["img"]))
+        return args
+
+    def _compare(self, key, ours):
+        theirs = self.reference.outputs.get(key)
         if not theirs or theirs[0].shape != ours.shape:
             raise TurboError(
                 "TurboCompare: the two MODELs do not cut the video in the same way (context windows, or a batch that "
                 "is split where memory is short): give both the same nodes, and one video at a time."
             )
         self.errors[key] = self.errors.get(key, 0) + squared_norms(ours, theirs.pop(0))
-        return args
 
     def _see_attention(self, args):
-        q, k, options = args["q"], args["k"], args["transformer_options"]
+        with outside_graph():
+            self._recall(args["q"], args["k"], args["transformer_options"])
+        return args["x"]
+
+    def _recall(self, q, k, options):
         settings = active_settings(options, q.shape[1], q.shape[-1], self.defaults)
         heads = torch.linspace(0, q.shape[2] - 1, min(_HEADS, q.shape[2])).long().to(q.device)
         q, k = q[:, :, heads], k[:, :, heads]
@@ -97,7 +106,6 @@ class Trial:
         share = share if settings is not None else torch.cat([torch.ones_like(share[:1]), share])
         found = self.recall.setdefault((self.step, options["block_index"]), [])
         found.append(torch.stack([share.mean(1), share.amin(1)], 1))
-        return args["x"]
 
     def figures(self, blocks):
         """(errors, denoised, recall) as turbo_core.diagnostics.compare takes them, nan where nothing was seen."""

@@ -1,5 +1,9 @@
 """What newer hosts hand to linears, blocks, attention and patchers, taken on the host that is there."""
 
+import inspect
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -279,12 +283,77 @@ def test_sigma_is_read_before_the_first_block(lab, name):
     assert sigmas.reads == 1
 
 
+@pytest.mark.parametrize("switch", ["off", "on", None])
+def test_the_environment_leaves_the_compiler_out(comfy, lab, monkeypatch, switch):
+    """As long as a MODEL of ours is sampled; a host without one is left alone."""
+    args, option = comfy.cli_args.args, "disable_comfy_compiler"
+    monkeypatch.setattr(args, option, False, raising=False)
+    if switch is not None:
+        monkeypatch.setenv("TURBOWAN_COMPILER", switch)
+    model, seen = lab.attention(lab.load(), 0.3), []
+    model.set_model_unet_function_wrapper(
+        lambda apply, given: (
+            seen.append(getattr(args, option)) or apply(given["input"], given["timestep"], **given["c"])
+        )
+    )
+    lab.turbo(model, steps=2)
+    assert seen == [switch == "off"] * 2 and getattr(args, option) is False
+    assert sum(map(len, model.wrappers["outer_sample"].values())) == 1
+    monkeypatch.delattr(args, option)
+    assert "outer_sample" not in lab.load().wrappers
+
+
+def test_probes_are_outside_of_the_graph(comfy, lab, pack, monkeypatch):
+    """TurboCompare's look at blocks; where the host has no compiler, nothing happens."""
+    inside, depths = [], []
+
+    class Pause:
+        def __enter__(self):
+            inside.append(1)
+            depths.append(len(inside))
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    prefetch = pytest.importorskip("comfy.model_prefetch")
+    monkeypatch.setattr(prefetch, "pause_malloc_graph", Pause, raising=False)
+    run = pack.part("nodes.reports.compare_run").run_both
+    model, sigmas = lab.load(), lab.sigmas(1)
+    *_, trial = run(model, lab.attention(model, 0.3), lab.positive(), lab.latent(), 3, sigmas, True, 64)
+    assert len(trial.errors) == 2 and len(depths) == 2 + 2 * 2 and set(depths) == {1}
+    monkeypatch.delattr(prefetch, "pause_malloc_graph")
+    with pack.part("nodes.host.kernels").outside_graph():
+        pass
+
+
 def test_weights_made_in_the_graph_are_read_from_no_disk(comfy, lab, monkeypatch):
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "fast_disk", True, raising=False)
     model = lab.load()
     model.fast_disk = True
     quantized = lab.quantize(model)
     assert quantized.fast_disk is False and model.fast_disk is True
+
+
+@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_host_is_asked_whether_weights_lie_on_a_fast_disk(comfy, lab, monkeypatch, answer, dynamic):
+    """Of the tensors as we loaded them; hosts whose patchers do not take the answer are not asked."""
+    kind, asked = comfy.model_patcher.ModelPatcher, []
+    begin = kind.__init__
+
+    def takes(self, model, load_device, offload_device, size=0, weight_inplace_update=False, fast_disk=None):
+        begin(self, model, load_device, offload_device, size, weight_inplace_update)
+        self.fast_disk = fast_disk
+
+    monkeypatch.setattr(kind, "__init__", takes)
+    monkeypatch.setattr(kind, "fast_disk", None, raising=False)
+    storage = types.ModuleType("comfy.storage")
+    storage.state_dict_fast_disk = lambda sd: asked.append(set(sd)) or answer
+    monkeypatch.setitem(sys.modules, "comfy.storage", storage)
+    model = lab.pack.loading.load_turbo_model(lab.path(T2V), disable_dynamic=not dynamic)
+    assert model.fast_disk is answer and len(asked) == 1 and "blocks.0.ffn.0.weight" in asked[0]
+    monkeypatch.setattr(kind, "__init__", begin)
+    assert "fast_disk" in inspect.signature(begin).parameters or lab.load().fast_disk is None
 
 
 def test_formats_that_the_device_cannot_multiply_are_passed_on(comfy, lab, monkeypatch):

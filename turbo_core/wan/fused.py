@@ -98,4 +98,5 @@ def _inner(run, x_q, x_scale, up, rows, dtype):
             y[part], scale[part] = run.quantize_rows(inner)
         else:
             run.quantize_rows(inner, (y[part], scale[part]))
+        del inner  # gone before the next slice is made
     return y, scale
