@@ -10,7 +10,7 @@ from .host.run import MODES
 from .host.schedule import sigmas_of
 from .reports.compare_run import run_both
 from .reports.facts import summary
-from .reports.show import show
+from .reports.show import report
 
 MIN_TOKENS, MAX_TOKENS = 16, 8192
 TITLE = "Turbo Compare: B against A, both on A's states"
@@ -64,7 +64,11 @@ class TurboCompare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="picture", tooltip="The error maps and curves, drawn."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="Three heat maps: the error of each block and step, what B keeps of dense attention, and "
+                    "what other top-k would keep.",
+                ),
                 io.String.Output(display_name="table", tooltip="The same figures as text."),
                 io.Latent.Output(display_name="latent_a", tooltip="What A samples, as Turbo Sampler gives it."),
                 io.Latent.Output(
@@ -88,8 +92,8 @@ class TurboCompare(io.ComfyNode):
         head = [f"A: {summary(model_a)}", f"B: {summary(model_b)}"]
         drawn = torch.from_numpy(picture(TITLE, head, *figures)).float()[None] / 255
         text = table([TITLE, *head], *figures)
-        show(cls, text)
-        return io.NodeOutput(drawn, text, a, b, ui=ui.PreviewImage(drawn, cls=cls))
+        shown = report(text, **ui.PreviewImage(drawn, cls=cls).as_dict())
+        return io.NodeOutput(drawn, text, a, b, ui=shown)
 
 
 NODES = [TurboCompare]

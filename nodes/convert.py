@@ -8,11 +8,13 @@ from .host.files import (
     file_stem,
     filename_input,
     format_input,
+    listed_files,
     model_file,
     new_model,
     overwrite_input,
     progress_bar,
 )
+from .reports.made import fingerprint, remember
 from .reports.show import written
 
 
@@ -37,11 +39,16 @@ class TurboConvert(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source=None, format=None, filename="", **inputs):
+        return fingerprint(("TurboConvert", source, format, filename), listed_files(source))
+
+    @classmethod
     def execute(cls, source, format, filename="", overwrite=False) -> io.NodeOutput:
         path = model_file(source)
         target = new_model((filename or "").strip() or f"{file_stem(source)}_{format}", overwrite)
         done = checkpoint.convert(path, target, format, progress_bar())
-        return written(done, *done.warnings)
+        remember(("TurboConvert", source, format, filename), done.path)
+        return io.NodeOutput(done.path, ui=written(done.path, done.bytes, *done.warnings))
 
 
 NODES = [TurboConvert]

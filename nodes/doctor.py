@@ -1,11 +1,11 @@
 """TurboDoctor: what runs here, which path each part takes and why, as text."""
 
 from comfy.model_management import get_torch_device
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..turbo_core.selfcheck import prove
-from .reports.doctor import report
-from .reports.show import show
+from .reports.doctor import examined
+from .reports.show import report
 
 
 class TurboDoctor(io.ComfyNode):
@@ -20,7 +20,6 @@ class TurboDoctor(io.ComfyNode):
             search_aliases=["TurboWan", "diagnose", "system info", "model info", "why slow"],
             inputs=[io.Model.Input("model", optional=True, tooltip="A MODEL to look at as well; it is not loaded.")],
             outputs=[io.String.Output(display_name="report", tooltip="The text that the node shows.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -31,9 +30,8 @@ class TurboDoctor(io.ComfyNode):
     @classmethod
     def execute(cls, model=None) -> io.NodeOutput:
         prove(get_torch_device() if model is None else model.load_device)
-        text = report(model)
-        show(cls, text)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        text = examined(model)
+        return io.NodeOutput(text, ui=report(text))
 
 
 NODES = [TurboDoctor]

@@ -1,13 +1,13 @@
 """TurboLoraReport: a LoRA in any tool's spelling on a MODEL, and what of it acts where, as text."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
 from .host.files import file_input, model_file, read_tensors
 from .host.inputs import check_number, network_of
 from .reports.lora_facts import Examined
-from .reports.show import show
+from .reports.show import report
 
 MAX_STRENGTH = 100.0
 
@@ -36,7 +36,6 @@ class TurboLoraReport(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="report"), io.Model.Output(tooltip="The model with this LoRA.")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -50,11 +49,10 @@ class TurboLoraReport(io.ComfyNode):
             raise TurboError(f"{path} is not a LoRA: expected a flat file of tensors, got nested entries.")
         examined = Examined(model, tensors, metadata)
         text = examined.text(lora_name)
-        show(cls, text)
         patched = model.clone()
         if examined.patches and strength:
             patched.add_patches(examined.patches, strength)
-        return io.NodeOutput(text, patched, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, patched, ui=report(text))
 
 
 NODES = [TurboLoraReport]

@@ -10,12 +10,14 @@ from .host.files import (
     file_stem,
     filename_input,
     format_input,
+    listed_files,
     model_file,
     new_model,
     overwrite_input,
     progress_bar,
 )
 from .host.inputs import check_number
+from .reports.made import fingerprint, remember
 from .reports.show import written
 
 MAX_STRENGTH = 2.0
@@ -52,6 +54,13 @@ class TurboMerge(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(
+        cls, finetune=None, base=None, turbo=None, strength=None, format=None, filename="", **inputs
+    ):
+        asked = "TurboMerge", finetune, base, turbo, strength, format, filename
+        return fingerprint(asked, listed_files(finetune, base, turbo))
+
+    @classmethod
     def execute(
         cls, finetune, base, turbo, strength, format, filename="", overwrite=False
     ) -> io.NodeOutput:  # fmt: skip
@@ -59,8 +68,9 @@ class TurboMerge(io.ComfyNode):
         paths = model_file(finetune), model_file(base), [model_file(turbo)]
         target = new_model((filename or "").strip() or f"{file_stem(finetune)}_turbo_{format}", overwrite)
         done = merge(*paths, target, format, strength, progress_bar())
+        remember(("TurboMerge", finetune, base, turbo, strength, format, filename), done.path)
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
-        return written(done, *apart, *done.warnings)
+        return io.NodeOutput(done.path, ui=written(done.path, done.bytes, *apart, *done.warnings))
 
 
 NODES = [TurboMerge]

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from .host.inputs import check_choice, check_number, seed_input, sigma_max_input, steps_input, wan_network
 from .host.run import MODES, experts_of, sample_experts
 from .host.schedule import sigmas_of
-from .reports.show import show
+from .reports.show import report
 from .reports.stages import Stages
 
 
@@ -48,7 +48,7 @@ class TurboSampler(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of steps and sigma_max."),
             ],
             outputs=[io.Latent.Output()],
-            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # its report, when the host takes the node from its cache
         )
 
     @classmethod
@@ -65,8 +65,7 @@ class TurboSampler(io.ComfyNode):
         latent = sample_experts(experts, positive, latent_image, seed, mode == "ODE", stages)
         line = stages.line()
         logging.info("TurboSampler: %s", line)
-        show(cls, line)
-        return io.NodeOutput(latent)
+        return io.NodeOutput(latent, ui=report(line))
 
 
 NODES = [TurboSampler]

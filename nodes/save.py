@@ -5,6 +5,9 @@ from comfy_api.latest import io
 from .host.files import new_output
 from .host.inputs import wan_network
 from .host.saving import save_model
+from .reports.facts import summary
+from .reports.made import fingerprint, remember
+from .reports.show import written
 
 
 class TurboSave(io.ComfyNode):
@@ -30,10 +33,16 @@ class TurboSave(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, filename_prefix=None, **inputs):
+        return fingerprint(("TurboSave", filename_prefix))
+
+    @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         wan_network(model, "TurboSave")
-        save_model(model, new_output(filename_prefix))
-        return io.NodeOutput()
+        path = new_output(filename_prefix)
+        size = save_model(model, path)
+        remember(("TurboSave", filename_prefix), path)
+        return io.NodeOutput(ui=written(path, size, summary(model)))
 
 
 NODES = [TurboSave]

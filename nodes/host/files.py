@@ -51,6 +51,12 @@ def model_file(name, kind=MODELS):
     return folder_paths.get_full_path_or_raise(kind, name)
 
 
+def listed_files(*names, kind=MODELS):
+    """Paths of those files in models/`kind` that are there; what is no name of one is left out."""
+    found = (folder_paths.get_full_path(kind, name) for name in names if isinstance(name, str))
+    return [path for path in found if path is not None]
+
+
 def read_tensors(path):
     """(tensors, metadata) of a file as the host reads it. Raises TurboError for one that is damaged or no such file."""
     try:

@@ -36,10 +36,11 @@ class GuidedRun:
     """One run on a latent, under the host's own guider: loading, offload, hooks and interrupt are the host's.
 
     latent: LATENT dict; model: the MODEL that its channels and the preview follow; total: steps of all parts.
+    previewed=False leaves the bar alone: the page shows a preview in the place of the picture that a node gives out.
     Raises TurboError for a prompt or a latent that is empty or made for another model.
     """
 
-    def __init__(self, model, positive, latent, seed, total):
+    def __init__(self, model, positive, latent, seed, total, previewed=True):
         check_positive(positive, model)
         check_latent(latent)
         check_number("seed", seed, -(2**63), MAX_SEED)
@@ -47,7 +48,7 @@ class GuidedRun:
         self.image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
         check_channels("latent_image", self.image.shape[1], model)
         self.noise = comfy.sample.prepare_noise(self.image, seed, latent.get("batch_index"))
-        self.preview = latent_preview.prepare_callback(model, total)
+        self.preview = latent_preview.prepare_callback(model, total) if previewed else _bar(total)
         self.positive, self.latent, self.seed, self.total, self.done = positive, latent, seed, total, 0
 
     def sample(self, model, function, sigmas):
@@ -73,6 +74,12 @@ class GuidedRun:
         management = comfy.model_management
         place = {"device": management.intermediate_device(), "dtype": management.intermediate_dtype()}
         return {**kept, "samples": samples.to(**place)}
+
+
+def _bar(total):
+    """What the host's prepare_callback gives where previews are off."""
+    bar = comfy.utils.ProgressBar(total)
+    return lambda step, x0, x, steps: bar.update_absolute(step + 1, steps)
 
 
 def sample_experts(experts, positive, latent, seed, ode=False, stages=None):

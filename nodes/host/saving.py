@@ -17,7 +17,8 @@ def save_model(patcher, path):
     """Write the network of a MODEL, its LoRAs baked in, one tensor at a time.
 
     The host's ModelSave does the same for a MODEL that lies on its device as a whole; of an int8 one that does not,
-    ComfyUI 0.33 makes parameters that ask for gradients, which torch refuses. Raises TurboError like the writer.
+    ComfyUI 0.33 makes parameters that ask for gradients, which torch refuses. Returns the size of the file in bytes.
+    Raises TurboError like the writer.
     """
     if patcher.injections:
         names = ", ".join(patcher.injections)

@@ -121,7 +121,7 @@ def run_both(model_a, model_b, positive, latent, seed, sigmas, ode, tokens):
 
     Returns (LATENT that A samples, LATENT that B makes of A's last state, the Trial).
     """
-    run = GuidedRun(model_a, positive, latent, seed, 2 * (len(sigmas) - 1))
+    run = GuidedRun(model_a, positive, latent, seed, 2 * (len(sigmas) - 1), previewed=False)
     reference = Reference(tokens, ode)
     ours = run.sample(reference.watching(model_a), reference, sigmas)
     trial = Trial(reference)

@@ -13,7 +13,7 @@ from .facts import host_attention, model_facts
 _STANDALONE = {"device", "dense attention", "text encoder", "VAE", "generate", "inspect, convert, quantize"}
 
 
-def report(model=None) -> str:
+def examined(model=None) -> str:
     """Everything as aligned text, section by section."""
     findings = examine()
     paths = [(item, finding) for item, finding in findings["paths"] if item not in _STANDALONE]

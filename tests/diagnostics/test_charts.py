@@ -123,3 +123,10 @@ def test_without_pillow_the_cure_is_named(monkeypatch):
     assert not charts.available()
     with pytest.raises(TurboError, match="pip install"):
         charts.heat_map(panel())
+
+
+def test_a_heading_is_broken_and_a_heat_map_holds_its_title():
+    """A long line of head made the sheet three times as wide as its maps; the title of a narrow map was cut."""
+    narrow = charts.heat_map(panel()._replace(title="Share that other top-k would keep, %, mean of all steps"))
+    assert is_framed(charts.sheet("title", ["word " * 100], [narrow]))
+    assert charts.sheet("title", ["word " * 100], [narrow]).width <= narrow.width + 2 * 24

@@ -120,7 +120,7 @@ def test_picture(lab, compare, tmp_path):
     picture = output[0]
     assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3 and picture.dtype == torch.float32
     assert 0 <= picture.min() < 0.3 and picture.max() == 1 and len(picture.flatten(0, 2).unique(dim=0)) > 100
-    shown = output.ui.as_dict()["images"]
+    shown = output.ui["images"]
     assert [(tmp_path / image["filename"]).is_file() for image in shown] == [True]
 
 

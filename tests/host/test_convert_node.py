@@ -1,5 +1,6 @@
 """TurboConvert and TurboMerge in the real host, and fp8 files in the host's own loader."""
 
+import os
 import shutil
 
 import pytest
@@ -56,7 +57,7 @@ def test_converts_as_the_command_does_and_loaders_list_the_file(models, convert,
     same = checkpoint.convert(lab.path("TinyWan2.1-T2V.pth"), tmp_path / "same.safetensors", "int8_block").path
     assert target.read_bytes() == (tmp_path / "same.safetensors").read_bytes(), same
     assert bar[-1][0] == bar[-1][1] > 0
-    assert str(target) in done.ui.as_dict()["text"][0]
+    assert str(target) in done.ui["text"][0]
     assert set(folder_paths.get_filename_list("diffusion_models")) - set(before) == {target.name}
     lab.load(done[0])
 
@@ -142,7 +143,7 @@ def test_merge_node_accelerates_a_finetune(models, pack, lab, bar):
     done = node.execute("finetune.safetensors", STOCK, "TinyWan2.1-T2V.pth", 1.0, "bf16")
     assert done[0] == str(models / "diffusion_models" / "finetune_turbo_bf16.safetensors")
     assert bar[-1][0] == bar[-1][1]
-    text = done.ui.as_dict()["text"][0]
+    text = done.ui["text"][0]
     assert f"TinyWan2.1-T2V.pth: 0.00% from {STOCK}" in text and "add nothing" in text
     merged = load_file(done[0])  # the tiny stock file is the accelerated one without proj_l: only that is added
     assert torch.equal(merged["blocks.0.ffn.0.weight"], finetune["blocks.0.ffn.0.weight"])
@@ -161,3 +162,24 @@ def test_schemas_offer_every_format(pack):
         inputs = {given.id: given for given in node.define_schema().inputs}
         assert inputs["format"].options == list(FORMATS) and all(given.tooltip for given in inputs.values())
         assert node.define_schema().is_output_node
+
+
+@pytest.mark.parametrize("node", ("TurboConvert", "TurboMerge"))
+def test_a_file_that_is_deleted_is_made_again(models, pack, node):
+    """The host keeps a node's results while its inputs are the same: they are not the same without the file."""
+    files = {"finetune": STOCK, "base": STOCK, "turbo": "TinyWan2.1-T2V.pth", "strength": 1.0}
+    inputs = {"source": "TinyWan2.1-T2V.pth"} if node == "TurboConvert" else files
+    inputs |= {"format": "bf16", "filename": "mine again", "overwrite": False}
+    node = pack.nodes[node]
+    before = node.fingerprint_inputs(**inputs)
+    path = node.execute(**inputs)[0]
+    assert node.fingerprint_inputs(**inputs) == before, "a second run would ask to overwrite the file"
+    os.remove(path)
+    gone = node.fingerprint_inputs(**inputs)
+    assert gone != before and node.fingerprint_inputs(**inputs) == gone
+    assert node.execute(**inputs)[0] == path
+    assert node.fingerprint_inputs(**inputs) == gone
+    source = models / "unet" / "TinyWan2.1-T2V.pth"
+    os.utime(source, (1, 1))  # another source under the same name
+    assert node.fingerprint_inputs(**inputs) != gone
+    assert node.fingerprint_inputs(source=None) == node.fingerprint_inputs(source=["7", 0])  # links

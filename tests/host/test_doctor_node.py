@@ -34,7 +34,7 @@ def test_report_of_the_host(comfy, doctor):
 
 def test_text_is_also_shown_on_the_node(comfy, pack):
     output = pack.nodes["TurboDoctor"].execute()
-    assert output.ui.as_dict() == {"text": (output[0],)}
+    assert output.ui == {"text": (output[0],)}
 
 
 def test_looks_again_at_every_run(comfy, pack):

@@ -104,3 +104,17 @@ def test_turbo_save_refuses_a_bypass_lora(lab, tmp_path):
     with pytest.raises(ValueError, match="bypass"):
         lab.pack.saving.save_model(model, str(tmp_path / "saved.safetensors"))
     assert not list(tmp_path.iterdir())
+
+
+def test_turbo_save_says_what_it_wrote_and_writes_again_what_was_deleted(lab, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    node, model = lab.pack.nodes["TurboSave"], lab.load(QUANT)
+    text = node.execute(model, "here/mine").ui["text"][0]
+    (path,) = (tmp_path / "here").iterdir()
+    assert text.startswith(f"{path}: {path.stat().st_size / 1e6:.1f} MB") and "int8_block" in text
+    before = node.fingerprint_inputs(model=None, filename_prefix="here/mine")
+    assert before == node.fingerprint_inputs(filename_prefix="here/mine")
+    path.unlink()
+    assert node.fingerprint_inputs(filename_prefix="here/mine") != before

@@ -59,7 +59,7 @@ def available() -> bool:
 
 def sheet(title: str, lines: list[str], parts: list):
     """A picture of a title, lines of text and parts below each other. Raises TurboError without Pillow."""
-    parts = [_heading(title, lines), *parts]
+    parts = [_heading(title, lines, max((part.width for part in parts), default=0)), *parts]
     width, height = max(part.width for part in parts), sum(part.height + _GAP for part in parts) - _GAP
     image, _ = _canvas(width + 2 * _MARGIN, height + 2 * _MARGIN)
     y = _MARGIN
@@ -69,7 +69,10 @@ def sheet(title: str, lines: list[str], parts: list):
     return image
 
 
-def _heading(title: str, lines: list[str]):
+def _heading(title: str, lines: list[str], wide: int):
+    """The title and the lines, broken where they would be wider than the title and what stands below them."""
+    wide = max(wide, _width(title, _TITLE))
+    lines = [piece for line in lines for piece in _broken(line, wide, _BODY)]
     width = max([_width(title, _TITLE), *(_width(line, _BODY) for line in lines)])
     image, pen = _canvas(math.ceil(width), 38 + 20 * len(lines))
     _write(pen, (0, 0), title, INK, _TITLE, "la")
@@ -197,14 +200,27 @@ def strips(columns: list[str], captions: list[str], pictures, height: int):
     return image
 
 
+def _broken(line: str, wide: float, size: int) -> list[str]:
+    """The line in pieces that are at most so wide, broken at spaces; a word that is wider stays whole."""
+    pieces, piece = [], ""
+    for word in line.split(" "):
+        longer = f"{piece} {word}" if piece else word
+        if piece and _width(longer, size) > wide:
+            pieces, piece = [*pieces, piece], f"    {word}"
+        else:
+            piece = longer
+    return [*pieces, piece]
+
+
 def heat_map(panel: Panel):
     """A table of shares with colours behind its numbers, and what the colours mean at its side."""
     left, cell_height, gap = 96, 28, 10
     names = [*panel.columns, panel.summary]
-    cell = max(30, min(72, 1240 // len(names)))
+    cell = max(26, min(72, 900 // len(names)))  # 40 blocks fit the width of a node and stay legible
     top, body = 48, cell_height * len(panel.rows)
     tall = max(3 * cell_height, body)  # the colours need some room
-    image, pen = _canvas(left + len(names) * cell + gap + 92, top + tall + 22)
+    width = max(left + len(names) * cell + gap + 92, math.ceil(_width(panel.title, _HEADING)))
+    image, pen = _canvas(width, top + tall + 22)
     _write(pen, (0, 0), panel.title, INK, _HEADING, "la")
     _write(pen, (left - 8, 38), panel.row_name, FAINT, anchor="rm")
     places = [left + i * cell + (gap if i == len(panel.columns) else 0) for i in range(len(names))]
