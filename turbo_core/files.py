@@ -33,7 +33,7 @@ def written_aside(target):
     check_free(target)
     aside = target.with_name(f"{target.name}.part")
     _sweep(target.parent)
-    with _alone(target):
+    with alone(target):
         try:
             yield aside
             with open(aside, "r+b") as file:
@@ -45,8 +45,11 @@ def written_aside(target):
 
 
 @contextmanager
-def _alone(target: Path):
-    """Hold the lock of a target; the system lets go of it when the process ends, however it does."""
+def alone(target: Path):
+    """Hold the lock of a target; the system lets go of it when the process ends, however it does.
+
+    Raises TurboError, naming the owner, where another process holds it.
+    """
     place, tries = _lock_of(target), 20
     while True:
         file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)

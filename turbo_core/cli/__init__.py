@@ -1,8 +1,8 @@
-"""The turbo-core command: generate, inspect, convert, quantize, merge, plan, doctor, bench, tune, train, evaluate ...
+"""The turbo-core command: generate, batch, inspect, convert, quantize, merge, plan, doctor, bench, train ...
 
 Each room adds its verbs to the parser, their arguments and what they do; the libraries come in when a verb is run.
-Exit codes: 0 done, 1 bench found a wrong result, 2 input that a person can mend (one line on stderr), 70 a fault of
-ours, 130 interrupted.
+Exit codes: 0 done, 1 bench found a wrong result or batch left a job undone, 2 input that a person can mend (one line on
+stderr), 70 a fault of ours, 130 interrupted.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import sys
 
 from .. import __version__
 from ..errors import TurboError, shown
-from . import advice, bench, files, generate, train
+from . import advice, batch, bench, files, generate, train
 
-ROOMS = (generate, files, advice, bench, train)  # in the order of --help
+ROOMS = (generate, batch, files, advice, bench, train)  # in the order of --help
 
 
 def main(argv=None) -> int:

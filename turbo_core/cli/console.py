@@ -5,11 +5,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bars():
-    """A callback (stage, done, total) that draws one bar a stage on stderr."""
+def progress_bars(remaining: bool = False):
+    """A callback (stage, done, total) that draws one bar a stage on stderr; remaining: with the time that is left."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         yield _plain_progress
         return
@@ -18,6 +25,7 @@ def progress_bars():
         BarColumn(),
         TaskProgressColumn("{task.fields[count]:>6}"),
         TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if remaining else []),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks = {}

@@ -16,14 +16,31 @@ def add_verbs(verbs, common) -> None:
     add = command.add_argument
     add("--prompt", required=True, help="long English descriptions work best")
     add("--image", type=Path, help="first frame, for image-to-video")
+    add_models(command)
+    add("-o", "--output", type=Path, required=True, help="the video, *.mp4")
+    add("--contact-sheet", type=Path, metavar="PNG", help="also write a grid of frames")
+    add("--json", type=Path, metavar="FILE", help="also write settings, times and memory")
+    add_settings(command)
+    add("--cache", type=Path, metavar="DIR", help="keep embeddings of prompts here: the next time no encoder is read")
+    command.set_defaults(run=run_generate)
+
+
+def add_models(command) -> None:
+    """The files and the device, for every verb that makes videos."""
+    add = command.add_argument
     add("--dit", type=Path, required=True, help="TurboWan checkpoint; of an A14B pair the high-noise one")
     add("--dit-low", type=Path, help="the low-noise expert of an A14B pair")
     add("--vae", type=Path, required=True, help="Wan2.1_VAE.pth or wan_2.1_vae.safetensors")
     add("--text-encoder", type=Path, required=True, help="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
     add("--tokenizer", type=Path, help="spiece.model, tokenizer.json or their folder; needed when the file has none")
-    add("-o", "--output", type=Path, required=True, help="the video, *.mp4")
-    add("--contact-sheet", type=Path, metavar="PNG", help="also write a grid of frames")
-    add("--json", type=Path, metavar="FILE", help="also write settings, times and memory")
+    add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
+    add("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
+    add("--no-metadata", action="store_true", help="write nothing into the video of how it was made")
+
+
+def add_settings(command) -> None:
+    """What a video is made by, for every verb that makes videos."""
+    add = command.add_argument
     add("--size", default="832x480", help="WIDTHxHEIGHT, 480p, 720p-9:16 ...; default %(default)s")
     add("--adaptive", action="store_true", help="keep the image's aspect ratio at the area of --size")
     add("--frames", type=int, default=81, help="4n + 1, at 16 a second; default %(default)s")
@@ -36,64 +53,54 @@ def add_verbs(verbs, common) -> None:
     add("--precision", choices=PRECISIONS, default="bf16", help="of sparse attention; default %(default)s")
     add("--ode", action="store_true", help="deterministic steps: sharper, less robust")
     add("--boundary", type=float, default=0.9, help="sigma of the hand-over between experts; default %(default)s")
-    add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
-    add("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
     add("--noise-device", default="cpu", help="cpu (default) gives the same video on every machine")
     add("--tiled", action="store_true", help="decode in tiles: less memory")
-    command.set_defaults(run=run_generate)
+
+
+def models_of(arguments) -> dict:
+    """The arguments of pipeline.Pipeline that add_models asked for."""
+    import torch
+
+    names = "dit", "vae", "text_encoder", "dit_low", "tokenizer", "device"
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    return {name: getattr(arguments, name) for name in names} | {"dtype": dtype}
+
+
+def clip_of(arguments, prompt: str = "", image=None):
+    """The pipeline.Clip that add_settings asked for."""
+    from ..pipeline import Clip
+    from ..pipeline.sizes import parse_size
+
+    names = (
+        "seed", "adaptive", "frames", "steps", "sigma_max", "precision", "ode", "boundary", "noise_device", "tiled",
+    )  # fmt: skip
+    topk = None if arguments.dense else "auto" if arguments.topk is None else arguments.topk
+    settings = {name: getattr(arguments, name) for name in names}
+    return Clip(prompt, image=image, size=parse_size(arguments.size), topk=topk, **settings)
 
 
 def run_generate(arguments) -> None:
-    import torch
-
-    from .. import pipeline
-    from ..pipeline.sizes import parse_size
+    from ..pipeline import Pipeline
     from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
     from .console import progress_bars
 
     gc.freeze()  # what the imports made stays: the collections after each network need not look through it
-    size = parse_size(arguments.size)
+    clip = clip_of(arguments, arguments.prompt, arguments.image)
     check_video_path(arguments.output)
     if arguments.contact_sheet:
         check_sheet_path(arguments.contact_sheet)
     if arguments.json:
         check_place(arguments.json)
-    clip = pipeline.Clip(
-        arguments.prompt,
-        seed=arguments.seed,
-        image=arguments.image,
-        size=size,
-        adaptive=arguments.adaptive,
-        frames=arguments.frames,
-        steps=arguments.steps,
-        sigma_max=arguments.sigma_max,
-        topk=None if arguments.dense else "auto" if arguments.topk is None else arguments.topk,
-        precision=arguments.precision,
-        ode=arguments.ode,
-        boundary=arguments.boundary,
-        noise_device=arguments.noise_device,
-        tiled=arguments.tiled,
-    )
 
     def write(clip, result):
-        write_video(arguments.output, result.frames)
+        write_video(arguments.output, result.frames, made=None if arguments.no_metadata else result.settings)
         if arguments.contact_sheet:
             write_contact_sheet(arguments.contact_sheet, result.frames)
 
     start = time.perf_counter()
     with (
         progress_bars() as progress,
-        pipeline.Pipeline(
-            arguments.dit,
-            arguments.vae,
-            arguments.text_encoder,
-            dit_low=arguments.dit_low,
-            tokenizer=arguments.tokenizer,
-            device=arguments.device,
-            dtype=arguments.dtype and getattr(torch, arguments.dtype),
-            memory=0,
-            progress=progress,
-        ) as pipe,
+        Pipeline(**models_of(arguments), memory=0, cache=arguments.cache, progress=progress) as pipe,
     ):
         _tell_of_world(pipe.model, arguments.prompt)
         [result] = pipe.map([clip], write)

@@ -21,6 +21,13 @@ class Stay(NamedTuple):
     dit: bool = False  # one of them and the VAE
     overlap: bool = False  # sampling and decoding at the same time
 
+    def words(self) -> str:
+        """The same for a person."""
+        if not self.dit:
+            return f"networks take turns, {GROUP} videos at a time"
+        stays = "all diffusion models stay" if self.experts else "one diffusion model stays"
+        return f"{stays}, {'sampling beside decoding' if self.overlap else 'sampling and decoding in turn'}"
+
     def together(self, has_low: bool) -> int:
         """How many clips are sampled before the next network is read in the place of this one."""
         return 1 if self.dit and (self.experts or not has_low) else GROUP

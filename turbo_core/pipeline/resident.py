@@ -89,13 +89,15 @@ class Pipeline:
         clips: Iterable[Clip],
         write: Callable[[Clip, Result], None] | None = None,
         failed: Callable[[Clip, TurboError], None] | None = None,
+        begun: Callable[[Clip], None] | None = None,
     ) -> Iterator[Result]:
         """Make videos, in their order.
 
         write: takes each video as soon as it is decoded, in the thread that decodes. failed: takes a clip that could
-        not be made, with the reason, and the rest goes on; without it the first failure ends it all.
+        not be made, with the reason, and the rest goes on; without it the first failure ends it all. What `failed`
+        raises ends it all too. begun: takes each clip when its sampling begins.
         """
-        clips = iter(clips)
+        clips, self._tell_begun = iter(clips), begun or (lambda clip: None)
         with ThreadPoolExecutor(1, "decode") as worker:
             while window := list(itertools.islice(clips, WINDOW)):
                 yield from self._window(window, worker, write, failed or _raise)
@@ -174,7 +176,7 @@ class Pipeline:
         for work in works:
             if work.ready is None and not self._checked([work], failed):
                 continue
-            stay = self._stay(work.ready)
+            stay = self.stay(work.ready)
             if group and stay != shared:
                 yield shared, group
                 group = []
@@ -186,7 +188,8 @@ class Pipeline:
         if group:
             yield shared, group
 
-    def _stay(self, ready: Ready) -> Stay:
+    def stay(self, ready: Ready) -> Stay:
+        """What may be in memory together while this clip is made."""
         rest = self.memory - self._vae_bytes() - self.embeddings.bytes()
         return what_stays(self.model, ready, self.experts.bytes, rest, self.dtype)
 
@@ -221,6 +224,7 @@ class Pipeline:
 
     def _begun(self, work, stay):
         ready, y = work.ready, None
+        self._tell_begun(ready.clip)
         if ready.picture is not None:
             with work.stage("encode image"), self._vae_alone:
                 image = prepare_image(ready.picture, *ready.size)

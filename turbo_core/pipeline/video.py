@@ -1,5 +1,6 @@
 """Pictures and videos in and out: read an image, write an MP4 and a contact sheet."""
 
+import json
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,8 @@ from .sizes import FPS
 
 VIDEO_SUFFIXES = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}  # to the container's name
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
+# IPTC's word for what a model made, which laws on synthetic media ask for
+ORIGIN = {"software": "ComfyUI-TurboWan", "digitalSourceType": "trainedAlgorithmicMedia"}
 MOST_PIXELS = 100_000_000  # 300 MB; the largest cameras have as many
 
 
@@ -68,8 +71,11 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
 
-def write_video(path, frames: torch.Tensor, fps: int = FPS) -> None:
-    """Write uint8 frames [T, H, W, 3] as H.264, yuv420p. The file appears only when it is complete."""
+def write_video(path, frames: torch.Tensor, fps: int = FPS, made: dict | None = None) -> None:
+    """Write uint8 frames [T, H, W, 3] as H.264, yuv420p. The file appears only when it is complete.
+
+    made: how it came about, kept in the file as JSON for read_made; says too that the video is synthetic.
+    """
     check_video_path(path)
     av = _pyav()
     try:
@@ -78,11 +84,28 @@ def write_video(path, frames: torch.Tensor, fps: int = FPS) -> None:
             stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
+            if made is not None:
+                container.metadata["comment"] = json.dumps({**ORIGIN, **made}, ensure_ascii=False)
             for frame in frames.numpy():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     except (av.error.FFmpegError, OSError) as error:
         raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
+
+
+def read_made(path) -> dict | None:
+    """What write_video kept in a file, None where it is no video of ours. Raises TurboError where it is no video."""
+    av = _pyav()
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            comment = container.metadata.get("comment") or container.metadata.get("COMMENT", "")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise TurboError(f"video: {path} cannot be read ({shown(error, 200)}). Make it again.") from error
+    try:
+        made = json.loads(comment)
+    except (ValueError, RecursionError):
+        return None
+    return made if isinstance(made, dict) and made.get("software") == ORIGIN["software"] else None
 
 
 def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: int = 1920) -> None:

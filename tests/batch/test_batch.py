@@ -1,0 +1,262 @@
+"""turbo-core batch: the videos of single runs, resumed without doing anything twice, one job's fault its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo_core import pipeline
+from turbo_core.batch import Manifest, jobs, making, read_jobs
+from turbo_core.cli import main
+from turbo_core.errors import TurboError
+from turbo_core.pipeline import Clip
+from turbo_core.pipeline.video import read_made
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = "a red circle\na blue square\nbad \x00 is fine\na red circle that moves\n"
+FILES = "TinyWan2.1-T2V.pth", "TinyWan2.1_VAE.pth", "tiny_umt5.safetensors"
+
+
+def command(tiny, list_of_jobs, output, *more):
+    files = [
+        item for pair in zip(("--dit", "--vae", "--text-encoder"), (tiny / name for name in FILES)) for item in pair
+    ]
+    settings = ["--size", "32x32", "--frames", "5", "--steps", "2", "--device", "cpu", "--no-cache"]
+    return ["batch", *map(str, [list_of_jobs, "-o", output, *files, *settings, *more])]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(PROMPTS)
+    return path
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "batch.jsonl").read_text().splitlines() if line.strip()]
+
+
+def made(folder):
+    """How often each video was made, by the manifest."""
+    return Counter(record["name"] for record in records(folder) if record["state"] == "done")
+
+
+def test_a_batch_is_the_single_videos_with_their_settings_inside_and_beside(tiny, tmp_path, prompts, capsys):
+    out, frames = tmp_path / "out", {}
+    assert main(command(tiny, prompts, out)) == 0
+    for record in records(out):
+        if record["state"] != "done":
+            continue
+        told = read_made(out / record["name"])
+        beside = json.loads((out / record["name"]).with_suffix(".json").read_text())
+        assert beside["settings"].items() <= told.items() and told["id"] == record["id"]
+        assert told["digitalSourceType"] == "trainedAlgorithmicMedia"
+        assert {"sampling", "decode"} <= set(record["seconds"])
+        frames[told["prompt"]] = told["seed"]
+    assert set(frames) == set(PROMPTS.splitlines())
+    assert "videos an hour" in capsys.readouterr().out
+    assert not [path for path in out.iterdir() if path.suffix not in (".mp4", ".json", ".jsonl")]
+
+
+def test_the_frames_are_those_of_generate(tiny, tmp_path, prompts, monkeypatch):
+    seen, write = {}, making.write_video
+    monkeypatch.setattr(
+        making, "write_video", lambda path, frames, **made: seen.update({path: frames}) or write(path, frames, **made)
+    )
+    assert main(command(tiny, prompts, tmp_path / "out")) == 0
+    found, _ = read_jobs(
+        prompts, Clip("", size=(32, 32), frames=5, steps=2), jobs.digest_of_models(tiny / n for n in FILES)
+    )
+    assert len(seen) == 4
+    for job in found:
+        alone = pipeline.generate(
+            job.clip.prompt, *(tiny / name for name in FILES), size=(32, 32), frames=5, steps=2, device="cpu"
+        )
+        assert torch.equal(seen[tmp_path / "out" / job.name], alone.frames)
+
+
+def test_run_again_only_what_is_missing_changed_or_damaged_is_made(tiny, tmp_path, prompts, capsys):
+    out = tmp_path / "out"
+    assert main(command(tiny, prompts, out)) == 0
+    one, two, *_ = sorted(out.glob("*.mp4"))
+    one.unlink()
+    two.write_bytes(two.read_bytes()[:-100])
+    prompts.write_text(PROMPTS + "a fifth\n")
+    assert main(command(tiny, prompts, out)) == 0
+    assert "2 of 5 videos are there already" in capsys.readouterr().err
+    assert sorted(made(out).values()) == [1, 1, 1, 2, 2]
+    assert main(command(tiny, prompts, out, "--seed", 5)) == 0
+    assert len(made(out)) == 10
+    assert main(command(tiny, prompts, out, "--seed", 5)) == 0
+    assert sorted(made(out).values()) == [1] * 8 + [2, 2]
+
+
+def test_bad_lines_and_failing_jobs_are_told_and_the_rest_is_made(tiny, tmp_path, capsys):
+    path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+    rows = [
+        '{"prompt": "a"}',
+        "{broken",
+        '{"prompt": "b", "steps": 9}',
+        '{"prompt": "c", "frames": 6}',
+        '{"prompt": "d"}',
+    ]
+    path.write_text("\n".join(rows))
+    assert main(command(tiny, path, out)) == 1
+    err = capsys.readouterr().err
+    assert all(f"jobs.jsonl:{line}: " in err for line in (2, 3, 4)) and "nearest is 5" in err
+    states = Counter(record["state"] for record in records(out))
+    assert states["done"] == 2 and states["failed"] == 2
+    assert len(list(out.glob("*.mp4"))) == 2
+
+
+def test_check_makes_nothing_and_reads_no_weights(tiny, tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "steps": 9}\nx')
+    monkeypatch.setattr(pipeline.experts, "weights", lambda *_: pytest.fail("read the DiT"))
+    assert main(command(tiny, path, out, "--check")) == 1
+    captured = capsys.readouterr()
+    assert "jobs.jsonl:2: " in captured.err and "jobs.jsonl:3: not JSON" in captured.err
+    assert "32x32, 5 frames" in captured.out and "1 of 2 jobs" in captured.out and not out.exists()
+    path.write_text('{"prompt": "a"}')
+    assert main(command(tiny, path, out, "--check")) == 0
+
+
+@pytest.mark.parametrize("which", ["--vae", "--text-encoder", "--dit"])
+def test_a_wrong_model_ends_it_before_anything_is_made(tiny, tmp_path, prompts, which, capsys):
+    wrong = tiny / ("TinyWan2.1_VAE.pth" if which == "--dit" else "TinyWan2.1-T2V.pth")
+    for more in ([], ["--check"]):
+        assert main(command(tiny, prompts, tmp_path / "out", which, wrong, *more)) == 2
+        assert wrong.name in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_two_batches_in_one_folder_the_second_names_the_first(tiny, tmp_path, prompts, capsys):
+    with Manifest(tmp_path / "out"):
+        code = subprocess.run(
+            [sys.executable, "-m", "turbo_core", *command(tiny, prompts, tmp_path / "out")],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    assert code.returncode == 2 and f"process {os.getpid()}" in code.stderr
+
+
+def test_a_full_disk_ends_the_batch_and_keeps_what_is_done(tiny, tmp_path, prompts, monkeypatch, capsys):
+    write, count = making.write_video, []
+
+    def full(path, frames, **made):
+        count.append(path)
+        if len(count) > 1:
+            raise TurboError("Could not write it (No space left on device).")
+        write(path, frames, **made)
+
+    monkeypatch.setattr(making, "write_video", full)
+    monkeypatch.setattr(making.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    assert main(command(tiny, prompts, tmp_path / "out")) == 2
+    assert "Free space and start again" in capsys.readouterr().err
+    assert len(count) == 2 and sum(made(tmp_path / "out").values()) == 1
+
+
+def test_a_video_whose_process_was_killed_before_it_was_entered_is_not_made_again(tiny, tmp_path, prompts):
+    out = tmp_path / "out"
+    assert main(command(tiny, prompts, out)) == 0
+    lines = [line for line in (out / "batch.jsonl").read_text().splitlines(True) if line.strip()]
+    kept = [line for line in lines if json.loads(line)["state"] != "done"]
+    (out / "batch.jsonl").write_text("".join(kept) + lines[-1][:40])  # and its last line is torn
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    assert main(command(tiny, prompts, out)) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    done = [json.loads(line) for line in (out / "batch.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert sum(record["state"] == "done" for record in done) == 4
+
+
+def start(tiny, prompts, out, *more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "turbo_core", *command(tiny, prompts, out, *more)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_killed_at_any_moment_it_is_resumed_to_the_end(tiny, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(f"prompt {number}" for number in range(12)))
+    for pause in (0.0, 0.15, 0.4):
+        process = start(tiny, prompts, out)
+        before = len(list(out.glob("*.mp4"))) if out.exists() else 0
+        until(lambda before=before: len(list(out.glob("*.mp4"))) > before)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(command(tiny, prompts, out)) == 0
+    assert len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == 12
+    assert set(made_twice(out)) == set()
+    assert all(read_made(path) for path in out.glob("*.mp4"))
+    assert not list(out.glob("*.part")) and not list(out.glob(".*"))
+
+
+def made_twice(out):
+    done = Counter()
+    for line in (out / "batch.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        done[record["name"]] += record["state"] == "done"
+    return [name for name, count in done.items() if count != 1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_two_processes_share_the_jobs_and_one_that_dies_gives_its_own_back(tiny, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(f"prompt {number}" for number in range(10)))
+    process = start(tiny, prompts, out, "--workers", 2)
+    until(lambda: out.exists() and len(list(out.glob("*.mp4"))) > 1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, process.stderr.read()
+    assert len(list(out.glob("*.mp4"))) == 10 and made_twice(out) == []
+    assert not list(out.glob("*.part"))
+
+
+def test_a_job_that_kills_its_process_twice_is_failed_and_the_rest_is_made(tiny, tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from turbo_core.batch import workers, making, jobs
+from turbo_core.pipeline import Clip, resident
+
+if __name__ == "__main__" or True:
+    begun = resident.Pipeline._begun
+    def deadly(self, work, stay):
+        self._tell_begun(work.ready.clip)
+        if work.clip.seed == 1:
+            os._exit(9)
+        return begun(self, work, stay)
+    resident.Pipeline._begun = deadly
+if __name__ == "__main__":
+    files = dict(zip(("dit", "vae", "text_encoder"), {[str(tiny / name) for name in FILES]!r}))
+    listed = [jobs.Job(n, f"{{n}}.mp4", str(n), Clip(f"p{{n}}", n, size=(32, 32), frames=5, steps=1)) for n in range(3)]
+    told = []
+    workers.make_by_workers(["cpu"], files, listed, {str(tmp_path)!r}, told.append, lambda job: False)
+    print(sorted((o.job.name, o.state, (o.error or "")[:22]) for o in told if o.state != "begun"))
+"""
+    (tmp_path / "deadly.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "deadly.py"], capture_output=True, text=True, timeout=300)
+    expected = [("0.mp4", "done", ""), ("1.mp4", "failed", "its process died 2 tim"), ("2.mp4", "done", "")]
+    assert done.stdout.strip().splitlines()[-1:] == [str(expected)], done.stderr

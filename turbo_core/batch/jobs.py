@@ -1,0 +1,257 @@
+"""A list of jobs, as a person or a spreadsheet writes it: lines of prompts, CSV, or lines of JSON."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import TurboError, shown
+from ..pipeline import Clip
+from ..pipeline.sizes import parse_size
+from ..pipeline.video import VIDEO_SUFFIXES
+
+COLUMNS = (
+    "prompt", "name", "seed", "seeds", "image", "size", "adaptive", "frames", "steps", "sigma_max", "topk", "precision",
+    "ode", "tiled",
+)  # fmt: skip
+MOST_BYTES, MOST_JOBS, MOST_LETTERS = 1 << 28, 1_000_000, 10_000
+_PART = 1 << 20
+
+
+class Job(NamedTuple):
+    """A video to make. name: of its file; id: tells apart all that the video depends on."""
+
+    line: int
+    name: str
+    id: str
+    clip: Clip
+
+
+class Fault(NamedTuple):
+    """A line that is no job, and why."""
+
+    line: int
+    error: str
+
+
+def read_jobs(path, defaults: Clip, models: str = "") -> tuple[list[Job], list[Fault]]:
+    """The jobs of a file and the lines that are none.
+
+    *.jsonl (or .ndjson): an object a line; *.csv: a first row of column names, commas or semicolons; anything else: a
+    prompt a line, empty lines and those that begin with # left out. Columns are COLUMNS, what is left out comes from
+    `defaults`; seeds is "0-9" or "1,5,8" and makes as many videos. Paths of images count from the file's folder.
+    models: digest of the models, part of each job's id. Raises TurboError where the file cannot be read at all.
+    """
+    path = Path(path)
+    text, jobs, faults, names = _text(path), [], [], {}
+    for line, found in _rows(text, path):
+        try:
+            if isinstance(found, TurboError):
+                raise found
+            for job in _jobs_of(line, found, defaults, path.parent, models):
+                if len(jobs) == MOST_JOBS:
+                    raise TurboError(f"more than {MOST_JOBS:,} videos. Expected fewer: split the file.")
+                first = names.setdefault(job.name.lower(), job)
+                if first is not job:
+                    what = "the same video" if first.id == job.id else f"the same name {shown(job.name)}"
+                    raise TurboError(f"{what} as line {first.line}. Expected another seed or name.")
+                jobs.append(job)
+        except TurboError as error:
+            faults.append(Fault(line, str(error)))
+    if not jobs and not faults:
+        raise TurboError(f"{path} holds no jobs. Expected a prompt a line, CSV or lines of JSON.")
+    return jobs, faults
+
+
+def digest_of_models(paths) -> str:
+    """Tells sets of files apart by their sizes and three parts of each, without reading 28 GB."""
+    told = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        told.update(f"{size}\0".encode())
+        if size:
+            with open(path, "rb") as file:
+                for start in sorted({0, size // 2, max(0, size - _PART)}):
+                    file.seek(start)
+                    told.update(file.read(_PART))
+    return told.hexdigest()[:16]
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise TurboError(f"{path} is larger than {MOST_BYTES >> 20} MB. Expected a list of jobs: split it.")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TurboError(f"{path} cannot be read ({error.strerror or error}). Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise TurboError(f"{path} is not text in UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+
+
+def _rows(text: str, path: Path) -> Iterator[tuple[int, dict | TurboError]]:
+    """(number of the line, its columns or what is wrong with it)."""
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        yield from _csv_rows(text, path)
+        return
+    for line, content in enumerate(text.split("\n"), 1):
+        content = content.strip()
+        if kind in (".jsonl", ".ndjson"):
+            if content:
+                yield line, _json_row(content)
+        elif content and not content.startswith("#"):
+            yield line, {"prompt": content}
+
+
+def _json_row(content: str) -> dict | TurboError:
+    try:
+        found = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        return TurboError(f'not JSON ({shown(error)}). Expected an object like {{"prompt": "..."}}.')
+    return found if isinstance(found, dict) else TurboError('not an object. Expected one like {"prompt": "..."}.')
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+def _csv_rows(text: str, path: Path):
+    head = text.partition("\n")[0]
+    separator = ";" if ";" in head and "," not in head else "\t" if "\t" in head and "," not in head else ","
+    rows = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    names = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if names is None:
+                names = [name.strip().lower() for name in row]
+                if "prompt" not in names or len(set(names)) < len(names):
+                    raise TurboError(
+                        f"{path}: the first row is {shown(', '.join(names))}. Expected names of columns, each once, "
+                        f"prompt among them: {', '.join(COLUMNS)}."
+                    )
+            elif len(row) > len(names):
+                yield rows.line_num, TurboError(f"{len(row)} cells. Expected {len(names)}: quote cells with commas.")
+            else:
+                yield rows.line_num, {name: cell.strip() for name, cell in zip(names, row) if cell.strip()}
+    except csv.Error as error:
+        yield rows.line_num, TurboError(f"not CSV ({shown(error)}). Expected quotes in pairs.")
+
+
+def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) -> Iterator[Job]:
+    unknown = [key for key in row if key not in COLUMNS]
+    if unknown:
+        raise TurboError(f"unknown column {shown(unknown[0])}. Expected some of {', '.join(COLUMNS)}.")
+    prompt = row.get("prompt", "")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise TurboError("no prompt. Expected a text.")
+    if len(prompt) > MOST_LETTERS:
+        raise TurboError(
+            f"a prompt of {len(prompt):,} letters. Expected at most {MOST_LETTERS:,}: umT5 reads 512 tokens."
+        )
+    settings = {key: _value(key, value) for key, value in row.items() if key not in ("name", "seed", "seeds", "image")}
+    if "image" in row:
+        settings["image"] = folder / _string("image", row["image"])
+        if not os.path.isfile(settings["image"]):
+            raise TurboError(f"image {shown(settings['image'])} is not a file. Check the path.")
+    name = _file_name(row["name"]) if "name" in row else None
+    seeds = _seeds(row, defaults.seed)
+    for seed in seeds:
+        clip = dataclasses.replace(defaults, **settings, seed=seed)
+        id = _id(clip, models)
+        if name is None:
+            own = f"{_slug(prompt)}-seed{seed}-{id[:6]}.mp4"
+        else:
+            own = name if len(seeds) == 1 else f"{Path(name).stem}-{seed}{Path(name).suffix}"
+        yield Job(line, own, id, clip)
+
+
+def _seeds(row: dict, default: int) -> list[int]:
+    if "seeds" not in row:
+        return [_whole("seed", row["seed"])] if "seed" in row else [default]
+    if "seed" in row:
+        raise TurboError("seed and seeds. Expected one of them.")
+    seeds = []
+    for part in _string("seeds", row["seeds"]).split(","):
+        first, dash, last = part.strip().partition("-")
+        low = _whole("seeds", first)
+        high = _whole("seeds", last) if dash else low
+        if not 0 <= high - low < MOST_JOBS:
+            raise TurboError(f"seeds {shown(part)}. Expected a range that rises, like 0-9.")
+        seeds += range(low, high + 1)
+        if len(seeds) > MOST_JOBS:
+            raise TurboError(f"more than {MOST_JOBS:,} seeds. Expected fewer.")
+    return seeds
+
+
+def _value(key: str, value):
+    if key == "size":
+        return parse_size(_string(key, value))
+    if key in ("frames", "steps"):
+        return _whole(key, value)
+    if key in ("adaptive", "ode", "tiled"):
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in known:
+            raise TurboError(f"{key} is {shown(value)}. Expected true or false.")
+        return known[str(value).lower()]
+    if key == "topk" and str(value).lower() in ("auto", "dense"):
+        return None if str(value).lower() == "dense" else "auto"
+    if key in ("topk", "sigma_max"):
+        return _number(key, value)
+    return _string(key, value)
+
+
+def _string(key, value) -> str:
+    if isinstance(value, (dict, list, bool)) or value is None:
+        raise TurboError(f"{key} is {shown(value)}. Expected a text.")
+    return str(value)
+
+
+def _whole(key, value) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,20}", str(value).strip()):
+        raise TurboError(f"{key} is {shown(value)}. Expected a whole number.")
+    return int(value)
+
+
+def _number(key, value) -> float:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9.]{1,20}(e[+-]?[0-9]{1,3})?", str(value).strip().lower()):
+        raise TurboError(f"{key} is {shown(value)}. Expected a number.")
+    try:
+        return float(value)
+    except ValueError as error:
+        raise TurboError(f"{key} is {shown(value)}. Expected a number.") from error
+
+
+def _file_name(name) -> str:
+    name = _string("name", name).strip()
+    stem, suffix = os.path.splitext(name)
+    if suffix.lower() not in VIDEO_SUFFIXES:
+        stem, suffix = name, ".mp4"
+    forbidden = set('/\\<>:"|?*') & set(stem)
+    # the last are devices in Windows, whatever the suffix
+    if not stem or forbidden or stem[0] == "." or stem[-1] in ". " or not stem.isprintable() or _is_device(stem):
+        raise TurboError(f"name is {shown(name)}. Expected the plain name of a file, without folders.")
+    return stem + suffix.lower()
+
+
+def _is_device(stem: str) -> bool:
+    return re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", stem.lower()) is not None
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    return words.encode()[:48].decode(errors="ignore").strip("-") or "video"
+
+
+def _id(clip: Clip, models: str) -> str:
+    told = {key: str(value) for key, value in vars(clip).items()} | {"models": models}
+    if clip.image is not None:
+        told["image"] = digest_of_models([clip.image])
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

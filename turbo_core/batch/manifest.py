@@ -1,0 +1,77 @@
+"""What became of the jobs of a folder: one line of JSON for each event, only ever added to."""
+
+import json
+import os
+import threading
+from contextlib import ExitStack, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..errors import TurboError
+from ..files import alone
+from ..pipeline.video import read_made
+from .jobs import Job
+
+NAME = "batch.jsonl"
+
+
+class Manifest:
+    """The manifest of a folder, and its lock: a second batch in the same folder gets an error that names the first."""
+
+    def __init__(self, folder):
+        """Raises TurboError where the folder cannot be made, or another batch writes to it."""
+        self.folder = Path(folder)
+        self.path = self.folder / NAME
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TurboError(f"Could not make the folder {folder} ({error}). Choose another one.") from error
+        if not os.access(self.folder, os.W_OK):
+            raise TurboError(f"There is no right to write to the folder {folder}. Choose another one.")
+        self._held, self._turn = ExitStack(), threading.Lock()
+        self.known = {}  # name -> its last record
+
+    def __enter__(self):
+        self._held.enter_context(alone(self.path))
+        with suppress(FileNotFoundError), open(self.path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, TypeError, KeyError):  # the last line of a process that was killed
+                    record = json.loads(line)
+                    self.known[record["name"]] = record
+        self._file = self._held.enter_context(open(self.path, "a", encoding="utf-8"))
+        if self._file.tell():
+            self._file.write("\n")  # after such a line
+        return self
+
+    def __exit__(self, *_):
+        self._held.close()
+
+    def is_done(self, job: Job) -> bool:
+        """True where this very video is there: by the manifest, or, where a process was killed before it could be
+        entered, by what the video says of itself."""
+        place = self.folder / job.name
+        try:
+            size = place.stat().st_size
+        except OSError:
+            return False
+        known = self.known.get(job.name, {})
+        if known.get("state") == "done" and known.get("id") == job.id:
+            return known.get("bytes") == size
+        with suppress(TurboError):
+            if (read_made(place) or {}).get("id") == job.id:
+                self.record(job, "done", bytes=size)
+                return True
+        return False
+
+    def record(self, job: Job, state: str, **more) -> None:
+        """Add an event: state is begun, done or failed. It is on the disk when this returns."""
+        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        record = {"name": job.name, "id": job.id, "state": state, "line": job.line, "at": at, **more}
+        try:
+            with self._turn:  # two threads tell
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise TurboError(f"Could not write {self.path} ({error}). Free space and start again.") from error
+        self.known[job.name] = record

@@ -1,0 +1,167 @@
+"""The verb batch of turbo-core: a list of prompts to a folder of videos, resumed where it ended."""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from ..errors import TurboError
+from .generate import add_models, add_settings, clip_of, models_of
+
+
+def add_verbs(verbs, common) -> None:
+    """Add batch to the parser's verbs; common: the parent parser with what all verbs take."""
+    command = verbs.add_parser("batch", parents=[common], help="many videos from a list, models read once, resumable")
+    add = command.add_argument
+    add("jobs", type=Path, metavar="JOBS", help="prompts, one a line; or .csv, .jsonl with columns prompt, seed ...")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the videos; run again to go on")
+    add_models(command)
+    add_settings(command)
+    add("--check", action="store_true", help="check every line, file and the memory, and make nothing")
+    add("--memory", type=float, metavar="GIB", help="that the models may take; default what is free")
+    add("--workers", type=int, metavar="N", help="processes; default one for each CUDA device, else one")
+    cache = command.add_mutually_exclusive_group()
+    cache.add_argument("--cache", type=Path, metavar="DIR", help="where embeddings of prompts are kept")
+    cache.add_argument("--no-cache", action="store_true", help="keep no embeddings on disk")
+    command.set_defaults(run=run_batch)
+
+
+def run_batch(arguments) -> int:
+    """0 when every job is done, 1 when some are not."""
+    from ..batch import Manifest, read_jobs
+    from ..batch.jobs import digest_of_models
+
+    settings = _settings(arguments)
+    paths = [path for path in (arguments.dit, arguments.dit_low, arguments.vae, arguments.text_encoder) if path]
+    jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), digest_of_models(paths))
+    if arguments.check:
+        return _check(arguments.jobs, settings, jobs, faults)
+    _tell_faults(arguments.jobs, faults)
+    with Manifest(arguments.output) as manifest:
+        todo = [job for job in jobs if not manifest.is_done(job)]
+        if len(todo) < len(jobs):
+            print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.", file=sys.stderr)
+        tally = _Tally(arguments.jobs, manifest)
+        try:
+            if todo:
+                _make(arguments, settings, todo, manifest, tally)
+        finally:
+            tally.show(len(todo))
+    return int(bool(faults) or tally.count["done"] < len(todo))
+
+
+def _make(arguments, settings, todo, manifest, tally):
+    from ..batch.making import make
+    from ..batch.workers import make_by_workers
+    from ..pipeline import Pipeline
+    from .console import progress_bars
+
+    with progress_bars(remaining=True) as progress:
+
+        def tell(outcome):
+            tally.add(outcome)
+            if outcome.state != "begun":
+                progress("videos", tally.finished(), len(todo))
+
+        progress("videos", 0, len(todo))
+        metadata, devices = not arguments.no_metadata, _devices(arguments)
+        if len(devices) == 1:
+            with Pipeline(**settings, progress=progress) as pipe:
+                make(pipe, todo, arguments.output, tell, metadata)
+        else:
+            shared = {name: value for name, value in settings.items() if name != "device"}
+            make_by_workers(devices, shared, todo, arguments.output, tell, manifest.is_done, metadata)
+
+
+def _settings(arguments) -> dict:
+    """The arguments of pipeline.Pipeline."""
+    from ..pipeline.embeddings import cache_folder
+
+    if arguments.memory is not None and not 0 <= arguments.memory < 1 << 20:
+        raise TurboError(f"--memory is GiB for the models, got {arguments.memory:g}.")
+    memory = None if arguments.memory is None else int(arguments.memory * 2**30)
+    cache = None if arguments.no_cache else arguments.cache or cache_folder()
+    return models_of(arguments) | {"memory": memory, "cache": cache}
+
+
+def _devices(arguments) -> list:
+    import torch
+
+    count = arguments.workers
+    if count is not None and not 1 <= count <= 1024:
+        raise TurboError(f"--workers is a number of processes, 1 to 1024, got {count}.")
+    if arguments.device is None and torch.cuda.is_available():
+        cards = torch.cuda.device_count()
+        if count is not None and count > cards:
+            raise TurboError(f"--workers {count}, but there are {cards} CUDA devices. Expected at most as many.")
+        return [f"cuda:{index}" for index in range(count or cards)]
+    return [arguments.device] * (count or 1)
+
+
+def _check(path, settings, jobs, faults) -> int:
+    """Hold every job to the models without reading them, and say what will stay in memory."""
+    from ..pipeline import Pipeline
+    from ..pipeline.text import load_text_encoder
+    from ..pipeline.vae import load_vae
+    from .console import progress_bars, table
+
+    bad, rooms = [*faults], Counter()
+    with Pipeline(**(settings | {"cache": None})) as pipe, progress_bars() as progress:
+        load_vae(settings["vae"], "meta", pipe.dtype)
+        load_text_encoder(settings["text_encoder"], settings["tokenizer"], "meta", pipe.dtype)
+        for number, job in enumerate(jobs):
+            progress("check", number, len(jobs))
+            try:
+                ready = pipe.check(job.clip)
+                rooms["{}x{}".format(*ready.size), job.clip.frames, pipe.stay(ready)] += 1
+            except TurboError as error:
+                bad.append((job.line, str(error)))
+        progress("check", len(jobs), len(jobs))
+    _tell_faults(path, sorted(bad))
+    rows = [
+        (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words())
+        for (size, frames, stay), count in rooms.items()
+    ]
+    table("Planned by count of bytes, not measured", rows or [("no video can be made", "", "")])
+    return int(bool(bad))
+
+
+def _tell_faults(path, faults) -> None:
+    for line, error in faults:
+        print(f"{path}:{line}: {error}", file=sys.stderr)
+
+
+class _Tally:
+    """What became of the jobs, in the manifest and in numbers."""
+
+    def __init__(self, path, manifest):
+        self.path, self.manifest = path, manifest
+        self.count, self.seconds, self.start = Counter(), Counter(), time.perf_counter()
+
+    def add(self, outcome):
+        """Enter an event."""
+        job, more = outcome.job, {}
+        if outcome.state == "failed":
+            more = {"error": outcome.error}
+            print(f"{self.path}:{job.line}: {job.name}: {outcome.error}", file=sys.stderr)
+        elif outcome.state == "done":
+            more = {"bytes": outcome.bytes, "seconds": outcome.seconds}
+            self.seconds.update(outcome.seconds or {})
+        self.manifest.record(job, outcome.state, **more)
+        self.count[outcome.state] += 1
+
+    def finished(self) -> int:
+        """Jobs that are over."""
+        return self.count["done"] + self.count["failed"]
+
+    def show(self, wanted: int) -> None:
+        """The summary on stdout."""
+        from .console import table
+
+        took = time.perf_counter() - self.start
+        rows = [("made", f"{self.count['done']} of {wanted}"), ("failed", str(self.count["failed"]))]
+        if self.count["done"]:
+            rows.append(("videos an hour", f"{3600 * self.count['done'] / took:.0f}"))
+        rows += [(f"time: {stage}", f"{seconds:.1f} s") for stage, seconds in self.seconds.items()]
+        rows.append(("time: all, stages side by side", f"{took:.1f} s"))
+        table(str(self.manifest.folder), rows)
