@@ -146,7 +146,7 @@ def attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MAP_Q: tl.constexpr,
-    RAGGED: tl.constexpr,  # keys are not whole blocks
+    RAGGED: tl.constexpr,  # there may be a part of a block of keys
     PRECISION: tl.constexpr,
 ):
     # one program owns BLOCK_Q queries of one head; neighbours share the head's keys and values in the L2 cache
@@ -295,6 +295,11 @@ def attention(
     v_strides = (*v.stride()[:2], v.stride(3), v.stride(2)) if fp8 else v.stride()
     sizes = (b, h, length, keys, kept, 1 if sums is None else sums.shape[1], eps, d**-0.5)
     tile_q = 64 if single else BLOCK_Q  # float32 fills the registers, and the shared memory of small cards
+    ragged = keys % BLOCK_K > 0
+    # Two buffers of keys and of values, three on sm_90. A table's entry is loaded before its block, which takes half of
+    # the stages: of 3 the compiler would make one buffer, and every step would wait for its own keys.
+    # Over ragged keys of 16 bits without a table 3 stages spill registers on sm_80 and sm_120.
+    stages = 5 if index is not None else 3 if low_bit or not ragged else 2
     run(
         attention_kernel,
         (triton.cdiv(length, tile_q), b * h),
@@ -303,9 +308,12 @@ def attention(
             mean, mean_scale, k_sum, proj_bias, sums, q_weight, cos, sin, o, o_scale, *sizes,
         ),
         {
-            "D": d, "BLOCK_Q": tile_q, "BLOCK_K": BLOCK_K, "MAP_Q": BLOCK_Q, "RAGGED": keys % BLOCK_K > 0,
+            "D": d, "BLOCK_Q": tile_q, "BLOCK_K": BLOCK_K, "MAP_Q": BLOCK_Q,
+            # with a table or 8 bits always: one form less, and without the second way sm_120 spills registers
+            "RAGGED": ragged or low_bit or index is not None,
             "PRECISION": "tf32x3" if single and torch.version.hip is None else "ieee",
-            "num_warps": 8, "num_stages": 2 if index is None else 3,  # a table's entry comes a step before its block
+            "num_warps": 8,
+            "num_stages": stages,
         },
     )  # fmt: skip
     return (o, o_scale) if quantize else o

@@ -4,48 +4,19 @@ At the shapes of the 14B model, whose sizes divide by 128 and specialize the ker
 """
 
 import pytest
-import torch
 import triton
-from turbo_core.kernels.int8_mm import prepare
 
 from tests.helpers import aot
+from tests.helpers.shipped import product
 from turbo_core.kernels import int8_configs
 
-KINDS = {80: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
 # up to the first dot: IMMA is the end of UTCIMMA too
 INSTRUCTION = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-SIZES = {"plain": (5120, 5120), "quantize": (13824, 5120), "residual": (5120, 13824), "qkv": (5120, 5120)}  # N, K
-BF16 = torch.bfloat16
-
-
-def empty(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype)  # never touched, so no memory is taken
 
 
 def compiled(capability, name, m, gates=1, config=None):
-    fmt, form = name.split()
-    n, k = SIZES[form]
-
-    def operand(rows):
-        scale = (rows, 1) if fmt == "row" else (-(-rows // 128), k // 128)
-        return empty(rows, k, dtype=torch.int8), empty(*scale)
-
-    weights, scales = zip(*(operand(n) for _ in range(3 if form == "qkv" else 1)))
-    y = empty(*((3, m, n) if form == "qkv" else (m, n)), dtype=torch.int8 if form == "quantize" else BF16)
-    extra = {
-        "plain": {},
-        "quantize": {"y_scale": empty(-(-m // 128), n // 128)},
-        "residual": {
-            "residual": empty(m, n, dtype=BF16),
-            "gate": empty(gates, n),
-            "stats": empty(n // 128, m, 2),
-        },
-        "qkv": {"squares": empty(2, n // 128, m)},
-    }[form]
-    biases = [empty(n, dtype=BF16) for _ in weights]
-    gelu, card = form == "quantize", KINDS[capability]
-    kernel, _, arguments, options = prepare(form, *operand(m), weights, scales, biases, y, gelu, config, card, **extra)
+    kernel, arguments, options = product(capability, name, m, gates, config)
     return aot.compile_for(capability, kernel, *arguments, **options)
 
 
@@ -58,7 +29,7 @@ def check(capability, kernel):
 
 
 @pytest.mark.parametrize("name", int8_configs.FORMS)
-@pytest.mark.parametrize("capability", KINDS)
+@pytest.mark.parametrize("capability", aot.CARDS)
 def test_every_form_compiles_with_the_launch_of_the_table(capability, name):
     check(capability, compiled(capability, name, 32760))
 

@@ -10,6 +10,9 @@ from triton.runtime.jit import JITFunction
 from tests.helpers import aot
 
 _OPCODE = re.compile(r"^[^\t\n]*\t(?:@!?U?P\w+\s+)?((?:LDG|STG)[A-Z0-9_.]*)", re.M)
+_PRODUCT = re.compile(r"= tt\.dot |warp_group_dot |tc_gen5_mma")
+_BUFFERS = re.compile(r"%(\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x\w+,")
+_WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+)")
 
 
 def launches(wrapper, *args, **kwargs):
@@ -54,3 +57,27 @@ def memory(compiled) -> Counter:
 def atomics(compiled) -> bool:
     """True where the kernel adds to memory that others add to, in an order that is nobody's."""
     return re.search(r"\b(RED|ATOM|ATOMG)\b", compiled.asm["sass"]) is not None
+
+
+def main_loop(compiled) -> str:
+    """The loop with the most matrix products, as the compiler's last form for all cards of a maker has it (TTGIR)."""
+    lines, opened, loops = compiled.asm["ttgir"].splitlines(), [], []
+    for number, line in enumerate(lines):
+        depth = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            opened.append((depth, number))
+        elif opened and line.lstrip().startswith("}") and depth == opened[-1][0]:
+            loops.append("\n".join(lines[opened.pop()[1] : number]))
+    # the innermost one of a nest is the shortest
+    return max(loops, key=lambda loop: (len(_PRODUCT.findall(loop)), -len(loop)))
+
+
+def buffers(compiled) -> dict[str, int]:
+    """How many blocks of each operand shared memory holds at a time, by name: {"k": 2, "v": 2}."""
+    found = _BUFFERS.findall(compiled.asm["ttgir"])
+    return {name: int(count) for name, count in found}
+
+
+def waits(compiled) -> list[int]:
+    """How many loads may still be under way after each wait of the main loop; 0 is a wait for all of them."""
+    return [int(count) for count in _WAIT.findall(main_loop(compiled))]
