@@ -7,13 +7,21 @@ from pathlib import Path
 from ..errors import TurboError
 
 BENCHMARKS = ("linear", "streaming", "attention", "block")
+CLIP = "clip"  # whole processes, not kernels: only where it is asked for
 
 
 def add_verbs(verbs, common) -> None:
     """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
     command = verbs.add_parser("bench", parents=[common], help="times and errors of the kernels on this machine")
     add = command.add_argument
-    add("what", nargs="*", choices=(*BENCHMARKS, "all"), default="all", metavar="WHAT", help=", ".join(BENCHMARKS))
+    add(
+        "what",
+        nargs="*",
+        choices=(*BENCHMARKS, CLIP, "all"),
+        default="all",
+        metavar="WHAT",
+        help=f"{', '.join(BENCHMARKS)}; or {CLIP}: prompt to MP4 with TinyWan, beside diffusers",
+    )
     add(
         "--shapes",
         nargs="+",
@@ -43,13 +51,14 @@ def run_bench(arguments) -> int:
     from ..devices import pick_device
 
     named = [arguments.what] if isinstance(arguments.what, str) else arguments.what
-    groups = tuple(run.GROUPS) if "all" in named else tuple(dict.fromkeys(named))
+    groups = tuple(run.GROUPS) if "all" in named else tuple(name for name in dict.fromkeys(named) if name != CLIP)
     sizes = run.parse_shapes(arguments.shapes, groups) if arguments.shapes else None
     if arguments.seconds <= 0 or (arguments.threads or 1) < 1:
         raise TurboError(f"--seconds and --threads are above 0, got {arguments.seconds:g} and {arguments.threads}")
     device = pick_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    failed = CLIP in named and _bench_clip(device, arguments)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events and libraries go by the current one
     wrong = 0
@@ -61,9 +70,23 @@ def run_bench(arguments) -> int:
             path = arguments.out / slug(device) / "check.json"
             report.write(path, (json.dumps(found, indent=1) + "\n").encode())
             print(f"check: {len(found) - wrong} of {len(found)} right; {path}")
-        reports = run.run(groups, device, arguments.out, sizes, arguments.quick, arguments.seconds, status=_status)
+        reports = (
+            run.run(groups, device, arguments.out, sizes, arguments.quick, arguments.seconds, status=_status)
+            if groups
+            else {}
+        )
     rows = [row for report in reports.values() for case in report["cases"] for row in case["rows"]]
-    return int(wrong > 0 or any(row["status"] == "wrong" and "turbo-core" in row["name"] for row in rows))
+    return int(wrong > 0 or failed or any(row["status"] == "wrong" and "turbo-core" in row["name"] for row in rows))
+
+
+def _bench_clip(device, arguments) -> bool:
+    """True where a way to a clip failed that is there."""
+    from .. import tinywan
+    from ..bench import clip
+
+    files = {name: tinywan.FOLDER / file for name, file in tinywan.FILES.items()}
+    report = clip.run(files, device, arguments.out, arguments.quick, status=_status)
+    return any(row["status"] == "failed" for row in report["rows"])
 
 
 def run_tune(arguments) -> None:

@@ -1,6 +1,5 @@
 """The rows of the quality report: which file each is about, how it is loaded and how it is sampled."""
 
-import itertools
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +9,8 @@ import torch
 from .. import checkpoint, pipeline
 from ..pipeline.text import encode_text, load_text_encoder
 from ..schedule import default_sigma_max, rcm_sigmas
+from ..train import teacher
 from ..train.experts import BOUNDARY
-from ..train.teacher import GUIDANCE, SHIFT, shifted
 from ..wan import WanModel
 from . import FILES, PAIR, data, world
 
@@ -34,8 +33,8 @@ class Row(NamedTuple):
 
 TEACHER, STUDENT, IMAGE = "teacher, 50 steps, guidance 3", "rCM, 4 steps", "I2V, 4 steps, SLA top-k 0.15"
 ROWS = (
-    Row(TEACHER, "teacher", 50, guidance=GUIDANCE),
-    Row("teacher, 4 steps, guidance 3", "teacher", 4, guidance=GUIDANCE),
+    Row(TEACHER, "teacher", 50, guidance=teacher.GUIDANCE),
+    Row("teacher, 4 steps, guidance 3", "teacher", 4, guidance=teacher.GUIDANCE),
     Row(STUDENT, "student", 4, TEACHER),
     Row("rCM, 3 steps", "student", 3, TEACHER),
     Row("rCM, 2 steps", "student", 2, TEACHER),
@@ -81,14 +80,7 @@ def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.T
         attention = {"topk": row.topk, "precision": row.precision}
         return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    both = torch.cat([context, empty.expand_as(context)])
-    times = shifted(torch.linspace(1, 0, row.steps + 1), SHIFT).tolist()
-    with torch.inference_mode():
-        for now, after in itertools.pairwise(times):
-            at = torch.full((2 * len(x),), 1000 * now)
-            wanted, unwanted = model_at(now)(torch.cat([x, x]), at, both).chunk(2)
-            x = x + (after - now) * (unwanted + row.guidance * (wanted - unwanted))
-    return x
+    return teacher.sample(model_at, x, torch.cat([context, empty.expand_as(context)]), row.steps, row.guidance)
 
 
 def load_row(folder: Path, row: Row):

@@ -1,5 +1,7 @@
 """Stage 3: the teacher, by flow matching: velocity = noise - clip along x_t = (1 - t) clip + t noise."""
 
+import itertools
+
 import torch
 
 from ..wan import WanModel
@@ -59,6 +61,22 @@ def train(model: WanModel | Experts, data, folder, steps, batch=16, kept_frames=
     parts = {"model": model, "optimizer": optimizer, "average": average}
     history = engine.run(step_of, parts, folder, steps, seconds, log=log)
     return average.copy_into(model), history
+
+
+@torch.inference_mode()
+def sample(model_at, x, both, steps: int, guidance: float = GUIDANCE, done=lambda: None):
+    """Latents of noise x [B, 16, T, H, W] by Euler's method with classifier-free guidance.
+
+    model_at: callable (time) -> WanModel. both: [2 B, tokens, text_dim] or a Text of it, the prompts and then the empty
+    one. done: called after each step.
+    """
+    at = shifted(torch.linspace(1, 0, steps + 1), SHIFT).tolist()
+    for now, after in itertools.pairwise(at):
+        time = torch.full((2 * len(x),), 1000 * now, device=x.device)
+        wanted, unwanted = model_at(now)(torch.cat([x, x]), time, both).chunk(2)
+        x = x + (after - now) * (unwanted + guidance * (wanted - unwanted))
+        done()
+    return x
 
 
 @torch.no_grad()
