@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+API = FOLDER / "api"
 RECORDING = Path(__file__).resolve().parents[1] / "page" / "object_info.json"
 NOTES = ("MarkdownNote", "Note")  # exist in the page only
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
@@ -122,6 +123,17 @@ def to_api(workflow, object_info):
             raise ValueError(f"{node['type']} {node['id']} has widget values left over: {left}")
         inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def exported(name):
+    """A shipped workflow as the page's Export (API) writes it, with the title that each node shows."""
+    workflow, object_info = load(name), recorded_object_info()
+    prompt = to_api(workflow, object_info)
+    for node in workflow["nodes"]:
+        if node["type"] not in NOTES:
+            title = node.get("title") or object_info[node["type"]]["display_name"]
+            prompt[str(node["id"])]["_meta"] = {"title": title}
     return prompt
 
 

@@ -203,6 +203,14 @@ def test_turbowan_workflows_sample_without_guidance_on_the_rcm_schedule(schema):
                 assert (node["inputs"]["scheduler"] == "turbo_rcm") == name.startswith("turbowan")
 
 
+def test_the_api_files_are_the_workflows():
+    cure = "run python -m tests.tools.record_api"
+    assert sorted(path.stem for path in workflow_api.API.glob("*")) == NAMES, cure
+    for name in NAMES:
+        stored = json.loads((workflow_api.API / f"{name}.json").read_text("utf-8"))
+        assert stored == workflow_api.exported(name), f"{name}: {cure}"
+
+
 def test_no_path_of_a_machine_and_no_trace_of_other_packs(workflow):
     text = json.dumps(workflow)
     assert not re.search(r"/home/|/root|/tmp|/work/|[A-Z]:\\\\|localhost|127\.0\.0\.1", text)

@@ -1,5 +1,6 @@
 """The verb generate of turbo-core: prompt, and image, to video."""
 
+import contextlib
 import gc
 import json
 import sys
@@ -22,6 +23,7 @@ def add_verbs(verbs, common) -> None:
     add("--json", type=Path, metavar="FILE", help="also write settings, times and memory")
     add_settings(command)
     add("--cache", type=Path, metavar="DIR", help="keep embeddings of prompts here: the next time no encoder is read")
+    add("--parallel", choices=("sequence",), help="one clip by all processes of torchrun, a GPU each")
     command.set_defaults(run=run_generate)
 
 
@@ -80,17 +82,33 @@ def clip_of(arguments, prompt: str = "", image=None):
 
 
 def run_generate(arguments) -> None:
+    """In one process, or in each process of torchrun."""
+    from ..errors import TurboError
+    from ..parallel import Alone, Team, started_by_torchrun
+
+    if arguments.parallel:
+        with Team(arguments.device) as team:
+            arguments.device = team.device
+            _generate(arguments, team)
+    elif started_by_torchrun():
+        raise TurboError("torchrun started several processes, which would all make this clip: add --parallel sequence.")
+    else:
+        _generate(arguments, Alone())
+
+
+def _generate(arguments, team) -> None:
     from ..pipeline import Pipeline
     from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
     from .console import progress_bars
 
     gc.freeze()  # what the imports made stays: the collections after each network need not look through it
     clip = clip_of(arguments, arguments.prompt, arguments.image)
-    check_video_path(arguments.output)
-    if arguments.contact_sheet:
-        check_sheet_path(arguments.contact_sheet)
-    if arguments.json:
-        check_place(arguments.json)
+    if team.first:
+        check_video_path(arguments.output)
+        if arguments.contact_sheet:
+            check_sheet_path(arguments.contact_sheet)
+        if arguments.json:
+            check_place(arguments.json)
 
     def write(clip, result):
         write_video(arguments.output, result.frames, made=None if arguments.no_metadata else result.settings)
@@ -99,12 +117,14 @@ def run_generate(arguments) -> None:
 
     start = time.perf_counter()
     with (
-        progress_bars() as progress,
-        Pipeline(**models_of(arguments), memory=0, cache=arguments.cache, progress=progress) as pipe,
+        progress_bars() if team.first else contextlib.nullcontext() as progress,
+        Pipeline(**models_of(arguments), memory=0, cache=arguments.cache, progress=progress, team=team) as pipe,
     ):
-        _tell_of_world(pipe.model, arguments.prompt)
+        if team.first:
+            _tell_of_world(pipe.model, arguments.prompt)
         [result] = pipe.map([clip], write)
-    _report(arguments, result, time.perf_counter() - start)
+    if team.first:
+        _report(arguments, result, time.perf_counter() - start)
 
 
 def _tell_of_world(model, prompt: str) -> None:

@@ -1,5 +1,6 @@
 """One video that is wanted, on its way, and what came of it."""
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from ..checkpoint import Description
 from ..errors import TurboError
 from ..schedule import default_sigma_max, rcm_sigmas
+from ..wan import PATCH
 from . import sizes
 from .inputs import check_sampling, check_task
 from .vae import LATENT_CHANNELS
@@ -55,12 +57,16 @@ class Ready(NamedTuple):
     picture: torch.Tensor | None  # uint8 [3, H, W], as in the file
     high_steps: int  # of the first expert; with a single model all
 
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.shape[2:]) // math.prod(PATCH)
+
 
 @dataclass
 class Result:
     """A finished video and how it came about; times in seconds, memory in bytes."""
 
-    frames: torch.Tensor  # uint8 [T, H, W, 3]
+    frames: torch.Tensor | None  # uint8 [T, H, W, 3]; None in all processes of a team but the first
     latents: torch.Tensor  # float32 [1, 16, (T-1)/4+1, H/8, W/8], normalized
     settings: dict
     seconds: dict[str, float] = field(default_factory=dict)

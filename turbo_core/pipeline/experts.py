@@ -14,13 +14,13 @@ class Experts:
     the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
     """
 
-    def __init__(self, files: list[Opened], device, dtype):
+    def __init__(self, files: list[Opened], device, dtype, sequence=None):
         """files: of the only model, or of the high- and the low-noise expert; the caller must not keep them, for a file
-        stays mapped as long as it is referred to."""
+        stays mapped as long as it is referred to. sequence: see WanModel.sequence."""
         self.descriptions = [file.description for file in files]
         self.bytes = [_bytes(file, dtype) for file in files]  # in memory, each
         self.files = dict(enumerate(files))
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.sequence = device, dtype, sequence
         self.in_place = device.type != "cpu"
         self.models, self.handover = {}, None
 
@@ -40,6 +40,7 @@ class Experts:
                 state, heads = weights(file), file.description.num_heads
                 del file
                 self.models[wanted] = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
+                self.models[wanted].sequence = self.sequence
         model = self.models[wanted]
         if leaves and self.in_place and not keep and self.handover is None:
             with stage("load DiT"):

@@ -37,9 +37,8 @@ def what_stays(model: Description, ready: Ready, expert_bytes: list[int], memory
     """memory: bytes beside the VAE's weights."""
     width, height = ready.size
     share = dtype.itemsize / 2  # the planner counts in types of two bytes
-    tokens = ready.shape[2] * (ready.shape[3] // 2) * (ready.shape[4] // 2)
     linears = model.format if model.format in INTEGERS else "float"
-    step = plan.step_peak(plan.model_of(model), tokens, linears, ready.topk, ready.clip.precision)[0] * share
+    step = plan.step_peak(plan.model_of(model), ready.tokens, linears, ready.topk, ready.clip.precision)[0] * share
     decode = plan.vae_peak(width, height, ready.clip.frames, "decode", ready.clip.tiled) * share
     dit = max(expert_bytes) + max(step, decode) <= memory
     experts = sum(expert_bytes) + max(step, decode) <= memory

@@ -15,6 +15,7 @@ import torch
 
 from ..devices import OutOfMemory, memory_told, peak_memory, pick_device, release, reset_peak_memory
 from ..errors import TurboError
+from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
 from .clip import Clip, Ready, Result, Work, check_clip, check_prompt
 from .embeddings import Embeddings, padded
@@ -35,7 +36,9 @@ class Pipeline:
     then CPU. dtype: default bfloat16, on a CPU float32. memory: bytes on the device that the networks and their work
     may take; default what is free when the pipeline is made; 0 keeps nothing that is not at work. cache: folder in
     which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a second
-    thread too. Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
+    thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the same
+    with their pipelines on its device, only the first one decodes and writes, and the first failure ends it all.
+    Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
     """
 
     def __init__(
@@ -51,10 +54,13 @@ class Pipeline:
         memory: int | None = None,
         cache=None,
         progress: Callable | None = None,
+        team=None,
     ):
+        self.team = team or Alone()
         self.device = pick_device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype)
+        self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence)
+        self.team.agree(lambda: program_facts(self.device, [dit] if dit_low is None else [dit, dit_low]))
         self.model, self.has_low = self.experts.descriptions[0], dit_low is not None
         self.memory = free_memory(self.device) if memory is None else memory
         self.progress = progress or (lambda stage, done, total: None)
@@ -77,7 +83,9 @@ class Pipeline:
 
     def check(self, clip: Clip) -> Ready:
         """Hold a clip to the models before anything computes. Raises TurboError, which names the cure."""
-        return check_clip(clip, self.model, self.has_low)
+        ready = check_clip(clip, self.model, self.has_low)
+        self.team.check(self.model.num_heads, ready.tokens)
+        return ready
 
     def __call__(self, prompt: str, **settings) -> Result:
         """Make one video; settings: the fields of Clip."""
@@ -97,6 +105,7 @@ class Pipeline:
         not be made, with the reason, and the rest goes on; without it the first failure ends it all. What `failed`
         raises ends it all too. begun: takes each clip when its sampling begins.
         """
+        assert failed is None or self.team.size == 1, "the other processes of a team would wait for this one's clip"
         clips, self._tell_begun = iter(clips), begun or (lambda clip: None)
         with ThreadPoolExecutor(1, "decode") as worker:
             while window := list(itertools.islice(clips, WINDOW)):
@@ -123,7 +132,7 @@ class Pipeline:
                 self.experts.free()
             for work in done:
                 yield from self._finished(work, write, failed)
-            if not stay.dit:
+            if not stay.dit and self.team.first:
                 self.vae.to("cpu")
         if pending is not None:
             yield from pending.result()
@@ -151,22 +160,25 @@ class Pipeline:
             return []
         first = kept[0]
         reset_peak_memory(self.device)
-        if self.vae is None:
+        if self.vae is None and self.team.first:
             with first.stage("load VAE"):
                 self.vae = load_vae(self.paths["vae"], "cpu", self.dtype)
+        found = {}
         with self._memory_told():
-            found = self.embeddings.of([work.clip.prompt for work in kept], first.stage)
-        width = next(iter(found.values())).shape[-1]
+            if self.team.first:
+                found = self.embeddings.of([work.clip.prompt for work in kept], first.stage)
+        for work in kept:
+            work.embedding = self.team.from_first(lambda prompt=work.clip.prompt: found[prompt])
+        width = first.embedding.shape[-1]
         if width != self.model.text_dim:
             raise TurboError(
                 f"text encoder {self.paths['text encoder']} gives {width} numbers a token, {self.paths['dit']} expects "
                 f"{self.model.text_dim}: use umT5-xxl with the published models."
             )
-        for work in kept:
-            work.embedding = found[work.clip.prompt]
         if self.embeddings.bytes() + sum(self.experts.bytes) + self._vae_bytes() > self.memory / 2:
             self.embeddings.free()
         prove(self.device)  # before weights fill its memory
+        self.team.agree(lambda: kernel_facts(self.device))
         return kept
 
     def _groups(self, works, failed):
@@ -176,7 +188,7 @@ class Pipeline:
         for work in works:
             if work.ready is None and not self._checked([work], failed):
                 continue
-            stay = self.stay(work.ready)
+            stay = Stay(*self.team.told(lambda ready=work.ready: self.stay(ready)))  # the order of clips hangs on it
             if group and stay != shared:
                 yield shared, group
                 group = []
@@ -224,19 +236,24 @@ class Pipeline:
 
     def _begun(self, work, stay):
         ready, y = work.ready, None
+        self.team.agree(lambda: self._settings(ready) | {"device": self.device.type})
         self._tell_begun(ready.clip)
         if ready.picture is not None:
             with work.stage("encode image"), self._vae_alone:
-                image = prepare_image(ready.picture, *ready.size)
-                y = encode_image(self.vae.to(self.device), image, ready.clip.frames).to(self.dtype)
-                if not stay.dit:
-                    self.vae.to("cpu")
-                    release(self.device)
+                y = self.team.from_first(lambda: self._encoded_image(ready, stay))
         clip = ready.clip
         return Trajectory(
             padded(work.embedding).to(self.device), ready.shape, ready.sigmas, y=y, seed=clip.seed, topk=ready.topk,
             precision=clip.precision, ode=clip.ode, device=self.device, noise_device=clip.noise_device,
         )  # fmt: skip
+
+    def _encoded_image(self, ready, stay):
+        image = prepare_image(ready.picture, *ready.size)
+        y = encode_image(self.vae.to(self.device), image, ready.clip.frames).to(self.dtype)
+        if not stay.dit:
+            self.vae.to("cpu")
+            release(self.device)
+        return y
 
     def _advanced(self, work, stay, until, leaves):
         """Take a clip's steps up to `until`. leaves: no other clip wants the high-noise expert before the low one."""
@@ -256,6 +273,8 @@ class Pipeline:
     @torch.inference_mode()
     def _finished(self, work, write, failed) -> list[Result]:
         """The finished clip, in a list that is empty where it failed; runs beside sampling where both fit."""
+        if not self.team.first:
+            return [Result(None, work.latents, self._settings(work.ready), work.seconds, work.step_seconds)]
         result = None
         with self._failing(work, failed):
             clip, ready = work.clip, work.ready
@@ -284,7 +303,7 @@ class Pipeline:
             "seed": clip.seed, "topk": ready.topk, "precision": clip.precision,
             "boundary": clip.boundary if self.has_low else None, "weights": self.model.format,
             "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-            "noise_device": str(clip.noise_device),
+            "noise_device": str(clip.noise_device), "processes": self.team.size if self.team.size > 1 else None,
         }  # fmt: skip
 
     @contextmanager

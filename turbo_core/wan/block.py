@@ -37,37 +37,48 @@ class Attention(nn.Module):
     def proj_l(self):
         return self.attn_op["local_attn"]["proj_l"] if hasattr(self, "attn_op") else None
 
-    def forward(self, x, angles, topk=None, precision="bf16"):
-        """Self-attention of x [B, L, dim]; angles [L, head_dim / 2] are RoPE's."""
+    def forward(self, x, angles, topk=None, precision="bf16", shards=None):
+        """Self-attention of x [B, L, dim]; angles [L, head_dim / 2] are RoPE's. shards: see Block.forward."""
         heads = (self.num_heads, -1)
+        angles = angles if shards is None else angles[shards.own]
         q = self.norm_q(self.q(x)).unflatten(-1, heads)
         k = self.norm_k(self.k(x)).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
         q = apply_rope(q, angles)
         k = apply_rope(k, angles)
+        if shards is not None:
+            q, k, v = shards.to_heads(q, k, v)
         if topk is None:
             out = _attend(q, k, v)
         else:
             out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
         del q, k, v  # three times the size of what o is about to make
-        return self.o(out)
+        return self.o(out if shards is None else shards.to_tokens(out))
 
     def _projection(self):
         return (None, None) if self.proj_l is None else (self.proj_l.weight, self.proj_l.bias)
 
-    def attend_self(self, qkv, sums, quantized, angles, topk=None, precision="bf16"):
+    def attend_self(self, qkv, sums, quantized, angles, topk=None, precision="bf16", shards=None):
         """Self-attention between the products, see fused.block. Overwrites qkv."""
         qkv = qkv.unflatten(-1, (self.num_heads, -1))
         if topk is not None:
-            weights = self.norm_q.weight, self.norm_k.weight, self.norm_q.eps
+            weights = self.norm_q.weight, self.norm_k.weight
+            if shards is not None:
+                qkv, sums, *weights = shards.raw_to_heads(qkv, sums, *weights)
             turn = angles.cos(), angles.sin()
-            out = sla_from_qkv(qkv, sums, *weights, *turn, *self._projection(), topk, precision, quantized)
-            return out if isinstance(out, tuple) else out.flatten(2)
+            settings = self.norm_q.eps, *turn, *self._projection(), topk, precision, quantized
+            out = sla_from_qkv(qkv, sums, *weights, *settings)
+            if isinstance(out, tuple):
+                return out if shards is None else shards.to_tokens_int8(*out)
+            return out.flatten(2) if shards is None else shards.to_tokens(out.flatten(2))
         q, k, v = qkv
+        angles = angles if shards is None else angles[shards.own]
         for x, norm in ((q, self.norm_q), (k, self.norm_k)):
             for part in token_slices(x):  # in place: no copies of q and k beside them
                 x[:, part] = apply_rope(norm(x[:, part].flatten(2)).view_as(x[:, part]), angles[part])
-        return _attend(q, k, v)
+        if shards is None:
+            return _attend(q, k, v)
+        return shards.to_tokens(_attend(*shards.to_heads(qkv)))
 
     def attend_text(self, q, project, bias=None, kept=None):
         """Cross-attention between the products, see fused.block. bias [B, keys] is added to the scores; kept: an empty
@@ -106,13 +117,16 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = new_modulation(6, dim)
 
-    def forward(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None):
+    def forward(
+        self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None, shards=None
+    ):
         """x [B, L, dim]; modulation float32 [B, 6, dim]; context [B, keys, dim]; context_bias [B, keys] or None; kept:
-        None, or a list that holds the text's keys and values from step to step."""
+        None, or a list that holds the text's keys and values from step to step. shards: None, or how x lies in several
+        processes (turbo_core.parallel.Shards); x is then this process's part of it, angles are of all tokens."""
         modulation = (self.modulation.float() + modulation).chunk(6, 1)
         runs_fused = fused.pays(x.device) and self.is_int8()
         if runs_fused and not learning(x, context, *modulation, *self.parameters()):
-            return self.fused(x, modulation, context, angles, topk, precision, context_bias, kept)
+            return self.fused(x, modulation, context, angles, topk, precision, context_bias, kept, shards)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
 
         def modulated(x, shift, scale):
@@ -121,7 +135,7 @@ class Block(nn.Module):
         def normed(x):
             return layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
 
-        attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision)
+        attend = functools.partial(self.self_attn, angles=angles, topk=topk, precision=precision, shards=shards)
         x = torch.addcmul(x, attend(modulated(x, shift1, scale1)), gate1.to(x.dtype))
         x = x + self.cross_attn(by_slices(normed, x), context, context_bias, kept)
         y = modulated(x, shift2, scale2)
@@ -135,14 +149,17 @@ class Block(nn.Module):
             len({is_row_scale(layer.weight, layer.weight_scale) for layer in layers}) == 1
         )
 
-    def fused(self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None):
+    def fused(
+        self, x, modulation, context, angles, topk=None, precision="bf16", context_bias=None, kept=None, shards=None
+    ):
         """The same by fused.block; modulation: six float32 [B, 1, dim]."""
 
         def borrow(*names):
             layers = [self.get_submodule(name) for name in names]
             return contextlib.nullcontext([(layer.weight, layer.weight_scale, layer.bias) for layer in layers])
 
-        attend = functools.partial(self.self_attn.attend_self, angles=angles, topk=topk, precision=precision)
+        settings = {"angles": angles, "topk": topk, "precision": precision, "shards": shards}
+        attend = functools.partial(self.self_attn.attend_self, **settings)
         attend_text = functools.partial(self.cross_attn.attend_text, bias=context_bias, kept=kept)
         heads, norm3 = self.self_attn.num_heads, (self.norm3.weight, self.norm3.bias)
         modulation = [part.flatten(0, 1) for part in modulation]

@@ -87,6 +87,7 @@ class WanModel(nn.Module):
         self.dim, self.num_heads, self.freq_dim = dim, num_heads, freq_dim
         self.in_dim, self.out_dim = in_dim, out_dim
         self.edition = 0  # counts how often other weights took the place of these
+        self.sequence = None  # turbo_core.parallel.Sequence: several processes compute each forward together
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -161,7 +162,11 @@ class WanModel(nn.Module):
         dtype, out_dtype = self.patch_embedding.weight.dtype, x.dtype
         tokens = self.patch_embedding(x.to(dtype))
         grid = tokens.shape[2:]
-        tokens = tokens.flatten(2).transpose(1, 2).contiguous()
+        tokens, shards = tokens.flatten(2).transpose(1, 2), None
+        if self.sequence is not None:
+            shards = self.sequence.over(*tokens.shape[:2], self.num_heads)
+            tokens = tokens[:, shards.own]
+        tokens = tokens.contiguous()
         embed, silu, project = self.time_embedding
         time = float_linear(project, silu(float_linear(embed, timestep_embedding(timestep, self.freq_dim))))
         modulation = float_linear(self.time_projection[1], F.silu(time)).unflatten(1, (6, self.dim))
@@ -172,8 +177,9 @@ class WanModel(nn.Module):
             context, kept = self.text_embedding(context.to(dtype)), [None] * len(self.blocks)
         angles = rope_angles(grid, self.dim // self.num_heads, tokens.device, frames)
         for block, keys in zip(self.blocks, kept):
-            tokens = block(tokens, modulation, context, angles, topk, precision, context_bias, keys)
+            tokens = block(tokens, modulation, context, angles, topk, precision, context_bias, keys, shards)
         out = self.head(tokens, time)
+        out = out if shards is None else shards.whole(out)
         b, (t, h, w) = out.shape[0], grid
         out = out.view(b, t, h, w, *PATCH, self.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return out.reshape(b, self.out_dim, t * PATCH[0], h * PATCH[1], w * PATCH[2]).to(out_dtype)

@@ -1,0 +1,71 @@
+"""Run by torchrun: every process holds forwards that it shares with the others to the same ones by itself."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from tests.helpers.tensors import relative
+from tests.helpers.tiny_dits import TINY, tiny_state_dict
+from tests.helpers.wan import quantized
+from turbo_core.int8 import quantize_block, quantize_rows
+from turbo_core.parallel import Sequence
+from turbo_core.wan import Text, WanModel, fused
+
+FORMATS = {"float": None, "block": quantize_block, "row": quantize_rows}
+DENSE, SLA, SAGE = (None, "bf16"), (0.3, "bf16"), (0.3, "int8")
+RAGGED = (5, 20, 22)  # 550 tokens: four blocks of 128 and one of 38
+EVEN = (4, 24, 32)  # 768 tokens: six blocks, which four processes hold as 2, 1, 2, 1
+# format, attention, dtype, latent, samples, channels, whether the block runs fused
+CASES = [
+    *(("float", attention, torch.float32, RAGGED, 1, 16, False) for attention in (DENSE, SLA, SAGE)),
+    *(
+        (name, attention, torch.float32, RAGGED, 1, 16, fuse)
+        for name in ("block", "row")
+        for attention in (DENSE, SLA)
+        for fuse in (False, True)
+    ),
+    ("block", SAGE, torch.float32, RAGGED, 1, 36, True),  # image to video; attention hands over int8
+    ("block", SAGE, torch.bfloat16, EVEN, 2, 16, True),
+    ("row", SAGE, torch.bfloat16, EVEN, 1, 16, False),
+    ("float", SLA, torch.bfloat16, EVEN, 2, 16, False),
+]
+
+
+def model(kind: str, dtype, channels: int) -> WanModel:
+    """One block. Two heads a process at least: with one, torch multiplies a CPU's matrices in another order."""
+    sizes = TINY._replace(dim=128 * int(sys.argv[1]), in_dim=channels)
+    state = {name: tensor.float() for name, tensor in tiny_state_dict(7, sizes, blocks=1).items()}
+    state["patch_embedding.weight"] = state["patch_embedding.weight"].view(sizes.dim, channels, 1, 2, 2)
+    if FORMATS[kind] is not None:
+        state = quantized(state, FORMATS[kind])
+    return WanModel.from_state_dict(state, dtype)
+
+
+@torch.inference_mode()
+def main() -> None:
+    dist.init_process_group("gloo")
+    sequence = Sequence()
+    for kind, (topk, precision), dtype, grid, batch, channels, fuse in CASES:
+        fused.pays = lambda device, fuse=fuse: fuse
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(batch, channels, *grid, generator=generator)
+        context = torch.randn(batch, 512, TINY.text_dim, generator=generator)
+        context[:, 20:] = 0
+        given = x, torch.tensor([932.0, 608.0][:batch]), Text(context)
+        network = model(kind, dtype, channels)
+        alone = network(*given, topk=topk, precision=precision)
+        network.sequence = sequence
+        together = network(*given, topk=topk, precision=precision)
+        found = {"same": torch.equal(alone, together), "error": relative(together, alone)}
+        found["case"] = f"{kind} {topk} {precision} {dtype} {grid} {batch} {channels} {'fused' if fuse else 'layers'}"
+        every = [None] * sequence.size
+        dist.all_gather_object(every, found)
+        if sequence.rank == 0:
+            print(json.dumps(every), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

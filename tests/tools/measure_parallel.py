@@ -1,0 +1,104 @@
+"""Measures what a second process brings: one Wan block by one process, by two together, and by each of two alone.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tests.tools.measure_parallel benchmarks/results/cpu
+
+On a machine with two free cores; takes about two minutes. The rounds go A B C C B A, so that drift of the machine
+shows as spread. C, each alone at the same time, is the most that two cores could bring: they share cache and memory.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from turbo_core.bench import machine
+from turbo_core.int8 import quantize_rows
+from turbo_core.parallel import Sequence
+from turbo_core.rope import rope_angles
+from turbo_core.wan import QUANTIZED_LINEARS, Block, Int8Linear
+
+GRID = (7, 30, 52)  # 832 x 480, 25 frames: 10920 tokens
+DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512
+TOPK = 0.1
+ROUNDS = "ABCCBA"
+KINDS = {"float32, dense": (None, "bf16", False), "int8 row, SageSLA": (TOPK, "int8", True)}
+
+
+def block(int8: bool) -> Block:
+    torch.manual_seed(0)
+    made = Block(DIM, FFN, HEADS, 1e-6, True).eval()
+    for name in QUANTIZED_LINEARS if int8 else ():
+        layer = made.get_submodule(name)
+        made.set_submodule(name, Int8Linear(*quantize_rows(layer.weight), layer.bias))
+    return made
+
+
+@torch.inference_mode()
+def measure(sequence, kind: str) -> dict:
+    """Seconds of every round, and whether the tokens are those of one process."""
+    topk, precision, int8 = KINDS[kind]
+    run, length = block(int8), GRID[0] * GRID[1] * GRID[2]
+    x, modulation, context = torch.randn(1, length, DIM), torch.randn(1, 6, DIM), torch.randn(1, TEXT, DIM)
+    angles = rope_angles(GRID, DIM // HEADS, "cpu")
+    shards = sequence.over(1, length, HEADS)
+    seconds = {name: [] for name in "ABC"}
+    results = {}
+    for name in ROUNDS:
+        dist.barrier()
+        start = time.perf_counter()
+        if name == "B":
+            own = run(x[:, shards.own].contiguous(), modulation, context, angles, topk, precision, shards=shards)
+            results[name] = shards.whole(own)
+        elif name == "C" or sequence.rank == 0:
+            results[name] = run(x, modulation, context, angles, topk, precision)
+        dist.barrier()
+        seconds[name].append(time.perf_counter() - start)
+    return {"tokens": length, "seconds": seconds, "same": torch.equal(results["B"], results["C"])}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    sequence = Sequence()
+    facts = machine.facts("cpu")
+    found = {kind: measure(sequence, kind) for kind in KINDS}
+    if sequence.rank == 0:
+        report = {"machine": facts, "processes": sequence.size, "blocks": found}
+        (folder / "parallel.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        (folder / "parallel.md").write_text(as_text(report), "utf-8")
+    dist.destroy_process_group()
+
+
+def as_text(report: dict) -> str:
+    facts = report["machine"]
+    where = f"{facts['name']}, {facts['cores']} cores, torch {facts['versions']['torch']}, {facts['date'][:10]}"
+    lines = [
+        f"# One Wan block by {report['processes']} processes of one thread: {where}",
+        "",
+        f"dim {DIM}, ffn {FFN}, {HEADS} heads, {TEXT} text tokens. Seconds of each round; the order is {ROUNDS}.",
+        *filter(None, [machine.busy(facts)]),
+        "",
+        "| block | tokens | A one process | B together | C each alone | B faster than A | most possible | same bits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, found in report["blocks"].items():
+        a, b, c = (statistics.median(found["seconds"][name]) for name in "ABC")
+        rounds = (", ".join(f"{s:.2f}" for s in found["seconds"][name]) for name in "ABC")
+        cells = (
+            kind,
+            f"{found['tokens']:,}",
+            *rounds,
+            f"{a / b:.2f}",
+            f"{2 * a / c:.2f}",
+            "yes" if found["same"] else "no",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
