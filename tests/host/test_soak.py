@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import comfyui as host
 from tests.helpers.comfyui import find_comfyui
 from tests.tools import soak
-from tests.tools.soak_prompts import KINDS, SMALL, schedule
+from tests.tools.soak_prompts import KINDS, SMALL, WRONG, put_wrong, schedule
 
 pytestmark = pytest.mark.host
 MODEL = 9e6  # bytes of the smallest network of the family as it is in memory
@@ -15,13 +15,17 @@ MODEL = 9e6  # bytes of the smallest network of the family as it is in memory
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
-    return host.make_base(tmp_path_factory.mktemp("soak"), tiny)
+    base = host.make_base(tmp_path_factory.mktemp("soak"), tiny)
+    put_wrong(base / "models")
+    return base
 
 
 def test_two_dozen_runs_neither_fail_nor_differ_nor_keep_their_models(base):
     # a large I2V once raises what the allocator keeps, by more than the models that are looked for
     small = lambda job, stop: stop is None or job.kind == "i2v_experts"  # noqa: E731
-    jobs = [(replace(job, size=SMALL) if small(job, stop) else job, stop) for job, stop in schedule(24)]
+    jobs = [
+        (replace(job, size=SMALL) if small(job, stop) else job, stop) for job, stop in schedule(26, seed=5, every=3)
+    ]
     server = host.start(find_comfyui(), base)
     try:
         runs = soak.soak(server, jobs)
@@ -29,7 +33,9 @@ def test_two_dozen_runs_neither_fail_nor_differ_nor_keep_their_models(base):
         host.stop(server)
     assert soak.complaints(runs) == []
     assert sum(run.status == "execution_interrupted" for run in runs) >= 3
-    assert {(job.kind, job.lora) for job, _ in jobs} == {(kind, lora) for kind in KINDS for lora in (False, True)}
+    kinds = {(job.kind, job.lora) for job, _ in jobs if job.kind not in WRONG}
+    assert kinds == {(kind, lora) for kind in KINDS for lora in (False, True)} | {("convert", False)}
+    assert {run.job for run in runs if run.wrong} == {f"wrong: {kind}" for kind in list(WRONG)[:4]}
     first, last, *_ = soak.growth([run.rss for run in runs], 8)
     assert last - first < 2 * MODEL, [round(run.rss / 1e6) for run in runs]  # kept models would be twelve
     number, job = next((n, job) for n, job in soak.sampled(runs, jobs).items() if job.kind == "i2v_experts")
@@ -48,11 +54,15 @@ def test_what_grows_is_told_from_what_only_varies():
 
 
 def test_what_the_soak_complains_of():
-    def run(status="execution_success", digests=("a", "b"), asked=None, job="job"):
-        return soak.Done(job, asked, status, 4, 0, digests, "no such file")
+    def run(status="execution_success", digests=("a", "b"), asked=None, job="job", wrong="", left=()):
+        return soak.Done(job, asked, status, 4, 0, digests, "no such file", wrong, left)
 
     assert soak.complaints([run(), run(), run("execution_interrupted", (), asked=2), run(asked=1)]) == []
     assert "differs" in soak.complaints([run(), run(digests=("a", "c"))])[0]
     assert "same output from job and from lora" in soak.complaints([run(), run(job="lora")])[0], "it had no effect"
     assert "no such file" in soak.complaints([run("execution_error", ())])[0]
     assert "interrupted" in soak.complaints([run("execution_interrupted", ())])[0], "nobody asked for it"
+    assert soak.complaints([run("execution_error", (), wrong="such"), run("refused", (), wrong="file")]) == []
+    assert "no such file" in soak.complaints([run("execution_error", (), wrong="cut")])[0], "not what it should say"
+    assert "ended as execution_success" in soak.complaints([run(wrong="cut")])[0], "taken"
+    assert "left x.part" in soak.complaints([run(left=("x.part",))])[0]

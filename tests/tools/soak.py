@@ -1,7 +1,8 @@
 """Many runs in one ComfyUI: `python -m tests.tools.soak [--runs 200]`.
 
-One server, prompts of every kind in turn, interrupts at random steps. Looked at: failures, resident memory of the
-server after each run, and whether each latent and frame is bit for bit what a fresh process makes of the same prompt.
+One server, prompts of every kind in turn, conversions and wrong inputs between them, interrupts at random steps and
+moments. Looked at: failures, resident memory of the server after each run, and whether each latent, frame and model is
+bit for bit what a fresh process makes of the same prompt. The host's history, which keeps every prompt, is emptied.
 Writes soak.json and soak.png to benchmarks/results/cpu and exits with 1 where something is not as it should be.
 """
 
@@ -12,61 +13,81 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.helpers import comfyui as host
 from tests.helpers.comfyui import PACK, find_comfyui
-from tests.tools.soak_prompts import prompt, schedule
+from tests.tools.soak_prompts import WRONG, prompt, put_wrong, schedule
 
 RESULTS = PACK / "benchmarks" / "results" / "cpu"
-WARM_UP = 30  # runs: every kind was there three times, every node of the host imported what it needs
+WARM_UP = 39  # runs: every kind was there three times, every node of the host imported what it needs
 GROWTH = 0.01
 
 
 @dataclass
 class Done:
-    """A run: how it ended, the interrupt asked for, the steps it made, bytes resident after it, digests of its files"""
+    """A run: how it ended, the interrupt asked for, the steps it made, bytes resident after it, digests of its files,
+    words that its error must hold, names that it left among the models"""
 
     job: str
-    asked: int | None
+    asked: int | float | None
     status: str
     steps: int
     rss: int
     digests: tuple
     error: str = ""
+    wrong: str = ""
+    left: tuple = ()
 
 
 def one(server, job, interrupt=None, number=0):
-    """Send one prompt, interrupting it when step `interrupt` is done (0: when the sampler begins)."""
+    """Send one prompt, interrupting it when step `interrupt` is done (0: when the sampler begins), or, where that is a
+    float, so many seconds after it began."""
 
     import psutil
 
+    stop = threading.Timer(interrupt if isinstance(interrupt, float) else 0, host.post, (server, "/interrupt", {}))
+
     def react(message):
         data = message["data"]
+        if message["type"] == "execution_start" and isinstance(interrupt, float):
+            stop.start()
         begins = message["type"] == "executing" and data["node"] == "sample" and interrupt == 0
         if begins or (message["type"] == "progress" and data["node"] == "sample" and data["value"] == interrupt):
             host.post(server, "/interrupt", {})
 
-    ran = host.run(server, prompt(job, f"run{number}"), react)
-    files = sorted((server.base / "output").glob(f"run{number}_*"))
+    ran = host.run(server, prompt(job, f"run{number}"), react, patience=600)
+    stop.cancel()
+    if stop.ident is not None:  # or it would stop the next one
+        stop.join()
+    models = server.base / "models" / "diffusion_models"
+    files = [*sorted((server.base / "output").glob(f"run{number}_*")), *models.glob(f"run{number}.*")]
     digests = digest(files) if ran.status == "execution_success" else ()
     for file in files:
-        file.unlink()
+        if ran.status == "execution_success" or file.parent != models:
+            file.unlink()
+    left = tuple(sorted(file.name for file in models.glob(f"*run{number}.*")))
+    host.post(server, "/history", {"clear": True})
     rss = psutil.Process(server.process.pid).memory_info().rss
     error = ran.error if ran.status not in ("execution_success", "execution_interrupted") else ""
-    return Done(job.name(), interrupt, ran.status, len(ran.progress("sample")), rss, digests, error)
+    steps = len(ran.progress("sample"))
+    return Done(job.name(), interrupt, ran.status, steps, rss, digests, error, WRONG.get(job.kind, ""), left)
 
 
 def digest(files):
-    """(SHA-256 of the latent, SHA-256 of all frames), each over values alone: the files also hold the prompt."""
+    """(SHA-256 of the latent or model, SHA-256 of all frames). Of latents and frames over values alone: their files
+    also hold the prompt."""
     from PIL import Image
     from safetensors.torch import load_file
 
     latent, frames = hashlib.sha256(), hashlib.sha256()
     for file in files:
-        if file.suffix == ".latent":
+        if file.suffix == ".safetensors":
+            latent.update(file.read_bytes())
+        elif file.suffix == ".latent":
             latent.update(load_file(file)["latent_tensor"].contiguous().numpy().tobytes())
         else:
             with Image.open(file) as image:
@@ -85,12 +106,17 @@ def soak(server, jobs, progress=None):
 
 
 def complaints(runs):
-    """What went wrong, in words: failures, outputs of one prompt that differ, of two prompts that do not."""
+    """What went wrong, in words: failures, wrong inputs that were taken or not explained, files left behind, outputs of
+    one prompt that differ, of two prompts that do not."""
     found, seen = [], {}
     for number, run in enumerate(runs):
         wanted = {"execution_success"} if run.asked is None else {"execution_success", "execution_interrupted"}
+        if run.wrong:
+            wanted = {"execution_error", "refused"} if run.wrong in run.error else {f"an error with {run.wrong!r}"}
         if run.status not in wanted:
             found.append(f"run {number} ({run.job}) ended as {run.status}: {run.error}")
+        elif run.left:
+            found.append(f"run {number} ({run.job}) left {', '.join(run.left)}")
         elif run.digests and seen.setdefault(run.job, run.digests) != run.digests:
             found.append(f"run {number} ({run.job}) differs from an earlier run of the same prompt")
     makers = collections.defaultdict(list)
@@ -153,9 +179,11 @@ def report(runs, fresh, warm_up, seconds, system):
         "warm_up": warm_up,
         "interrupts": {
             "asked": len(asked),
+            "at_random_moments": sum(isinstance(run.asked, float) for run in asked),
             "stopped": len(hit),
             "by_steps_made": dict(sorted(collections.Counter(run.steps for run in hit).items())),
         },
+        "runs_by_kind": dict(collections.Counter(run.job.split(",")[0] for run in runs)),
         "prompts": len(repeated),
         "outputs_compared_within_the_host": sum(repeated.values()) - len(repeated),
         "fresh_process": fresh,
@@ -186,6 +214,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_tiny(Path(folder) / "tiny")
         base = host.make_base(Path(folder) / "base", Path(folder) / "tiny")
+        put_wrong(base / "models")
         server, begun = host.start(comfyui, base), time.monotonic()
         try:
             system = host.get_json(server, "/system_stats")["system"]

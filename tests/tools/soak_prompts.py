@@ -1,11 +1,27 @@
-"""The prompts of the soak test: two-stage and one-stage, quantized on the fly, with and without LoRA, from a seed."""
+"""The prompts of the soak test, from a seed: samplers, experts, batches, quantized on the fly, with and without LoRA,
+conversions of files, and wrong inputs between them."""
 
 import random
 from dataclasses import dataclass
 
-from tests.helpers.comfyui import LORAS
+import torch
 
-KINDS = ("t2v_ksampler", "t2v_turbo", "i2v_experts", "quantize_stock")
+from tests.helpers.comfyui import LORAS
+from tests.helpers.pickles import Call, Global, pickled, zipped
+
+KINDS = ("t2v_ksampler", "t2v_turbo", "i2v_experts", "quantize_stock", "batch")
+FORMATS = ("int8_row", "bf16", "fp8")  # that conversions write in turn
+# {what is wrong: words that the answer must hold}, also as names of prompts
+WRONG = {
+    "cut": "cut short",
+    "code": "was refused",
+    "nan": "NaN",
+    "gone": "not in list",
+    "topk": "value_bigger_than_max",
+    "experts": "model_low",
+    "channels": "channels",
+    "outside": "lies outside",
+}
 TEXT = "A red circle drifts slowly across a calm blue sea at sunset."
 SMALL = (80, 48, 9)
 LARGE = (240, 144, 13)  # a step takes long enough here for an interrupt to arrive within it
@@ -15,31 +31,60 @@ LARGE = (240, 144, 13)  # a step takes long enough here for an interrupt to arri
 class Job:
     """One prompt; two jobs that are equal must have the same latents and the same frames."""
 
-    kind: str
+    kind: str  # one of KINDS, "convert" or one of WRONG
     lora: bool
     seed: int
     size: tuple = SMALL
 
     def name(self):
+        if self.kind == "convert":
+            return f"convert to {FORMATS[self.seed]}"
+        if self.kind in WRONG:
+            return f"wrong: {self.kind}"
         return f"{self.kind}{'+lora' if self.lora else ''}, seed {self.seed}, {'x'.join(map(str, self.size))}"
 
 
 def schedule(runs, seed=0, every=5):
-    """[(Job, step to interrupt at or None)]: each kind with and without LoRA once in every eight runs.
+    """[(Job, interrupt or None)]: in every round each kind with and without LoRA, a conversion and two wrong inputs.
 
-    The first eight are large, as the allocator keeps what was once needed. After them about one in `every` is large
-    and to be interrupted, at step 0 (the sampler has begun) to 3 (one step is left).
+    The first round is large, as the allocator keeps what was once needed. After it about one in `every` is large and
+    to be interrupted: half of these at a step, 0 (the sampler has begun) to 3 (one step is left), the others at a
+    random moment, in seconds as a float, which may come too late.
     """
-    draw, jobs = random.Random(seed), []
-    combinations = [(kind, lora) for kind in KINDS for lora in (False, True)]
-    while len(jobs) < runs:
-        variant = len(jobs) // len(combinations) % 3  # never what the host has in its cache from the run before
-        for kind, lora in draw.sample(combinations, len(combinations)):
-            first = len(jobs) < len(combinations)
-            interrupt = draw.randrange(4) if not first and draw.randrange(every) == 0 else None
-            large = first or interrupt is not None
-            jobs.append((Job(kind, lora, variant, LARGE if large else SMALL), interrupt))
+    draw, jobs, wrong = random.Random(seed), [], list(WRONG)
+    for variant in range(runs):
+        variant %= 3  # never what the host has in its cache from the run before
+        turn = [Job(kind, lora, variant) for kind in KINDS for lora in (False, True)]
+        turn += [Job("convert", False, variant), *(Job(kind, False, 0) for kind in wrong[:2])]
+        wrong = wrong[2:] + wrong[:2]
+        first = not jobs
+        for job in draw.sample(turn, len(turn)):
+            interrupt = None
+            if not first and job.kind not in WRONG and draw.randrange(every) == 0:
+                interrupt = _moment(draw, job)
+            if job.kind in KINDS and (first or interrupt is not None):
+                job = Job(job.kind, job.lora, job.seed, LARGE)
+            jobs.append((job, interrupt))
+        if len(jobs) >= runs:
+            break
     return jobs[:runs]
+
+
+def _moment(draw, job):
+    if job.kind == "convert":
+        return draw.uniform(0, 0.3)
+    return draw.randrange(4) if draw.random() < 0.5 else draw.uniform(0, 6)
+
+
+def put_wrong(models):
+    """Write the wrong files to the host's folder `models`: cut short, one that names code, one with a NaN."""
+    folder = models / "diffusion_models"
+    good = (folder / "TurboWan2.1-T2V-1.3B-480P.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(good[: len(good) // 2])
+    zipped(folder / "code.pth", pickled({"head.modulation": Call(Global("os", "system"), ("true",))}), {})
+    state = torch.load(folder / "TurboWan2.1-T2V-1.3B-480P-quant.pth", weights_only=True)
+    state["blocks.0.ffn.0.scale"].fill_(float("nan"))
+    torch.save(state, folder / "nan.pth")
 
 
 def _node(kind, **inputs):
@@ -58,7 +103,12 @@ def _turbo(graph, source, lora):
 
 
 def prompt(job, output):
-    """The "prompt" of a /prompt request; it writes a latent and PNG frames under names that begin with output."""
+    """The "prompt" of a /prompt request; it writes a latent and PNG frames, or a model, under names that begin with
+    output."""
+    if job.kind in ("convert", "outside"):
+        source = {"source": "TurboWan2.1-T2V-1.3B-480P.pth", "format": FORMATS[job.seed], "overwrite": False}
+        name = output if job.kind == "convert" else "../../outside"
+        return {"convert": _node("TurboConvert", filename=name, **source)}
     width, height, length = job.size
     graph = {
         "clip": _node("TurboTextEncoderLoader", text_encoder="umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
@@ -69,7 +119,8 @@ def prompt(job, output):
         "latent file": _node("SaveLatent", samples=["sample", 0], filename_prefix=output),
         "frames file": _node("SaveImage", images=["decode", 0], filename_prefix=output),
     }
-    size = {"width": width, "height": height, "length": length, "batch_size": 1}
+    batch = 2 if job.kind == "batch" else 1
+    size = {"width": width, "height": height, "length": length, "batch_size": batch}
     turbo = {"seed": job.seed, "steps": 4, "sigma_max": 0.0, "mode": "SDE", "boundary": 0.9}
     plain = {"seed": job.seed, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "turbo_rcm", "denoise": 1.0}
     positive, latent = ["text", 0], ["latent", 0]
@@ -91,16 +142,27 @@ def prompt(job, output):
         "t2v_ksampler": "TurboWan2.1-T2V-1.3B-480P-quant.pth",
         "t2v_turbo": "TurboWan2.1-T2V-1.3B-480P.pth",
         "quantize_stock": "wan2.1_t2v_14B_bf16.safetensors",
+        "topk": "wan2.1_t2v_14B_bf16.safetensors",
+        **{kind: f"{kind}.pth" for kind in ("cut", "code", "nan", "gone")},
     }
-    model = _turbo(graph, sources[job.kind], job.lora)
-    if job.kind == "quantize_stock":
+    model = _turbo(graph, sources.get(job.kind, sources["t2v_turbo"]), job.lora)
+    if job.kind in ("quantize_stock", "topk"):
         graph["int8"] = _node("QuantizeW8A8", model=model, format="block (TurboWan)", layers="all")
         settings = {"mode": "auto", "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
         graph["sparse"] = _node(
-            "SparseLowBitAttention", model=["int8", 0], topk=0.3, precision="bf16", verbose=False, **settings
+            "SparseLowBitAttention",
+            model=["int8", 0],
+            topk=7.0 if job.kind == "topk" else 0.3,
+            precision="bf16",
+            verbose=False,
+            **settings,
         )
         model = ["sparse", 0]
-    if job.kind == "t2v_turbo":
+    if job.kind == "channels":
+        graph["latent"] = _node("EmptyLatentImage", width=width, height=height, batch_size=1)
+    if job.kind == "experts":  # of another family
+        turbo["model_low"] = _turbo(graph, "TurboWan2.2-I2V-A14B-low-720P-quant.pth", False)
+    if job.kind in ("t2v_turbo", "batch", "channels", "experts"):
         graph["sample"] = _node("TurboSampler", model=model, positive=positive, latent_image=latent, **turbo)
     else:
         graph["sample"] = _node(
