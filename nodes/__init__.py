@@ -42,9 +42,10 @@ class TurboWanExtension(ComfyExtension):
         _check_host()
         try:
             files = [importlib.import_module(f".{name}", __package__) for name in FILES]
+            from .host.faults import guarded
             from .host.schedule import register_scheduler
         except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
             raise ImportError(_cure(error)) from error
 
         register_scheduler()
-        return [node for file in files for node in file.NODES]
+        return [guarded(node) for file in files for node in file.NODES]

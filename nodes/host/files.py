@@ -1,7 +1,6 @@
 """Files that nodes read and write: where they lie, what they may be called, what is wrong with them."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
-from safetensors import SafetensorError
 
 from ...turbo_core.checkpoint.formats import FORMATS
 from ...turbo_core.checkpoint.others.sharded import INDEX
-from ...turbo_core.errors import TurboError
+from ...turbo_core.checkpoint.read import SAFETENSORS_SUFFIXES, open_tensors
+from ...turbo_core.errors import TurboError, shown
 
 MODELS = "diffusion_models"
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
@@ -45,10 +44,15 @@ def file_stem(name):
 
 
 def model_file(name, kind=MODELS):
-    """Path of a file in models/`kind`. Raises TurboError where none is chosen, the host's error where it is gone."""
+    """Path of a file in models/`kind`. Raises TurboError where none is chosen or it is gone."""
     if not isinstance(name, str) or not name.strip():
         raise TurboError(f"No file is chosen, got {name!r}: choose one that lies in models/{kind}.")
-    return folder_paths.get_full_path_or_raise(kind, name)
+    try:
+        return folder_paths.get_full_path_or_raise(kind, name)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no disk takes
+        raise TurboError(
+            f"{shown(name)} was not found in models/{kind}: press R, choose one that is listed."
+        ) from error
 
 
 def listed_files(*names, kind=MODELS):
@@ -58,12 +62,15 @@ def listed_files(*names, kind=MODELS):
 
 
 def read_tensors(path):
-    """(tensors, metadata) of a file as the host reads it. Raises TurboError for one that is damaged or no such file."""
-    try:
+    """(tensors, metadata) of a file that turbo_core's reader, which trusts nothing, found whole.
+
+    A safetensors file that is called so is then read by the host, whose memory management knows its own mapping.
+    Raises TurboError for one that is damaged, refused or no such file.
+    """
+    file = open_tensors(path, writable=True)
+    if file.container == "safetensors" and Path(path).suffix.lower() in SAFETENSORS_SUFFIXES:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TurboError(f"{path} is damaged, cut short or refused: {reason} Download the file again.") from error
+    return file.tensors, file.metadata
 
 
 def format_input(default=None):

@@ -1,6 +1,5 @@
 """Files as the host's MODEL and CLIP: any TurboWan or Wan model, umT5 in any size."""
 
-import json
 import logging
 import os
 
@@ -19,6 +18,7 @@ from ...turbo_core.checkpoint.names import looks_like
 from ...turbo_core.checkpoint.others.comfyui import attention_tensors
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError
+from ...turbo_core.pipeline.text import check_encoder
 from .blocks import SLAWanBlock
 from .files import read_tensors
 from .fused import FusedWanBlock
@@ -31,7 +31,15 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32"
 _PLAIN = (getattr(comfy.supported_models, name, None) for name in ("WAN21_T2V", "WAN21_I2V", "WAN22_T2V"))
 PLAIN = tuple(filter(None, _PLAIN))  # a name that the host has no more costs the fused block, not the pack
 SOURCE = "turbowan_source"  # attachment: the Description of the file a MODEL came from
-TEXT_CONFIG = "umt5xxl_model_config"  # the host's name for sizes that differ from umT5-xxl, also in a file's metadata
+TEXT_CONFIG = "umt5xxl_model_config"  # the host's name for sizes that may differ from umT5-xxl
+_TEXT_SIZES = {  # {UMT5's: the host's}
+    "vocabulary": "vocab_size",
+    "width": "d_model",
+    "ffn": "d_ff",
+    "blocks": "num_layers",
+    "heads": "num_heads",
+    "head": "d_kv",
+}
 # what sets umT5 apart from other T5 files, and the tokenizer, which the host takes from the file as well
 _OF_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", "spiece_model"
 
@@ -150,8 +158,8 @@ def _load_as_the_host_does(path, description, dtype, disable_dynamic):
 
 
 def load_text_encoder(path):
-    """A CLIP from a umT5 file; sizes other than umT5-xxl come from the file's own metadata."""
-    sd, metadata = read_tensors(path)
+    """A CLIP from a umT5 file of any size, all of whose weights are there in shapes that fit together."""
+    sd, _ = read_tensors(path)
     missing = [name for name in _OF_UMT5 if name not in sd]
     if missing:  # the host would take it for another kind, and start that with random weights
         kind = looks_like(sd) or "something else"
@@ -160,10 +168,10 @@ def load_text_encoder(path):
             f"{path} is not a umT5 encoder as ComfyUI has them ({missing[0]} is missing), it is {kind}. Use ComfyUI's "
             "repack, umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors."
         )
-    config = json.loads((metadata or {}).get("config", "{}")).get(TEXT_CONFIG)
+    sizes = check_encoder(sd, path)
     return comfy.sd.load_text_encoder_state_dicts(
         [sd],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=comfy.sd.CLIPType.WAN,
-        model_options={} if config is None else {TEXT_CONFIG: config},
+        model_options={TEXT_CONFIG: {theirs: sizes[ours] for ours, theirs in _TEXT_SIZES.items()}},
     )

@@ -165,8 +165,10 @@ class Examined:
         """A line where a file states its alpha beside the tensors, where the host does not look."""
         try:
             stated = json.loads(self.metadata.get("lora_adapter_metadata", "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
+        stated = stated if isinstance(stated, dict) else {}
+        stated = {name: value for name, value in stated.items() if type(value) in (int, float)}
         pairs = {(stated[n], stated.get(n[: -len("lora_alpha")] + "r")) for n in stated if n.endswith("lora_alpha")}
         return [
             f"The file states alpha {alpha:g} at rank {rank}, which ComfyUI does not apply: strength {alpha / rank:g} "

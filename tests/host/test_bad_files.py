@@ -1,14 +1,17 @@
 """Wrong files and impossible names: an error that names culprit and cure, no file left, and a host that goes on."""
 
+import json
 import os
 import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.lab import QUANT, STOCK, T2V
+from tests.hostile.archives import packed
 
 
 @pytest.fixture
@@ -124,8 +127,8 @@ def test_bad_files_are_named_and_the_host_goes_on(lab, healthy, loading, tmp_pat
 
 
 def test_missing_file(lab, loading):
-    """Removed between the listing and the run: the host's own error."""
-    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+    """Removed between the listing and the run."""
+    with pytest.raises(lab.pack.errors.TurboError, match=r"gone\.pth was not found.*press R"):
         loading("gone.pth")
     with pytest.raises(lab.pack.errors.TurboError, match="does not exist"):
         lab.load("/nowhere/gone.pth")
@@ -190,7 +193,7 @@ def test_files_that_are_gone(refused, name):
         "TurboConvert": "source",
         "TurboMerge": "base",
     }.items():
-        refused(node, "not found", FileNotFoundError, **{given: name})
+        refused(node, "not found.*choose", **{given: name})
 
 
 def test_damaged_loras_and_text_encoders(lab, refused, place):
@@ -200,7 +203,7 @@ def test_damaged_loras_and_text_encoders(lab, refused, place):
     ):
         for file, data in {"empty.safetensors": b"", "page.safetensors": b"<html>", "page.pth": b"<html>"}.items():
             (place / kind / file).write_bytes(data)
-            refused(node, f"{file} is damaged.*Download", **{name: file})
+            refused(node, f"{file} .*(is damaged|is a web page).*[Dd]ownload", **{name: file})
 
 
 @pytest.mark.parametrize("name", [T2V, "TinyWan2.1_VAE.pth", "tiny_umt5_enc.pth", STOCK])
@@ -208,3 +211,78 @@ def test_text_encoders_that_are_none(lab, refused, place, name):
     """The host takes any file for CLIP and starts it with random weights."""
     shutil.copy(lab.path(name), place / "text_encoders" / name)
     refused("TurboTextEncoderLoader", "not a umT5 encoder.*umt5_xxl_fp16", text_encoder=name)
+
+
+def encoder(lab, change):
+    """The small encoder of umT5 after a change to its tensors."""
+    state = load_file(lab.path("tiny_umt5.safetensors"))
+    change(state)
+    return state
+
+
+LAST = "encoder.block.1.layer.0.SelfAttention.q.weight"
+ENCODERS = {
+    "without its last q": (lambda s: s.pop(LAST), f"lacks {LAST}"),
+    "of another depth": (lambda s: [s.pop(k) for k in list(s) if ".block.0." in k], "not a umT5"),
+    "a scale of the weight's shape": (
+        lambda s: s.update({LAST: s[LAST].to(torch.float8_e4m3fn), LAST.replace("weight", "scale_weight"): s[LAST]}),
+        "the scale of .* is .64, 64.",
+    ),
+    "a scale that is NaN": (
+        lambda s: s.update({LAST.replace("weight", "scale_weight"): torch.tensor(float("nan"))}),
+        "NaN",
+    ),
+    "integers": (lambda s: s.update({LAST: s[LAST].to(torch.int8)}), "torch.int8"),
+    "no tokenizer in it": (lambda s: s.update(spiece_model=torch.zeros(0, dtype=torch.uint8)), "tokenizer"),
+    "a tokenizer of noise": (lambda s: s.update(spiece_model=s["spiece_model"].flip(0)), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_text_encoders_that_the_host_would_take(lab, refused, place, kind):
+    """The host starts what is missing with random weights, and multiplies by any scale."""
+    change, words = ENCODERS[kind]
+    save_file(encoder(lab, change), place / "text_encoders" / "x.safetensors")
+    refused("TurboTextEncoderLoader", f"x.safetensors.*{words}|{words}.*x.safetensors", text_encoder="x.safetensors")
+
+
+def test_a_text_encoder_says_its_sizes_by_its_tensors(lab, given, place):
+    """What the metadata say is not believed; what is packed again as a .pth is read right, or refused."""
+    state = encoder(lab, lambda s: None)
+    lying = {"config": json.dumps({"umt5xxl_model_config": {"d_model": 10**9, "num_layers": 10**6}})}
+    save_file(state, place / "text_encoders" / "lies.safetensors", lying)
+    torch.save(state, place / "text_encoders" / "x.pth")
+    with (
+        zipfile.ZipFile(place / "text_encoders" / "x.pth") as old,
+        open(place / "text_encoders" / "again.pth", "wb") as new,
+    ):
+        new.write(packed([(entry.filename, old.read(entry)) for entry in old.infolist()]))
+    shutil.copy(lab.path("tiny_umt5.safetensors"), place / "text_encoders" / "plain.safetensors")
+    node, found = lab.pack.nodes["TurboTextEncoderLoader"], {}
+    for name in ("plain.safetensors", "lies.safetensors", "x.pth", "again.pth"):
+        clip = node.execute(name)[0]
+        found[name] = clip.encode_from_tokens(clip.tokenize("a red circle"))
+    assert found["plain.safetensors"].abs().max() > 0
+    for name, result in found.items():
+        assert torch.equal(result, found["plain.safetensors"]), name
+
+
+def test_code_in_loras_and_text_encoders_does_not_run(lab, refused, place):
+    Evil.target = str(place / "ran")
+    for kind, node, name in (
+        ("loras", "TurboLoraReport", "lora_name"),
+        ("text_encoders", "TurboTextEncoderLoader", "text_encoder"),
+    ):
+        torch.save({"a": torch.zeros(1), "x": Evil()}, place / kind / "evil.pth")
+        refused(node, "evil.pth was refused.*Nothing was run", **{name: "evil.pth"})
+    assert not (place / "ran").exists()
+
+
+def test_what_a_lora_states_of_its_alpha_may_be_anything(lab, given, place):
+    state = lab.lora(given["t2v"])
+    good = json.dumps({"lora_alpha": 8, "r": 4})
+    for number, text in enumerate((good, "[]", "[" * 50000, '{"lora_alpha": [1], "r": {}}', '{"lora_alpha": "x"}')):
+        name = f"{number}.safetensors"
+        save_file(state, place / "loras" / name, {"lora_adapter_metadata": text})
+        report = lab.pack.nodes["TurboLoraReport"].execute(given["t2v"], name)[0]
+        assert ("states alpha" in report) == (text == good), report

@@ -108,7 +108,7 @@ def test_files_go_below_the_folder_only(models, convert, name):
 
 
 def test_source_that_is_gone_or_not_a_model(models, convert):
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(ValueError, match=r"gone\.pth was not found"):
         convert("gone.pth", "bf16")
     (models / "unet" / "broken.safetensors").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="web page"):

@@ -31,6 +31,7 @@ def server(tiny, tmp_path_factory):
     """One server for all tests, with two copies of the pack: whatever works here also works beside another copy."""
     base = host.make_base(tmp_path_factory.mktemp("base"), tiny, COPIES)
     _write_bad_files(base / "models" / "diffusion_models", base)
+    _put_a_fault(base / "custom_nodes")
     running = host.start(find_comfyui(), base)
     yield running
     host.stop(running)
@@ -48,6 +49,16 @@ def _write_bad_files(folder, base):
     whole = next(folder.glob("*.pth")).read_bytes()
     (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     (folder / "malicious.pth").write_bytes(pickle.dumps({"blocks.0.ffn.0.weight": _Payload(base / "owned")}))
+
+
+def _put_a_fault(packs):
+    """Conversions to a file of this name fail as nobody foresaw, in both copies."""
+    for name in COPIES:
+        file = packs / name / "turbo_core" / "checkpoint" / "converting.py"
+        text, place = file.read_text("utf-8"), "    check_name(target)\n"
+        assert place in text
+        fault = "    if target.stem == 'fault':\n        raise KeyError('a fault of ours')\n"
+        file.write_text(text.replace(place, place + fault, 1), "utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -231,8 +242,20 @@ def test_a_wrong_file_is_an_error_of_its_node_that_names_it(server, small, file)
     assert run.status == "execution_error"
     failed = run.messages[-1]["data"]
     assert failed["node_type"] == ("TurboSampler" if name.endswith("a14b") else "TurboLoader"), failed
-    assert failed["exception_type"].endswith("TurboError") and file in run.error, failed["exception_message"]
+    assert failed["exception_type"] == "TurboError" and file in run.error, failed["exception_message"]
     assert not (server.base / "owned").exists(), "the pickle ran its code"
+    _is_healthy(server, small)
+
+
+def test_a_fault_inside_a_node_is_one_line_that_asks_for_a_report(server, small):
+    inputs = {"source": "TurboWan2.1-T2V-1.3B-480P.pth", "format": "bf16", "filename": "fault", "overwrite": False}
+    run = host.run(server, {"1": {"class_type": "TurboConvert", "inputs": inputs}})
+    assert run.status == "execution_error"
+    assert run.messages[-1]["data"]["exception_type"] == "TurboError"
+    line = run.error.strip()
+    assert line.startswith("TurboConvert: this should not have happened (KeyError: 'a fault of ours')"), line
+    assert "report it" in line and line.isprintable() and "custom_nodes" not in line
+    assert "in _rewrite" in server.log, "the log says where"
     _is_healthy(server, small)
 
 

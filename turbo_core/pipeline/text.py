@@ -66,6 +66,29 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     return model.eval().requires_grad_(False), tokenize
 
 
+def check_encoder(state: dict, path) -> dict[str, int]:
+    """The sizes of a umT5 encoder in Hugging Face's naming, as UMT5 takes them; no weight is read.
+
+    Raises TurboError unless every weight, its scale and a tokenizer are there in shapes and types that fit together.
+    What a layer has in a format of ComfyUI's own, which names itself beside it, is left to its reader.
+    """
+    state = dict(state)
+    embedded = state.pop(_EMBEDDED, None)
+    sizes = _infer_sizes(_canonical(state, path), path)
+    with torch.device("meta"):
+        expected = UMT5(**sizes).state_dict()
+    for name, like in expected.items():
+        if f"{name.removesuffix('.weight')}.comfy_quant" in state:
+            continue
+        _check_shape(state, name, like.shape, path)
+        _floats(state, name, path)
+        if (scale := _scale_of(state, name)) is not None:
+            check_scale_values(f"the scale of {name}", scale, path)
+    if embedded is not None:
+        _load_tokenizer(embedded, None, Path(path))
+    return sizes
+
+
 @torch.inference_mode()
 def encode_text(model, tokenize, prompts: list[str], length: int = TEXT_LENGTH) -> torch.Tensor:
     """Embeddings [B, length, text_dim] in the model's dtype; rows after a prompt's own tokens are zero.
