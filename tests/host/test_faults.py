@@ -23,7 +23,7 @@ def failing(lab):
             def execute(cls):
                 raise error
 
-        lab.pack.part("nodes.host.faults").guarded(Fails).execute()
+        lab.pack.part("nodes.reports.faults").guarded(Fails).execute()
 
     return run
 
