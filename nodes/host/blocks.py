@@ -1,13 +1,19 @@
 """ComfyUI's Wan block with sparse-linear self-attention and its trained projection proj_l."""
 
+import re
+
 import comfy.ldm.wan.model as wan
 import comfy.ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
+from comfy.patcher_extension import CallbacksMP
 
 from ...turbo_core.sla import sla_from_qkv
 from .fused import FusedWanBlock, copied, in_float32
 from .settings import active_settings, attend, log_once
+
+_KEY = "turbowan_blocks"
+_REPLACED = re.compile(r"diffusion_model\.blocks\.(\d+)\.(?:self_attn\.|self_attn$|forward$).*")
 
 
 def _matrix(linear, device):
@@ -96,3 +102,23 @@ class SLAWanBlock(FusedWanBlock):
 def has_trained_sla(diffusion_model) -> bool:
     """True where the blocks carry proj_l (also when another copy of this pack built them)."""
     return hasattr(diffusion_model.blocks[0].self_attn, "attn_op")
+
+
+def watch_replaced(patcher):
+    """Say once, before a run, that another node has put attention of its own in the place of the trained one."""
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, _KEY, _tell_replaced)
+
+
+def _tell_replaced(patcher):
+    found = {name: _REPLACED.fullmatch(name) for name in patcher.object_patches}
+    blocks = sorted(int(match[1]) for match in found.values() if match)
+    if not blocks:
+        return
+    theirs = patcher.object_patches[next(name for name, match in found.items() if match)]
+    function = getattr(theirs, "__func__", theirs)
+    who = getattr(function, "__qualname__", type(theirs).__qualname__)
+    log_once(
+        f"{who} (in {getattr(function, '__module__', type(theirs).__module__)}) stands in the place of self-attention "
+        f"in {len(blocks)} blocks from block {blocks[0]}: there this model's trained linear branch does not run, nor "
+        "Sparse Low-Bit Attention, and the video is another one. Leave that node out (Enhance-A-Video is such a node)."
+    )

@@ -19,7 +19,7 @@ from ...turbo_core.checkpoint.others.comfyui import attention_tensors
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError
 from ...turbo_core.pipeline.text import check_encoder
-from .blocks import SLAWanBlock
+from .blocks import SLAWanBlock, watch_replaced
 from .files import read_tensors
 from .fused import FusedWanBlock
 from .kernels import prove_for
@@ -72,6 +72,8 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     model.load_model_weights(sd, "", assign=patcher.is_dynamic())
     if description.has_sla or quantized:
         prove_for(patcher)
+    if description.has_sla:
+        watch_replaced(patcher)
     return patcher
 
 

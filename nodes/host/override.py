@@ -117,11 +117,11 @@ def training_free(previous):
     def chosen(q, k, heads, args, kwargs):
         """(settings or None, function that is preferred where it declines or None)."""
         options, settings = kwargs.get("transformer_options") or {}, None
-        if _REACHED in options:
-            options[_REACHED].append(True)
         of_image = kwargs.get("low_precision_attention") is False
         plain = q.ndim == 3 and not args and kwargs.get("mask") is None
         of_self = plain and _is_self_attention(q, k, options, of_image)
+        if of_self and _REACHED in options:  # one above ours may take self-attention and pass on the rest
+            options[_REACHED].append(True)
         # asked for [B, H, L, D], it is the given function's to answer; it is self-attention all the same
         if of_self and not kwargs.get("skip_output_reshape"):
             settings = active_settings(options, q.shape[1], q.shape[2] // heads, None)

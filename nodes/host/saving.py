@@ -25,6 +25,11 @@ def save_model(patcher, path):
         raise TurboError(f"TurboSave cannot bake in the injection {names} (a bypass LoRA is one): use a LoRA loader.")
     network = patcher.model.diffusion_model
     sd = network.state_dict() | _attention_of_the_file(patcher, network)
+    if any(tensor.is_meta for tensor in sd.values()):
+        raise TurboError(
+            "TurboSave does not read the weights of this MODEL, which the node that loaded it keeps in a format of its "
+            "own (GGUF and the like): load the bf16, fp16 or fp8 version of this model."
+        )
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sd.items()}
     quantized = {}  # name of a weight: the names of all its tensors
     for name in [n for n in sd if n.endswith(".weight")]:
