@@ -4,6 +4,7 @@ from random import Random
 
 from tests.hostile import archives, headers, pictures, programs, states, words
 from tests.hostile.cases import Case, Kind
+from tests.hostile.findings import FINDINGS, finding
 
 KINDS = {
     "pth bytes": Kind(archives.zip_bytes, 110, "fine where only weights were touched, or nothing that is read"),
@@ -24,11 +25,14 @@ KINDS = {
     "LoRA names": Kind(words.lora, 20, "always fine: a name of any length is looked at, in bounded time"),
     "commands": Kind(words.command, 30, "fine where the arguments make sense, however odd"),
     "training data": Kind(states.training, 20, "fine where shapes and numbers still fit together"),
+    "findings": Kind(finding, 20, "as each is listed in findings.py"),
 }
 
 
 def made(kind: str, seed: int) -> Case:
-    """The input of a class and a seed; the same on every machine."""
+    """The input of a class and a seed, or the finding of a name; the same on every machine."""
+    if kind in FINDINGS:
+        return FINDINGS[kind][0]()
     return KINDS[kind].make(Random(f"{kind} {seed}"))
 
 

@@ -165,6 +165,8 @@ def _encoder(found, case, folder):
     with found.door(path, tokenizer):
         encoder, tokenize = load_text_encoder(path, tokenizer, dtype=torch.float32)
         encode_text(encoder, tokenize, ["a red circle moves left"])
+        if case.refuse:
+            found.add("wrong", f"taken, though {case.refuse}")
 
 
 def _vae(found, case, folder):
@@ -181,6 +183,17 @@ def _picture(found, case, folder):
         image = read_image(path)
         if case.refuse or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             found.add("wrong", f"taken, though {case.refuse or 'not three channels'}")
+        elif case.same and not torch.equal(image, case.same["image"]):
+            found.add("wrong", f"{image.flatten()[:3]} is not what was drawn")
+
+
+def _shown(found, case, folder):
+    """What inspect prints of a good file that says of itself what a terminal would obey."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        status = cli.main(["inspect", next(iter(case.files))])
+    if status or not all(line.isprintable() for line in out.getvalue().splitlines()):
+        found.add("unclear", f"exit {status} with {out.getvalue()!r}")
 
 
 def _lora(found, case, folder):
@@ -238,6 +251,7 @@ def _command(found, case, folder):
 DOORS = {
     "checkpoint": _checkpoint, "finite": _finite, "honest": _honest, "header": _header, "merge": _merge,
     "encoder": _encoder, "vae": _vae, "picture": _picture, "lora": _lora, "training": _training, "command": _command,
+    "shown": _shown,
 }  # fmt: skip
 
 
