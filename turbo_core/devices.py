@@ -89,14 +89,19 @@ class OutOfMemory(TurboError):
     """Memory ran out in the middle of the work."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch says that memory ran out; that of a CPU's memory has no type of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
 @contextmanager
 def memory_told():
     """Memory that runs out inside, of a card or the machine, as the error that a person can mend."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them; a CPU's has no type of its own
+    except (RuntimeError, MemoryError) as error:
         first_line = (str(error).splitlines() or [""])[0]
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in first_line:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"Out of memory ({first_line}). Use the -quant files, a smaller --size, fewer --frames or --tiled."

@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from tests.helpers.tiny_family import captions, make_tiny, tiny_tokenizer, tiny_vae
 from turbo_core.checkpoint import inspect
-from turbo_core.pipeline.vae import decode_video, load_vae
 from turbo_core.tinywan.text import MARKER, TEXT_CONFIG
+from turbo_core.vae import decode_video, load_vae
 
 
 @pytest.fixture(scope="module")

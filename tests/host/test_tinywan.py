@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from turbo_core import checkpoint
-from turbo_core.tinywan import FILES, PAIR, data, vae, world
+from turbo_core.tinywan import FILES, PAIR, world
+from turbo_core.vae import encode_video, load_vae
 from turbo_core.wan import WanModel
 
 
@@ -18,7 +19,7 @@ def family(pack):
 
 def test_the_vae_in_the_hosts_loader(comfy, family):
     tensors = comfy.utils.load_torch_file(str(family / FILES["vae"]))
-    host, ours = comfy.sd.VAE(sd=tensors), vae.load(family / FILES["vae"])
+    host, ours = comfy.sd.VAE(sd=tensors), load_vae(family / FILES["vae"])
     video = torch.rand(9, 64, 48, 3, generator=torch.Generator().manual_seed(0))
     latent = host.encode(video)
     with torch.no_grad():
@@ -58,5 +59,5 @@ def test_the_transformer(lab, pack, family, name):
 def test_latents_have_the_statistics_that_the_host_expects(family):
     random = torch.Generator().manual_seed(3)
     video = world.render(world.random_scenes(8, random), 17, 128, 128, random)
-    latent = data.encode_latents(vae.load(family / FILES["vae"]), video)
+    latent = encode_video(load_vae(family / FILES["vae"]), video)
     assert abs(latent.mean().item()) < 0.15 and 0.8 < latent.std().item() < 1.2

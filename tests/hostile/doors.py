@@ -15,9 +15,9 @@ from turbo_core.checkpoint import lora_names
 from turbo_core.checkpoint.read import open_tensors
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-from turbo_core.pipeline.vae import load_vae
 from turbo_core.pipeline.video import read_image
 from turbo_core.train import data
+from turbo_core.vae import load_vae
 
 MOST = 400  # characters of a message beyond the path
 LAYERS = [f"blocks.{n}.{layer}" for n in range(2) for layer in ("self_attn.q", "cross_attn.k", "ffn.0", "ffn.2")]

@@ -12,10 +12,10 @@ from tests.helpers.tiny_family import tiny_tokenizer
 from turbo_core import pipeline
 from turbo_core.checkpoint import read
 from turbo_core.errors import TurboError
-from turbo_core.pipeline import embeddings, experts, resident, text, vae
-from turbo_core.pipeline.vae import encode_video, load_vae
+from turbo_core.pipeline import embeddings, experts, resident, text
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.tinywan.text import tiny_text_encoder
+from turbo_core.vae import encode_video, load_vae
 from turbo_core.wan import WanModel
 
 SMALL = {"size": (32, 32), "frames": 5, "device": "cpu"}
@@ -137,7 +137,7 @@ def test_one_large_model_at_a_time(tiny, monkeypatch):
 
     monkeypatch.setattr(embeddings, "load_text_encoder", tracked(text.load_text_encoder, lambda result: result[0]))
     monkeypatch.setattr(WanModel, "from_state_dict", tracked(WanModel.from_state_dict, lambda result: result))
-    monkeypatch.setattr(resident, "decode_video", tracked(vae.decode_video, lambda result: result))
+    monkeypatch.setattr(resident, "decode_frames", tracked(resident.decode_frames, lambda result: result))
     i2v(tiny)
     assert seen == [0, 0, 0, 0]
 

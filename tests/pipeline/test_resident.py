@@ -9,7 +9,7 @@ from PIL import Image
 from tests.helpers.opens import counted_opens
 from turbo_core import pipeline
 from turbo_core.errors import TurboError
-from turbo_core.pipeline import Clip, Pipeline, experts, residence, resident
+from turbo_core.pipeline import Clip, Pipeline, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
 
 SMALL = {"size": (32, 32), "frames": 5}
@@ -113,7 +113,7 @@ def test_a_file_replaced_while_it_is_in_use_is_an_error(tiny, tmp_path, monkeypa
 
 def test_the_next_clip_is_sampled_while_one_is_decoded(tiny, monkeypatch):
     """The first decoding ends only when the second clip has begun: without overlap this would wait forever."""
-    begun, decode = threading.Semaphore(0), resident.decode_video
+    begun, decode = threading.Semaphore(0), resident.decode_frames
     sampled = resident.Trajectory.advance
 
     def advance(*arguments, **settings):
@@ -128,7 +128,7 @@ def test_the_next_clip_is_sampled_while_one_is_decoded(tiny, monkeypatch):
 
     first = []
     monkeypatch.setattr(resident.Trajectory, "advance", advance)
-    monkeypatch.setattr(resident, "decode_video", waiting)
+    monkeypatch.setattr(resident, "decode_frames", waiting)
     with t2v(tiny, memory=ALL) as pipe:
         assert len(list(pipe.map(CLIPS[:1] * 2))) == 2
     assert first == [False, False]
@@ -154,16 +154,16 @@ def test_a_clip_that_fails_leaves_the_others_alone(tiny):
 
 
 def test_a_failure_of_decoding_or_writing_is_the_clips_own(tiny, monkeypatch):
-    decode, failures = resident.decode_video, []
+    decode, failures = sampling.decode_each, []
 
-    def spoiled(vae, latents, tiled):
-        return decode(vae, latents, tiled) * (float("nan") if tiled else 1)
+    def spoiled(vae, latents, keep, tiled, progress):
+        return decode(vae, latents, lambda piece: keep(piece * (float("nan") if tiled else 1)), tiled, progress)
 
     def write(clip, result):
         if clip.seed == 4:
             raise TurboError("the disk is full")
 
-    monkeypatch.setattr(resident, "decode_video", spoiled)
+    monkeypatch.setattr(sampling, "decode_each", spoiled)
     clips = [Clip("a", 3, tiled=True, **SMALL), *CLIPS[1:]]
     with t2v(tiny, memory=ALL) as pipe:
         made = list(pipe.map(clips, write, lambda clip, error: failures.append((clip.seed, str(error)))))

@@ -10,7 +10,6 @@ pytest.importorskip("sentencepiece")
 
 from turbo_core.errors import TurboError
 from turbo_core.tinywan import FILES, PAIR, evaluate, report, rows, text, vae, world
-from turbo_core.tinywan.wan_vae import WanVAE
 from turbo_core.train import models
 
 COUNT = 2
@@ -29,7 +28,7 @@ def family(tmp_path_factory):
     for name in PAIR.values():
         models.save_model(models.with_image(sparse), folder / name, world.WORLD)
     torch.manual_seed(0)
-    vae.save(WanVAE(8), folder / FILES["vae"])
+    vae.save(vae.fresh(8), folder / FILES["vae"])
     text.save(text.tiny_text_encoder(text.tokenizer()), folder / FILES["text"])
     return folder
 

@@ -12,8 +12,9 @@ from turbo_core import checkpoint
 from turbo_core.cli import main
 from turbo_core.files import digest
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-from turbo_core.tinywan import FILES, FOLDER, data, evaluate, judge, report, rows, vae, world
+from turbo_core.tinywan import FILES, FOLDER, evaluate, judge, report, rows, world
 from turbo_core.train.teacher import mix
+from turbo_core.vae import decode_video, encode_video, load_vae
 from turbo_core.wan import WanModel
 
 # least number of attributes that are right, of 32, less than measured by what other sums may turn; chance is 6
@@ -31,8 +32,8 @@ def real():
     random = torch.Generator().manual_seed(77)
     scenes = world.random_scenes(4, random)
     video = world.render(scenes, 33, 128, 128, random)
-    codec = vae.load(FOLDER / FILES["vae"])
-    latent = data.encode_latents(codec, video)
+    codec = load_vae(FOLDER / FILES["vae"])
+    latent = encode_video(codec, video)
     encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)
     captions = [world.caption(scene, i) for i, scene in enumerate(scenes)]
     return scenes, video, codec, latent, encode_text(encoder, tokenize, captions).clone()
@@ -40,7 +41,7 @@ def real():
 
 def test_clips_come_back_from_the_vae(real):
     scenes, video, codec, latent, _ = real
-    shown = data.decode_latents(codec, latent).clamp(-1, 1)
+    shown = decode_video(codec, latent)
     psnr = 10 * torch.log10(4 / (shown - video).square().mean((1, 2, 3, 4)))
     assert psnr.mean() > 25  # 26.5
     marks = [judge.score(clip, scene) for clip, scene in zip(shown, scenes)]
@@ -96,9 +97,9 @@ def test_four_steps_show_what_prompts_say(row):
     """The first prompts of the quality report, with its noise: what the shipped files reach, less some luck."""
     scenes, _, context, empty = rows.prompts(FOLDER, 8, 1000)
     model_at, _ = rows.load_row(FOLDER, row)
-    codec = vae.load(FOLDER / FILES["vae"])
+    codec = load_vae(FOLDER / FILES["vae"])
     first, y = rows.pictures(codec, scenes, 1000) if row.file == "pair" else (None, None)
-    videos = data.decode_latents(codec, rows.sample_row(model_at, row, context, empty, 1000, y))
+    videos = decode_video(codec, rows.sample_row(model_at, row, context, empty, 1000, y))
     if first is not None:
         error = (videos[:, :, 0].clamp(-1, 1) - first).square().mean((1, 2, 3))
         assert (10 * torch.log10(4 / error)).mean() > 20  # 21.6: the clip begins with the picture that was given
@@ -119,7 +120,6 @@ def velocity(path, x, time, context, **attention):
     [("A red cat sleeps on the black sofa", True), ("A red circle moves left on a grey background", False)],
 )
 def test_a_prompt_of_another_world_is_told_once_and_rendered(prompt, outside, tmp_path, capsys):
-    pytest.importorskip("diffusers")
     quantized = checkpoint.quantize(FOLDER / FILES["turbo"], tmp_path / "int8.safetensors", "int8_row").path
     files = ["--dit", quantized, "--vae", FOLDER / FILES["vae"], "--text-encoder", FOLDER / FILES["text"]]
     options = ["--size", "32x32", "--frames", "5", "--steps", "1", "--device", "cpu", "-o", tmp_path / "out.mp4"]

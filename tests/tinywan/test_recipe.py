@@ -2,14 +2,13 @@
 
 import pytest
 
-pytest.importorskip("diffusers")
 pytest.importorskip("sentencepiece")
 
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-from turbo_core.pipeline.vae import load_vae
 from turbo_core.tinywan import FILES, PAIR, evaluate, presets, recipe, rows, vae
+from turbo_core.vae import load_vae
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
 pytest.importorskip("sentencepiece")
 
 from tests.helpers.tiny_family import make_tiny

@@ -21,19 +21,6 @@ def test_products_are_in_the_type_that_is_fast(fast):
     assert video.is_contiguous(memory_format=torch.channels_last_3d) == fast
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_videos_go_through_some_at_a_time(fast, count):
-    videos, seen = torch.randn(count, 2, 1, 3, 3), []
-
-    def network(some):
-        seen.append(len(some))
-        return 2 * some.bfloat16()
-
-    made = precision.some_at_a_time(network, videos)
-    assert made.dtype == torch.float32 and torch.equal(made, (2 * videos.bfloat16()).float())
-    assert seen == ([1] * count if fast else [2] * (count // 2) + [1] * (count % 2))
-
-
 def test_a_stage_trains_in_that_type(fast, tmp_path, monkeypatch):
     network, seen = model(), []
     network.blocks[0].self_attn.q.register_forward_hook(lambda layer, given, out: seen.append(out.dtype))

@@ -21,14 +21,13 @@ LIBRARIES = (
     ("comfy_kitchen", ("comfy-kitchen",), "int8 layouts inside ComfyUI"),
     ("sageattention", ("sageattention",), "not used: the low-bit attention here is its own"),
     ("av", ("av",), "writing MP4"),
-    ("diffusers", ("diffusers",), "the Wan VAE outside ComfyUI"),
     ("sentencepiece", ("sentencepiece",), "the tokenizer outside ComfyUI"),
     ("tokenizers", ("tokenizers",), "the tokenizer where it is a tokenizer.json"),
     ("PIL", ("pillow",), "images and contact sheets"),
     ("rich", ("rich",), "progress bars"),
     ("ftfy", ("ftfy",), "mending wrongly decoded prompts"),
 )
-PIPELINE = ("av", "diffusers", "sentencepiece", "PIL")
+PIPELINE = ("av", "sentencepiece", "PIL")
 
 
 def examine() -> dict[str, list[tuple[str, str]]]:
@@ -96,7 +95,7 @@ def _paths():
         ("sparse attention", _kernels(device, "sla", "PyTorch, block by block; int8 precision is emulated")),
         ("dense attention", "torch scaled_dot_product_attention"),
         ("text encoder", f"PyTorch on {device}"),
-        ("VAE", _library_path("diffusers", device)),
+        ("VAE", f"PyTorch on {device}"),
         ("generate", generate),
         ("inspect, convert, quantize", "yes"),
     ]

@@ -11,10 +11,10 @@ import torch
 from ..checkpoint import Description
 from ..errors import TurboError
 from ..schedule import default_sigma_max, rcm_sigmas
+from ..vae import LATENT_CHANNELS
 from ..wan import PATCH
 from . import sizes
 from .inputs import check_sampling, check_task
-from .vae import LATENT_CHANNELS
 from .video import read_image
 
 

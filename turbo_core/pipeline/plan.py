@@ -13,6 +13,8 @@ workspaces of libraries take on top is the allowance RESERVED.
 import math
 from typing import NamedTuple
 
+import torch
+
 from ..checkpoint.describe import Description
 from ..checkpoint.formats import FLOATS, FORMATS, INTEGERS
 from ..checkpoint.names import is_delicate, is_quantizable
@@ -23,6 +25,8 @@ from ..int8.reference import SLICE as INT8_SLICE
 from ..sla import PRECISIONS
 from ..sla.blocks import kept_blocks
 from ..sla.reference import GATHERED, SLICE
+from ..vae.memory import piece_bytes
+from ..vae.tiles import SIDE
 from ..wan.layers import SLICE as WAN_SLICE
 from .sizes import latent_shape
 
@@ -30,9 +34,8 @@ GIB = 2**30
 RESERVED = GIB  # driver, desktop, workspaces: an allowance, not a measurement
 TEXT_TOKENS = 512
 CARDS = (8, 12, 16, 24, 32)  # GiB
-_VAE = {"encode": 7500, "decode": 10200}  # bytes a pixel in bf16, base width 96, counted: a step of four frames
-_TILE = 256  # pixels, of pipeline.vae
-_OVERLAP = (256 / 192) ** 2  # tiles advance by 192
+_VAE_WIDTH = 96  # of the published one
+_TILE = 8 * SIDE  # pixels
 
 
 class Model(NamedTuple):
@@ -177,14 +180,11 @@ def step_peak(model: Model, tokens: int, linears: str, topk=None, precision="bf1
     return sum(moments[moment].values()), moment, moments[moment]
 
 
-def vae_peak(width: int, height: int, frames: int, work: str = "decode", tiled: bool = False) -> int:
-    """Bytes of decoding or encoding in bf16, the video included, without the 0.25 GB of weights."""
-    pixels = width * height
-    video = 6 * frames * pixels
-    if not tiled or (width <= _TILE and height <= _TILE):
-        return _VAE[work] * pixels + video
-    tiles = int(video * _OVERLAP)  # joined with their seams blended, then rows, the whole, the whole clamped
-    return tiles + max(_VAE[work] * min(width, _TILE) * min(height, _TILE), 3 * video)
+def vae_peak(width: int, height: int, work: str = "decode", tiled: bool = False) -> int:
+    """Bytes that decoding or encoding takes at least in bf16, without the 0.25 GB of weights: of one latent frame at a
+    time. The video itself is in main memory."""
+    pixels = min(width, _TILE) * min(height, _TILE) if tiled else width * height
+    return piece_bytes(work, pixels, 1, _VAE_WIDTH, torch.bfloat16)
 
 
 def stages(
@@ -209,12 +209,12 @@ def stages(
     room = int(memory * GIB) - RESERVED
     found = [_weights_stage("text encoder", room, text_encoder_bytes(), 0, 400_000_000, 1)]
     if model.sizes.in_dim > model.sizes.out_dim:
-        found.append(_vae_stage("VAE encode", room, width, height, frames, "encode"))
+        found.append(_vae_stage("VAE encode", room, width, height, "encode"))
     # fp8 beside proj_l is decoded when it is loaded
     weights, block = weight_bytes(model, "bf16" if format == "fp8" and model.has_sla else format)
     activations, _, _ = step_peak(model, tokens, format if format in INTEGERS else "float", topk, precision)
     found.append(_weights_stage("sampling", room, weights, activations, block, model.experts))
-    found.append(_vae_stage("VAE decode", room, width, height, frames, "decode"))
+    found.append(_vae_stage("VAE decode", room, width, height, "decode"))
     return found
 
 
@@ -234,12 +234,12 @@ def _weights_stage(name, room, weights, activations, block, experts):
     return Stage(name, weights * experts, activations, fits, verdict)
 
 
-def _vae_stage(name, room, width, height, frames, work):
+def _vae_stage(name, room, width, height, work):
     weights = 254_000_000  # 127 million, bf16
-    whole = vae_peak(width, height, frames, work)
+    whole = vae_peak(width, height, work)
     if weights + whole <= room:
         return Stage(name, weights, whole, "resident", "fits in one piece")
-    tiled = vae_peak(width, height, frames, work, tiled=True)
+    tiled = vae_peak(width, height, work, tiled=True)
     if weights + tiled <= room:
         return Stage(name, weights, tiled, "tiled", f"tiled VAE needed: in one piece it is {whole / GIB:.1f} GiB")
-    return Stage(name, weights, tiled, "no", "does not fit even in tiles: a smaller size or fewer frames")
+    return Stage(name, weights, tiled, "no", "does not fit even in tiles: a larger card is needed")

@@ -39,7 +39,7 @@ def what_stays(model: Description, ready: Ready, expert_bytes: list[int], memory
     share = dtype.itemsize / 2  # the planner counts in types of two bytes
     linears = model.format if model.format in INTEGERS else "float"
     step = plan.step_peak(plan.model_of(model), ready.tokens, linears, ready.topk, ready.clip.precision)[0] * share
-    decode = plan.vae_peak(width, height, ready.clip.frames, "decode", ready.clip.tiled) * share
+    decode = plan.vae_peak(width, height, "decode", ready.clip.tiled) * share
     dit = max(expert_bytes) + max(step, decode) <= memory
     experts = sum(expert_bytes) + max(step, decode) <= memory
     held = sum(expert_bytes) if experts else max(expert_bytes)

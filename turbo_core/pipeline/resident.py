@@ -17,14 +17,14 @@ from ..devices import OutOfMemory, memory_told, peak_memory, pick_device, releas
 from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
+from ..vae import load_vae
 from .clip import Clip, Ready, Result, Work, check_clip, check_prompt
 from .embeddings import Embeddings, padded
 from .experts import Experts
 from .inputs import open_models
 from .residence import Stay, free_memory, what_stays
-from .sampling import Trajectory, encode_image
-from .vae import decode_video, load_vae
-from .video import prepare_image, to_frames
+from .sampling import Trajectory, decode_frames, encode_image
+from .video import prepare_image
 
 WINDOW = 256  # clips whose prompts are encoded before the first is sampled; 1 GB of embeddings at the very most
 
@@ -278,14 +278,12 @@ class Pipeline:
         result = None
         with self._failing(work, failed):
             clip, ready = work.clip, work.ready
-            with work.stage("decode"), self._vae_alone, self._own_stream():
-                video = decode_video(self.vae.to(self.device), work.latents.to(self.device), clip.tiled)[0]
-                if not torch.isfinite(video).all():
-                    raise TurboError(
-                        f"Decoding gave NaN or infinity in {self.dtype}. Use --dtype float32, or another VAE file."
-                    )
-                frames = to_frames(video)
-                del video
+            steps = work.latents.shape[2]
+            with work.stage("decode", steps, ends=False), self._vae_alone, self._own_stream():
+                frames = decode_frames(
+                    self.vae.to(self.device), work.latents.to(self.device), clip.tiled,
+                    lambda done, total: self.progress("decode", done, total),
+                )  # fmt: skip
             made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
             made.peak_memory = peak_memory(self.device)
             if write is not None:

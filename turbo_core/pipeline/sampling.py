@@ -5,9 +5,11 @@ import time
 import torch
 
 from ..devices import synchronize, widest_float
+from ..errors import TurboError
 from ..sampler import sample_rcm
+from ..vae import decode_each, encode_video
 from ..wan import Text
-from .vae import encode_video
+from .video import to_frames
 
 
 class Trajectory:
@@ -75,6 +77,18 @@ def sample(model_at, context, shape, sigmas, *, step_seconds=None, progress=None
     trajectory = Trajectory(context, shape, sigmas, **settings)
     trajectory.advance(model_at, step_seconds=step_seconds, progress=progress)
     return trajectory.latents()
+
+
+def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None) -> torch.Tensor:
+    """Frames uint8 [4(T-1)+1, 8H, 8W, 3] on the CPU of normalized latents [1, 16, T, H, W]; a device holds numbers of a
+    piece of the video only. progress: callable (done, total). Raises TurboError when the VAE gives NaN or infinity."""
+
+    def keep(piece):
+        if not torch.isfinite(piece).all():
+            raise TurboError(f"Decoding gave NaN or infinity in {vae.dtype}. Use --dtype float32, or another VAE file.")
+        return to_frames(piece[0])
+
+    return torch.cat(decode_each(vae, latents, keep, tiled, progress))
 
 
 def encode_image(vae, image: torch.Tensor, frames: int) -> torch.Tensor:

@@ -3,9 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from ..pipeline.vae import LATENT_MEAN, LATENT_STD
-from ..train import precision
 from ..train.data import Data, encode_captions
+from ..vae import encode_video
 from . import world
 
 
@@ -22,30 +21,12 @@ def joined(parts: list[Data]) -> Data:
     )
 
 
-@torch.no_grad()
-def encode_latents(vae, video: torch.Tensor) -> torch.Tensor:
-    """Normalized latents of clips [B, 3, T, H, W] by a wan_vae.WanVAE."""
-    mean, std = _statistics(video.device)
-    return (precision.some_at_a_time(lambda clips: vae.encode(clips)[0], video) - mean) / std
-
-
-@torch.no_grad()
-def decode_latents(vae, latent: torch.Tensor) -> torch.Tensor:
-    """Clips float32 of normalized latents [B, 16, T, H, W]."""
-    mean, std = _statistics(latent.device)
-    return precision.some_at_a_time(vae.decode, latent.float() * std + mean)
-
-
-def _statistics(device):
-    return (torch.tensor(row, device=device).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
-
-
 def images_of(vae, video: torch.Tensor) -> torch.Tensor:
     """What an image-to-video model is given of clips [B, 3, T, H, W]: [B, 20, T', H/8, W/8] as pipeline.encode_image
-    makes it, by a wan_vae.WanVAE."""
+    makes it."""
     first = torch.zeros_like(video)
     first[:, :, 0] = video[:, :, 0]
-    latents = encode_latents(vae, first)
+    latents = encode_video(vae, first)
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)
@@ -59,7 +40,7 @@ def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings
     latents, given = [], []
     for some in scenes.split(4):
         video = world.render(some, frames, side, side, random)
-        latents.append(encode_latents(vae, video).to(torch.bfloat16))
+        latents.append(encode_video(vae, video).to(torch.bfloat16))
         if images:
             given.append(images_of(vae, video).to(torch.bfloat16))
     words = [

@@ -10,7 +10,8 @@ import torch
 from ..errors import TurboError
 from ..files import digest, write_whole
 from ..train import engine
-from . import FILES, data, judge, vae, world
+from ..vae import decode_video, encode_video, load_vae
+from . import FILES, judge, world
 from .rows import FRAMES, ROWS, SIDE, Row, files_of, load_row, pictures, prompts, sample_row
 
 BATCH = 8
@@ -55,7 +56,7 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
     if gone:
         _keep(_in_order(report), out)
     scenes, _, context, empty = prompts(folder, count, seed)
-    known = _Prompts(scenes, context, empty, vae.load(folder / FILES["vae"]), seed)
+    known = _Prompts(scenes, context, empty, load_vae(folder / FILES["vae"]), seed)
     for name, row in wanted.items():
         if name not in report or name in changed:
             line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
@@ -96,7 +97,7 @@ def _measure(folder: Path, row: Row, known: _Prompts, log) -> dict:
         began = time.perf_counter()
         latents = sample_row(model_at, row, context, known.empty, seed, y)
         seconds = (time.perf_counter() - began) / len(scenes)
-        for i, (video, scene) in enumerate(zip(data.decode_latents(known.codec, latents), scenes)):
+        for i, (video, scene) in enumerate(zip(decode_video(known.codec, latents), scenes)):
             apart = None if first is None else (video[:, 0].clamp(-1, 1) - first[i]).square().mean().item()
             found.append((start + i, seconds, judge.score(video, scene), apart))
         done = f"{min(len(found) * engine.processes(), len(known.scenes))}/{len(known.scenes)}"
@@ -127,7 +128,7 @@ def _vae_row(known: _Prompts, path: Path) -> dict:
     error, marks = [], []
     for some in known.scenes[:32].split(4):
         video = world.render(some, FRAMES, SIDE, SIDE, random)
-        shown = data.decode_latents(known.codec, data.encode_latents(known.codec, video)).clamp(-1, 1)
+        shown = decode_video(known.codec, encode_video(known.codec, video))
         error += (shown - video).square().mean((1, 2, 3, 4)).tolist()
         marks += [judge.score(clip, scene) for clip, scene in zip(shown, some)]
     return _scores("VAE", marks) | {"psnr": round(_psnr(error), 2), "bytes": path.stat().st_size}

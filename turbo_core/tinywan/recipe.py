@@ -18,6 +18,7 @@ from ..train.data import Data
 from ..train.data import load as load_data
 from ..train.data import save as save_data
 from ..train.experts import BOUNDARY, Experts
+from ..vae import load_vae
 from . import FILES, PAIR, data, text, vae, world
 from .presets import PRESETS
 
@@ -132,7 +133,7 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
     parts = [target.with_name(f"{target.stem}{i:04d}.safetensors") for i in range(-(-count // _PART))]
     todo = [i for i, part in enumerate(parts) if i % engine.processes() == engine.rank() and not part.exists()]
     if todo:
-        codec, (encoder, tokenize) = vae.load(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
+        codec, (encoder, tokenize) = load_vae(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
         for i in todo:
             options = sizes | {"count": min(_PART, count - i * _PART), "seed": seed * 10_000 + i}
             save_data(data.make_clips(codec, encoder, tokenize, **options), parts[i])

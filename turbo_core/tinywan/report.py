@@ -7,7 +7,8 @@ import torch
 
 from ..diagnostics import charts
 from ..pipeline.video import to_frames
-from . import FILES, data, vae, world
+from ..vae import decode_video, load_vae
+from . import FILES, world
 from .evaluate import BATCH
 from .rows import ROWS, load_row, pictures, prompts, sample_row
 
@@ -69,12 +70,12 @@ def picture(report: list[dict], folder, path, count: int = 6, seed: int = 1000) 
 def _clips(folder: Path, rows, count: int, seed: int):
     """(for each row, film strips [H, W, 3] of its clips of the report's first prompts; the captions of those)."""
     scenes, captions, context, empty = prompts(folder, BATCH, seed)  # whose clips share a noise
-    codec = vae.load(folder / FILES["vae"])
+    codec = load_vae(folder / FILES["vae"])
     strips = []
     for row in rows:
         y = pictures(codec, scenes, seed)[1] if row.file == "pair" else None
         latents = sample_row(load_row(folder, row)[0], row, context, empty, seed, y)
-        strips.append([_strip(video) for video in data.decode_latents(codec, latents[:count])])
+        strips.append([_strip(video) for video in decode_video(codec, latents[:count])])
     return strips, captions[:count]
 
 

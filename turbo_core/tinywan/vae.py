@@ -5,13 +5,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.read import open_tensors
 from ..checkpoint.write import write_safetensors
-from ..errors import TurboError
-from ..pipeline.vae import LATENT_MEAN, LATENT_STD
 from ..train import engine, optim, precision
+from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE
 from . import world
-from .wan_vae import WanVAE
 
 SIDE, FRAMES = 128, 33
 # frames and side of the crops, in turn: short ones show space, long ones what adds up over time
@@ -41,7 +38,7 @@ def train(
     """
     if model is None:
         torch.manual_seed(seed)
-        model = WanVAE(dim)
+        model = fresh(dim)
     model.train().requires_grad_(True)
     for part in (model.encoder, model.conv1) if fixed_latents else ():
         part.requires_grad_(False)
@@ -67,6 +64,21 @@ def train(
 
     history = engine.run(step_of, {"model": model, "optimizer": optimizer}, folder, steps, seconds, log=log)
     return model, history
+
+
+@torch.no_grad()
+def fresh(dim: int) -> WanVAE:
+    """A VAE to be trained: weights that keep activations near one, and latents with little noise, since a noise of one
+    drowns all colours. Attention starts as the identity, so that it does not tie the result to one size."""
+    model = WanVAE(dim)
+    for name, tensor in model.named_parameters():
+        if name.endswith("middle.1.proj.weight"):
+            tensor.zero_()
+        elif tensor.ndim > 3 and "middle.1." not in name:
+            tensor.normal_(std=(0.3 if name.endswith("residual.6.weight") else 1.0) * tensor[0].numel() ** -0.5)
+    model.conv1.weight[LATENT_CHANNELS:] *= 0.1
+    model.conv1.bias[LATENT_CHANNELS:] = -5.0
+    return model
 
 
 def _is_kernel(name: str, tensor) -> bool:
@@ -125,17 +137,3 @@ def save(model: WanVAE, path) -> Path:
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     write_safetensors(path, state, {"format": "pt"})
     return Path(path)
-
-
-def load(path) -> WanVAE:
-    """A Wan 2.1 VAE of any base width under its official names, in float32. Raises TurboError for anything else."""
-    state = open_tensors(path).tensors
-    mark = "encoder.conv1.weight"
-    if mark not in state:
-        raise TurboError(f"VAE: {path} has no {mark}, expected a Wan 2.1 VAE under its official names.")
-    model = WanVAE(state[mark].shape[0])
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    except RuntimeError as error:
-        raise TurboError(f"VAE: {path} is no Wan 2.1 VAE ({str(error).splitlines()[-1].strip()}).") from error
-    return model.eval().requires_grad_(False)

@@ -29,18 +29,6 @@ def conv_layout(video: torch.Tensor) -> torch.Tensor:
     return video.contiguous(memory_format=torch.channels_last_3d if fast else torch.contiguous_format)
 
 
-def some_at_a_time(network, videos: torch.Tensor) -> torch.Tensor:
-    """What a network of convolutions makes of videos [B, ...], in float32, as many at once as the device is fast at.
-
-    In bfloat16 that is one. In float32 on a CPU it is two: torch leaves small convolutions of a batch of one to a loop
-    of its own, in which 9 frames of 128x128 take five times as long as in a pair, 33 a tenth (decoding) to six tenths
-    (encoding) longer.
-    """
-    count = 2 if videos.device.type == "cpu" and not has_bfloat16("cpu") else 1
-    with autocast(videos.device):
-        return torch.cat([network(conv_layout(some)).float() for some in videos.split(count)])
-
-
 @functools.cache
 def has_bfloat16(kind: str) -> bool:
     """False for cards before Ampere, and for a CPU for which oneDNN has no bfloat16 kernels (x86 before AVX-512):

@@ -8,8 +8,8 @@ from ..errors import TurboError, missing_library
 from ..pipeline import encode_image
 from ..pipeline.sizes import latent_shape
 from ..pipeline.text import load_text_encoder
-from ..pipeline.vae import encode_video, load_vae
 from ..pipeline.video import VIDEO_SUFFIXES, prepare_image
+from ..vae import encode_video, load_vae
 from .data import Data, encode_captions
 
 

@@ -1,4 +1,4 @@
-"""The Wan VAE: key names, sizes from the file, latents as ComfyUI's own Wan VAE computes them, wrong files."""
+"""Files of the Wan VAE: names, widths, repacks, numbers as ComfyUI's own Wan VAE computes them, wrong files."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 
 from tests.helpers.tiny_family import tiny_vae
 from turbo_core.errors import TurboError
-from turbo_core.pipeline.vae import decode_video, diffusers_name, encode_video, load_vae
+from turbo_core.vae import decode_video, encode_video, load_vae
+from turbo_core.vae.files import diffusers_name
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +44,21 @@ def test_encode_equals_comfyui(vae):
     torch.testing.assert_close(latent[0, 12:, 2, 3, 5], last, **near)
 
 
-def test_later_frames_do_not_change_earlier_latents(vae):
-    video = wave(1, 3, 9, 16, 16)
-    torch.testing.assert_close(encode_video(vae, video)[:, :, :2], encode_video(vae, video[:, :, :5]))
+def test_every_name_is_official_and_has_one_of_diffusers(vae):
+    assert set(vae.state_dict()) == set(tiny_vae())
+    theirs = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan").AutoencoderKLWan
+    with torch.device("meta"):
+        assert {diffusers_name(name) for name in tiny_vae()} == set(theirs(base_dim=8, z_dim=16).state_dict())
 
 
-def test_tiled_decoding_needs_no_tiles_below_their_size(vae):
-    latent = wave(1, 16, 1, 4, 4)
-    assert torch.equal(decode_video(vae, latent, tiled=True), decode_video(vae, latent))
-
-
-def test_every_official_name_has_a_distinct_diffusers_name(vae):
-    names = {diffusers_name(name) for name in tiny_vae()}
-    assert names == set(vae.state_dict())
-
-
-def test_repacks_load_alike(vae, tmp_path):
-    save_file(tiny_vae(), tmp_path / "wan_2.1_vae.safetensors")
-    save_file(vae.state_dict(), tmp_path / "diffusers.safetensors")
-    latent = wave(1, 16, 1, 2, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_repacks_load_alike(vae, dtype, tmp_path):
+    state = {name: value.to(dtype) for name, value in tiny_vae().items()}
+    save_file(state, tmp_path / "wan_2.1_vae.safetensors")
+    save_file({diffusers_name(name): value for name, value in state.items()}, tmp_path / "diffusers.safetensors")
     for name in ("wan_2.1_vae.safetensors", "diffusers.safetensors"):
-        assert torch.equal(decode_video(load_vae(tmp_path / name), latent), decode_video(vae, latent)), name
+        found = load_vae(tmp_path / name).state_dict()
+        assert all(torch.equal(found[key], value.float()) for key, value in state.items()), name
 
 
 def foreign(kind):

@@ -1,0 +1,53 @@
+"""TinyWan's VAE while it is trained: statistics of its latents, parts that stay."""
+
+import torch
+
+from turbo_core.pipeline import encode_image
+from turbo_core.tinywan import vae, world
+from turbo_core.tinywan.data import images_of
+from turbo_core.tinywan.vae import fresh, match_statistics
+from turbo_core.tinywan.vae import train as train_vae
+from turbo_core.vae import LATENT_MEAN, LATENT_STD, load_vae
+
+
+def test_latents_get_the_statistics_of_wan_and_clips_stay():
+    torch.manual_seed(0)
+    vae, video = fresh(8), torch.randn(2, 3, 9, 32, 32)
+    with torch.no_grad():
+        mean, log_variance = vae.encode(video)
+        before, noise = vae.decode(mean), (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
+        match_statistics(vae, video)
+        mean, log_variance = vae.encode(video)
+        torch.testing.assert_close(vae.decode(mean), before, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(mean.mean((0, 2, 3, 4)), torch.tensor(LATENT_MEAN), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(mean.std((0, 2, 3, 4)), torch.tensor(LATENT_STD), atol=1e-3, rtol=1e-3)
+    after = (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(after, noise, atol=1e-3, rtol=1e-2)
+
+
+def test_training_the_decoder_alone_leaves_the_latents(tmp_path):
+    torch.manual_seed(0)
+    vae = fresh(8)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    train_vae(tmp_path, model=vae, fixed_latents=True, steps=1, image_steps=1, batch=1, pool=1, log=lambda line: None)
+    moved = {name.split(".")[0] for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"decoder", "conv2"}
+
+
+def test_what_an_image_to_video_model_is_given_is_the_pipelines(tmp_path):
+    video = world.render(world.random_scenes(2, torch.Generator().manual_seed(0)), 9, 64, 64, torch.Generator())
+    torch.manual_seed(0)
+    codec = load_vae(vae.save(fresh(8), tmp_path / "vae.safetensors"))
+    for row, clip in zip(images_of(codec, video), video):
+        torch.testing.assert_close(row, encode_image(codec, clip[:, 0], 9)[0])
+
+
+def test_the_whole_network_learns(tmp_path):
+    """Gradients reach every weight through the pieces that a clip is cut into, those of time from several frames."""
+    torch.manual_seed(0)
+    model = fresh(8)
+    torch.nn.init.normal_(model.encoder.middle[1].proj.weight, std=0.3)  # it starts as zero
+    torch.nn.init.normal_(model.decoder.middle[1].proj.weight, std=0.3)
+    shown, mean, log_variance = model(torch.randn(1, 3, 9, 16, 16), torch.randn(1, 16, 3, 2, 2))
+    (shown.square().mean() + mean.square().mean() + log_variance.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

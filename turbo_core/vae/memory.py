@@ -1,0 +1,35 @@
+"""How many latent frames go through the VAE together, by the memory there is."""
+
+import torch
+
+from ..devices import available_memory
+
+MOST_FRAMES = 4  # of latents in one piece: more was no faster
+# Tensors of a pixel and a channel of base width: what the layers keep of the pieces before, and for each latent frame
+# the largest that are alive together. Counted at the published width, which tests/pipeline/test_plan.py does again.
+_TENSORS = {"decode": (27.5, 12.0), "encode": (17.5, 12.2)}
+_SHARE = 0.7  # of free memory: allocators leave gaps, libraries take workspaces
+
+
+def piece_bytes(work: str, pixels: int, frames: int, dim: int, dtype: torch.dtype) -> int:
+    """What "decode" or "encode" of pieces of so many latent frames needs at worst, weights and video apart."""
+    kept, alive = _TENSORS[work]
+    return int(pixels * dim * dtype.itemsize * (kept + alive * frames))
+
+
+def frames_of_a_piece(work: str, pixels: int, dim: int, dtype: torch.dtype, device, free: int | None = None) -> int:
+    """Latent frames that fit: 1 to MOST_FRAMES. free: bytes, by default what the device has."""
+    free = free_memory(torch.device(device)) if free is None else free
+    if free is None:
+        return MOST_FRAMES
+    fitting = [n for n in range(1, MOST_FRAMES + 1) if piece_bytes(work, pixels, n, dim, dtype) <= _SHARE * free]
+    return max(fitting, default=1)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device, None where it does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = available_memory()
+    return known and known[0]
