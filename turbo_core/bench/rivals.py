@@ -5,7 +5,8 @@ import torch
 from .. import checkpoint
 from ..checkpoint.others.diffusers import official_name
 from ..pipeline.text import PAD, TEXT_LENGTH, load_text_encoder
-from ..pipeline.vae import LATENT_MEAN, LATENT_STD
+from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, load_vae
+from ..vae.files import diffusers_name
 from .harness import Missing
 
 
@@ -113,9 +114,11 @@ class Schedule:
 
 def vae(path, device, dtype):
     """AutoencoderKLWan with the weights of a Wan 2.1 VAE file."""
-    from ..pipeline.vae import load_vae
-
-    return load_vae(path, device, dtype)
+    ours = load_vae(path, device, dtype)
+    model = imported()[0].AutoencoderKLWan(base_dim=ours.dim, z_dim=LATENT_CHANNELS).eval().requires_grad_(False)
+    state = {diffusers_name(name): value for name, value in ours.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 @torch.no_grad()

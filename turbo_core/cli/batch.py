@@ -102,7 +102,7 @@ def _check(path, settings, jobs, faults) -> int:
     """Hold every job to the models without reading them, and say what will stay in memory."""
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
-    from ..pipeline.vae import load_vae
+    from ..vae import load_vae
     from .console import progress_bars, table
 
     bad, rooms = [*faults], Counter()
