@@ -1,9 +1,9 @@
 """Make a clip of each prompt in a running ComfyUI, from a script: nothing but Python's standard library.
 
-    python examples/queue_prompts.py workflows/api/NAME.json prompts.txt -o clips [--server http://127.0.0.1:8188]
+    python examples/queue_prompts.py workflows/api/NAME.json prompts.txt -o clips --server http://127.0.0.1:8188
 
-prompts.txt has a prompt a line. Any workflow in ComfyUI's API form will do, those of workflows/api or one of your own
-(Workflow > Export (API)), as long as one sampler takes its prompt from one text node.
+prompts.txt has a prompt a line. Any workflow in ComfyUI's API form will do, of workflows/api or your own (Workflow >
+Export (API)), whose sampler takes its prompt from a text node. Clip 3 is 0003_0.mp4 and has the seed 3.
 """
 
 import argparse
@@ -15,44 +15,44 @@ import urllib.request
 from pathlib import Path
 
 
-def ask(server, path, data=None):
-    """What the server answers: bytes of a file, else JSON. data: sent by POST."""
+def ask(address, data=None):
+    """The server's answer, bytes; data is posted as JSON."""
     data = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(server + path, data, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read() if path.startswith("/view") else json.load(answer)
+            return answer.read()
     except urllib.error.HTTPError as error:  # the server says what does not fit: a missing file, a wrong value
-        raise SystemExit(f"{path}: {error.read().decode()[:2000]}") from None
-    except OSError as error:
-        raise SystemExit(f"{server} does not answer ({error}): is ComfyUI running there?") from None
+        raise SystemExit(f"{address}: {error.read().decode()[:2000]}") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{address} does not answer ({error}): is ComfyUI running there?") from None
 
 
 def text_node(workflow):
-    """The node whose text reaches the sampler: the one behind its input positive, over what lies between."""
+    """The node whose text reaches a sampler: behind its input positive, over what lies between."""
     for node in workflow.values():
-        while "positive" in node["inputs"]:
+        while isinstance(node["inputs"].get("positive"), list):
             node = workflow[node["inputs"]["positive"][0]]
-            if "text" in node["inputs"]:
+            if isinstance(node["inputs"].get("text"), str):
                 return node
-    raise SystemExit("This workflow has no sampler whose prompt comes from a text node.")
+    raise SystemExit("This workflow has no sampler whose prompt is typed into a text node.")
 
 
-def queue(server, workflow, prompt, number):
+def queue(server, workflow, prompt, seed):
     """Queue one clip; returns its id."""
     text_node(workflow)["inputs"]["text"] = prompt
     for node in workflow.values():
-        inputs = node["inputs"]
-        inputs.update({name: number for name in ("seed", "noise_seed") if isinstance(inputs.get(name), int)})
-    return ask(server, "/prompt", {"prompt": workflow})["prompt_id"]
+        node["inputs"].update({n: seed for n in ("seed", "noise_seed") if isinstance(node["inputs"].get(n), int)})
+    return json.loads(ask(f"{server}/prompt", {"prompt": workflow}))["prompt_id"]
 
 
 def fetch(server, outputs, stem):
-    """Write the files that a clip's output nodes made, and return their paths."""
-    files = [file for output in outputs.values() for made in output.values() for file in made if "filename" in file]
-    paths = [stem.with_name(f"{stem.name}_{i}{Path(file['filename']).suffix}") for i, file in enumerate(files)]
+    """Write the files that a clip's output nodes made; returns their paths."""
+    made = [entry for output in outputs.values() for kind in output.values() for entry in kind]
+    files = [entry for entry in made if isinstance(entry, dict) and "filename" in entry]
+    paths = [Path(f"{stem}_{i}{Path(file['filename']).suffix}") for i, file in enumerate(files)]
     for path, file in zip(paths, files):
-        path.write_bytes(ask(server, f"/view?{urllib.parse.urlencode(file)}"))
+        path.write_bytes(ask(f"{server}/view?{urllib.parse.urlencode(file)}"))
     return paths
 
 
@@ -62,28 +62,26 @@ def main():
     parser.add_argument("prompts", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("clips"))
     parser.add_argument("--server", default="http://127.0.0.1:8188")
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one has the next")
     given = parser.parse_args()
-    server, workflow = given.server.rstrip("/"), json.loads(given.workflow.read_text(encoding="utf-8"))
+    workflow = json.loads(given.workflow.read_text(encoding="utf-8"))
     prompts = [line.strip() for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     given.output.mkdir(parents=True, exist_ok=True)
-    waiting = {queue(server, workflow, prompt, given.seed + i): i for i, prompt in enumerate(prompts)}
+    waiting = {queue(given.server, workflow, prompt, number): number for number, prompt in enumerate(prompts)}
     failed = 0
     while waiting:
-        for clip in [clip for clip in waiting if clip in ask(server, f"/history/{clip}")]:
-            done = ask(server, f"/history/{clip}")[clip]
-            number = waiting.pop(clip)
+        time.sleep(0.5)
+        for clip, number in list(waiting.items()):
+            done = json.loads(ask(f"{given.server}/history/{clip}")).get(clip)
+            if done is None:
+                continue
+            del waiting[clip]
             if done["status"]["status_str"] == "success":
-                paths = fetch(server, done["outputs"], given.output / f"{number:04d}")
-                said = ", ".join(map(str, paths)) or "no file"
+                said = ", ".join(map(str, fetch(given.server, done["outputs"], given.output / f"{number:04d}")))
             else:
                 failed += 1
-                said = next(
-                    (m[1]["exception_message"] for m in done["status"]["messages"] if m[0].endswith("error")), ""
-                )
-                said = f"failed: {said.strip() or done['status']['status_str']}"
-            print(f"{len(prompts) - len(waiting)}/{len(prompts)}  {said}  {prompts[number][:60]}", flush=True)
-        time.sleep(0.5 if waiting else 0)
+                reasons = [said["exception_message"] for kind, said in done["status"]["messages"] if "error" in kind]
+                said = f"failed: {reasons[0].strip() if reasons else 'interrupted'}"
+            print(f"{len(prompts) - len(waiting)}/{len(prompts)} {said}: {prompts[number][:60]}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,8 +1,13 @@
 """The pack in a real ComfyUI server, over HTTP: shipped workflows, previews, interrupt, errors, a second copy."""
 
+import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +141,9 @@ def _is_healthy(server, small):
     assert run.status == "execution_success", run.error
 
 
-STEPS = {"turbowan_long_chained": 8}  # two parts; Turbo Compare shows its picture in the place of previews
+# Two parts; three clips. Turbo Compare shows its picture in the place of previews.
+STEPS = {"turbowan_long_chained": 8, "turbowan_many_prompts": 12}
+CLIPS = {"turbowan_many_prompts": 3}  # of one run
 FRAMES = {"turbowan_long_chained": 17, "turbowan_long_windows": 17}
 SIZES = {"turbowan_compare": (160, 48)}  # side by side
 
@@ -151,13 +158,15 @@ def test_every_shipped_workflow_makes_its_video_with_progress_and_previews(serve
     assert run.status == "execution_success", run.error
     steps = STEPS.get(name, 4)
     samplers = [number for number, node in prompt.items() if node["class_type"] in SAMPLERS]
-    assert [run.progress(number) for number in samplers] == [[1, 2, 3, 4]] * len(samplers)
+    assert [run.progress(number) for number in samplers] == [[1, 2, 3, 4] * CLIPS.get(name, 1)] * len(samplers)
     assert len(run.previews) == steps
     assert all(min(host.preview_size(preview)) > 0 for preview in run.previews)
-    (path,) = run.videos(server.base)
-    width, height, count, rate, frames = _video(path)
-    assert (width, height, count, rate) == (*SIZES.get(name, (80, 48)), FRAMES.get(name, 9), 16.0)
-    assert frames[0].std() > 1, "the picture is of one colour"
+    paths = run.videos(server.base)
+    assert len(paths) == CLIPS.get(name, 1)
+    for path in paths:
+        width, height, count, rate, frames = _video(path)
+        assert (width, height, count, rate) == (*SIZES.get(name, (80, 48)), FRAMES.get(name, 9), 16.0)
+        assert frames[0].std() > 1, "the picture is of one colour"
     assert server.log.count("Context window 2/2") - before == (4 if windows else 0)
 
 
@@ -294,3 +303,38 @@ def test_templates_thumbnails_and_help_are_where_the_page_looks_for_them(server,
     for name in OURS:
         status, text = host.get(server, f"/extensions/{copy}/docs/{name}.md")
         assert status == 200 and text.startswith(b"# "), f"{name}: no help, is WEB_DIRECTORY set in __init__.py?"
+
+
+def _queue(server, folder, prompts, **changes):
+    """examples/queue_prompts.py as a person runs it, on the API file of a workflow; (what it says, its exit code)."""
+    stored = json.loads((workflow_api.API / "turbowan_t2v_ksampler.json").read_text("utf-8"))
+    workflow, lines = folder / "workflow.json", folder / "prompts.txt"
+    workflow.write_text(json.dumps(workflow_api.for_tiny_models(stored, **changes)), "utf-8")
+    lines.write_text("\n".join(prompts), "utf-8")
+    script = host.PACK / "examples" / "queue_prompts.py"
+    command = [sys.executable, script, workflow, lines, "-o", folder / "clips", "--server", server.url]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_a_script_queues_prompts_and_fetches_the_clips(server, tmp_path):
+    prompts = ['a red fox, "quoted"', "", "빨간 여우"]
+    said, code = _queue(server, tmp_path, prompts)
+    assert code == 0 and "2/2 " in said, said
+    videos = [_video(tmp_path / "clips" / f"{name}_0.mp4") for name in ("0000", "0001")]
+    assert [video[:4] for video in videos] == [(80, 48, 9, 16.0)] * 2 and not _same(videos[0][-1], videos[1][-1])
+    asked = [entry["prompt"][2] for entry in list(host.get_json(server, "/history").values())[-2:]]
+    text, sampler = _node(asked[0], "CLIPTextEncode"), _node(asked[0], "KSampler")
+    assert [prompt[text]["inputs"]["text"] for prompt in asked] == [prompts[0], prompts[2]]
+    assert [prompt[sampler]["inputs"]["seed"] for prompt in asked] == [0, 1]
+
+
+def test_a_script_tells_what_the_server_refuses_and_what_fails(server, tmp_path):
+    said, code = _queue(server, tmp_path, ["a fox"], model_name="nowhere.pth")
+    assert code == 1 and "Value not in list" in said and "Traceback" not in said
+    said, code = _queue(server, tmp_path, ["a fox", "a boat"], steps=9)
+    assert code == 1 and said.count("failed: ") == 2 and "4" in said, said
+    server = SimpleNamespace(url="http://127.0.0.1:9")
+    said, code = _queue(server, tmp_path, ["a fox"])
+    assert code == 1 and "is ComfyUI running there?" in said and "Traceback" not in said

@@ -1,6 +1,8 @@
-"""Run by torchrun: every process holds forwards that it shares with the others to the same ones by itself."""
+"""Run by torchrun: every process holds forwards that it shares with the others to the same ones by itself; the number
+of heads is its argument. With TRITON_INTERPRET=1 the kernels compute."""
 
 import json
+import os
 import sys
 
 import torch
@@ -31,6 +33,12 @@ CASES = [
     ("row", SAGE, torch.bfloat16, EVEN, 1, 16, False),
     ("float", SLA, torch.bfloat16, EVEN, 2, 16, False),
 ]
+FEW = (3, 10, 18)  # 135 tokens: a block of 128 and one of 7
+INTERPRETED = [
+    ("block", SAGE, torch.bfloat16, FEW, 1, 16, True),
+    ("row", SLA, torch.bfloat16, FEW, 1, 16, True),
+    ("block", DENSE, torch.bfloat16, FEW, 1, 16, True),
+]
 
 
 def model(kind: str, dtype, channels: int) -> WanModel:
@@ -46,13 +54,18 @@ def model(kind: str, dtype, channels: int) -> WanModel:
 @torch.inference_mode()
 def main() -> None:
     dist.init_process_group("gloo")
-    sequence = Sequence()
-    for kind, (topk, precision), dtype, grid, batch, channels, fuse in CASES:
+    sequence, cases = Sequence(), CASES
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.helpers.interpreter import repair
+
+        repair()
+        cases = INTERPRETED
+    for kind, (topk, precision), dtype, grid, batch, channels, fuse in cases:
         fused.pays = lambda device, fuse=fuse: fuse
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(batch, channels, *grid, generator=generator)
         context = torch.randn(batch, 512, TINY.text_dim, generator=generator)
-        context[:, 20:] = 0
+        context[:, 20:] = 0  # padding, which becomes one key
         given = x, torch.tensor([932.0, 608.0][:batch]), Text(context)
         network = model(kind, dtype, channels)
         alone = network(*given, topk=topk, precision=precision)
