@@ -7,10 +7,9 @@ Never use it in a process with TRITON_INTERPRET=1.
 import re
 from collections import Counter
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
+
+from turbo_core.diagnostics.compiling import CompileOnly
 
 # compute capability -> shared memory a block may use, in bytes; the compiler itself does not check
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -21,45 +20,13 @@ _MATRIX = re.compile(r"\s((?:UTC)?[A-Z]{0,2}MMA[A-Z0-9_.]*)\b")
 _SPILL = re.compile(r"\s((?:STL|LDL)(?:\.\S*)?)\s")
 
 
-class CompileOnly(DriverBase):
-    """A driver that knows its target and nothing else."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    @classmethod
-    def is_active(cls):
-        return False
-
-    def map_python_to_cpp_type(self, ty):
-        return ty
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_benchmarker(self):
-        return lambda call, **options: [1.0, 1.0, 1.0]
-
-    def get_current_device(self):
-        return self.capability  # kernels are cached by device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_device_capability(self, *_):
-        return divmod(self.capability, 10)
-
-
 def compile_for(capability: int, kernel, *args, **options):
     """Compile the launch kernel[grid](*args, **options) for one compute capability, e.g. 89.
 
     args: as in the launch, CPU tensors for pointers: their alignment and the values of integers specialize the kernel
     as they would on the card. Returns triton's compiled kernel. Raises what the compiler raises.
     """
-    triton.runtime.driver.set_active(CompileOnly(capability))
+    triton.runtime.driver.set_active(CompileOnly("cuda", capability))
     return kernel.warmup(*args, grid=(1,), **options)
 
 

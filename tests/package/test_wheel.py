@@ -87,7 +87,7 @@ usual = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in sys.argv[1:] else usual(name, *rest)
 import torch
 for path in sorted(Path("turbo_core").rglob("*.py")):
-    if path.stem not in ("__main__", "fast", "layout"):  # those are what Triton and comfy_kitchen are for
+    if path.stem not in ("__main__", "fast", "layout", "compiling"):  # those are what Triton and comfy_kitchen are for
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 assert "triton" not in sys.modules
 from turbo_core.cli import main

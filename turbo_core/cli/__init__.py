@@ -11,9 +11,9 @@ import sys
 
 from .. import __version__
 from ..errors import TurboError, shown
-from . import advice, batch, bench, files, generate, train
+from . import advice, batch, bench, files, generate, train, warm
 
-ROOMS = (generate, batch, files, advice, bench, train)  # in the order of --help
+ROOMS = (generate, batch, files, advice, bench, warm, train)  # in the order of --help
 
 
 def main(argv=None) -> int:
