@@ -19,7 +19,7 @@ from ...turbo_core.dispatch import FLOATS, learning
 from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 from ...turbo_core.wan import fused as wan_fused
-from .ops import ROW
+from .ops import ROW, takes_activation
 from .settings import log_once
 
 BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
@@ -130,6 +130,18 @@ class FeedForward(wan.WanFeedForward):
         if _untouched(self[2]):
             return super().forward(x)
         return self[2](F.gelu(self[0](x), approximate="tanh"))
+
+
+def guard_feed_forward(network):
+    """Our feed-forward class for a stock network, on hosts that hand its last linear the activation before it.
+
+    It computes what the host's does, but for a linear that somebody has in hand: there the host's bypass LoRA would
+    take what comes before the GELU for what comes after it.
+    """
+    if takes_activation():
+        for module in network.modules():
+            if type(module) is wan.WanFeedForward:
+                module.__class__ = FeedForward
 
 
 class FusedWanBlock(wan.WanAttentionBlock):

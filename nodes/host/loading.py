@@ -21,7 +21,7 @@ from ...turbo_core.errors import TurboError
 from ...turbo_core.pipeline.text import check_encoder
 from .blocks import SLAWanBlock, watch_replaced
 from .files import read_tensors
-from .fused import FusedWanBlock
+from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
 from .ops import names_in, part_of_host, quant_entry, quantized_ops
 from .schedule import mark_sigma_max
@@ -126,6 +126,7 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
             patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbowan", _as_distilled)
     else:
         patcher = _load_as_the_host_does(path, description, dtype, disable_dynamic)
+    guard_feed_forward(patcher.model.diffusion_model)
     mark_sigma_max(patcher.model)
     patcher.set_attachments(SOURCE, description)
     patcher.cached_patcher_init = (load_turbo_model, (path, dtype))

@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...turbo_core.dispatch import FLOATS
 from .blocks import has_trained_sla
+from .fused import guard_feed_forward
 from .settings import OPTIONS, active_settings, attend, log_once, with_sigma
 
 OVERRIDE = "optimized_attention_override"
@@ -39,6 +40,7 @@ def with_settings(model, mode, start_percent, end_percent, tell=log_once, **sett
     }
     if not trained:
         options[OVERRIDE] = training_free(options.get(OVERRIDE))
+        guard_feed_forward(model.model.diffusion_model)  # of the host's own loader, it may be
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _KEY)  # of a node like this before it
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, _around_evaluation(options.get(OVERRIDE), trained, tell))
     return model
