@@ -10,7 +10,7 @@ from tests.helpers.oracles import assert_near
 from tests.helpers.tensors import assert_close, gaussian, relative
 from turbo_core import int8
 from turbo_core.errors import TurboError
-from turbo_core.int8 import kitchen, reference
+from turbo_core.int8 import kitchen, products, reference
 
 
 def emulate(fmt, x, w, bias=None):
@@ -42,7 +42,7 @@ SHAPES = [  # M, N, K
 @pytest.mark.parametrize("m, n, k", SHAPES)
 @pytest.mark.parametrize("fmt, device", [("block", "cpu"), ("block", "others"), ("row", "cpu")])
 def test_int8_linear_is_the_published_arithmetic(fmt, device, m, n, k, monkeypatch):
-    monkeypatch.setattr(reference, "_has_slow_passes", lambda _: device == "others")
+    monkeypatch.setattr(products, "has_cache", lambda _: device == "cpu")
     x, w, bias = (gaussian(*s, seed=i, dtype=torch.bfloat16).float() for i, s in enumerate([(m, k), (n, k), (n,)]))
     x[m // 2 :] *= 8  # scales that differ between blocks, or they could be mixed up unseen
     w[:, k // 2 :] *= 4
@@ -62,7 +62,7 @@ def test_int8_linear_in_half_precision_rounds_once_at_the_end(fmt, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_float_product_in_half_precision_adds_less_than_its_output_rounding(dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_has_slow_passes", lambda _: True)
+    monkeypatch.setattr(products, "has_cache", lambda _: False)
     x, w, bias = (gaussian(*s, seed=i, dtype=dtype) for i, s in enumerate([(140, 300), (130, 300), (130,)]))
     y = int8.int8_linear(x, *int8.quantize_block(w), bias)
     assert y.dtype == dtype
@@ -120,32 +120,45 @@ def test_the_product_for_devices_without_int8_matmul_is_exact(monkeypatch):
     # K of the 14B model's ffn.2: float32 holds sums of 1024 products exactly, 13824 of them at once lose low bits
     a, b = torch.randint(64, 128, (2, 40, 13824), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     exact = a.double() @ b.double().t()
-    monkeypatch.setattr(reference, "int_mm_pays", lambda device: True)
-    torch.testing.assert_close(reference._int_mm(a, b).double(), exact, rtol=0, atol=0)
-    monkeypatch.setattr(reference, "has_int_mm", lambda device: False)
-    torch.testing.assert_close(reference._int_mm(a, b).double(), exact, rtol=4 * 2**-24, atol=0)
+    monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
+    assert torch.equal(products.int_mm(a, b), exact.float())
+    monkeypatch.setattr(products, "has_int_mm", lambda device: False)
+    torch.testing.assert_close(products.int_mm(a, b).double(), exact, rtol=4 * 2**-24, atol=0)
     a, b = a[:, :1000], b[:, :1000]
-    assert torch.equal(reference._int_mm(a, b).double(), a.double() @ b.double().t())
+    assert torch.equal(products.int_mm(a, b).double(), a.double() @ b.double().t())
 
 
 @pytest.mark.parametrize("has_int_mm", [True, False])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_working_in_slices_changes_no_bit(fmt, has_int_mm, monkeypatch):
-    monkeypatch.setattr(reference, "has_int_mm", lambda device: has_int_mm)
-    monkeypatch.setattr(reference, "int_mm_pays", lambda device: True)
-    x, bias = gaussian(2, 200, 300, dtype=torch.bfloat16), gaussian(130, seed=2, dtype=torch.bfloat16)
+def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, monkeypatch):
+    monkeypatch.setattr(products, "has_int_mm", lambda device: has_int_mm)
+    monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
+    x, bias = gaussian(2, 200, 300, dtype=torch.bfloat16), gaussian(270, seed=2, dtype=torch.bfloat16)
     x[1] *= 16
-    weight = FORMATS[fmt](gaussian(130, 300, seed=1))
-    rows, product = [], {"block": "_mm_block", "row": "_mm_rows"}[fmt]
-    multiply = getattr(reference, product)
-    monkeypatch.setattr(reference, product, lambda x_q, *args: rows.append(len(x_q)) or multiply(x_q, *args))
+    weight = FORMATS[fmt](gaussian(270, 300, seed=1))
+    tiles, multiply = [], products.int_mm
+    monkeypatch.setattr(products, "int_mm", lambda a, b, *room: tiles.append((len(a), len(b))) or multiply(a, b, *room))
     whole = int8.int8_linear(x, *weight, bias)
-    assert rows == [400]
-    for size in (1, 300 * 256):  # one block of rows at a time; two, then a ragged rest
-        monkeypatch.setattr(reference, "SLICE", size)
-        rows.clear()
+    assert set(tiles) == {(400, 270)}
+    for tile, expected in (
+        ((128, 128), {(m, n) for m in (128, 16) for n in (128, 14)}),  # a block at a time, ragged at both ends
+        ((256, 256), {(m, n) for m in (256, 144) for n in (256, 14)}),
+        ((384, 300), {(m, n) for m in (384, 16) for n in (270,)}),
+    ):
+        monkeypatch.setattr(products, "TILE", tile)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        tiles.clear()
         assert torch.equal(int8.int8_linear(x, *weight, bias), whole)
-        assert rows == ([128, 128, 128, 16] if size == 1 else [256, 144])
+        assert set(tiles) == expected
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("columns", [1536, 4608, 8960, 13824, 1, 130])
+def test_tiles_are_whole_blocks_and_alike(columns, fmt):
+    _, wide = products.tile(torch.empty(columns, 1536, dtype=torch.int8))
+    count = -(-columns // wide)
+    assert wide % 128 == 0 and wide <= products.TILE[1]
+    assert wide * count - columns < 128 * count, "no tile is much smaller than the others"
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

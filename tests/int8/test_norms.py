@@ -18,11 +18,11 @@ def operands():
     return x, vectors | {"shift": gaussian(3, 200, seed=4), "scale": gaussian(3, 200, seed=5)}
 
 
-@pytest.mark.parametrize("slice_size", [1, reference.SLICE], ids=["slices of a block", "one slice"])
+@pytest.mark.parametrize("slice_size", [1, reference.BITE], ids=["slices of a block", "one slice"])
 @pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given statistics"])
 @pytest.mark.parametrize("rows", [False, True], ids=["block", "row"])
 def test_layer_norm_quantize(rows, given, slice_size, monkeypatch):
-    monkeypatch.setattr(reference, "SLICE", slice_size)
+    monkeypatch.setattr(reference, "BITE", slice_size)
     x, vectors = operands()
     y = oracles.layer_norm(x, EPS, **vectors)
     stats = reference.row_stats(x) if given else None

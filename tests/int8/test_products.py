@@ -1,4 +1,4 @@
-"""The int8 products in torch: each form is the product and its epilogue, whole, in slices, without int8 products."""
+"""The int8 products in torch: each form is the product and its epilogue, whole, in blocks, without int8 products."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from tests.helpers.int8_operands import FORMATS, SHAPES, quantized
 from tests.helpers.oracles import assert_near, gated, product, row_squares, row_stats
 from tests.helpers.tensors import gaussian
 from turbo_core import int8
-from turbo_core.int8 import reference
+from turbo_core.int8 import products, reference
 
 HALF = torch.finfo(torch.bfloat16).eps / 2
 FLOAT = 2e-6
 
 
-@pytest.fixture(params=["whole", "slices", "float products"])
+@pytest.fixture(params=["whole", "blocks", "float products"])
 def way(request, monkeypatch):
-    """The products as a CPU computes them, one block of rows at a time, and as a device without fast int8 does."""
-    if request.param == "slices":
-        monkeypatch.setattr(reference, "SLICE", 1)
+    """The products as a CPU computes them, one block at a time, and as a device without fast int8 does."""
+    if request.param == "blocks":
+        monkeypatch.setattr(products, "TILE", (128, 128))
     if request.param == "float products":
-        monkeypatch.setattr(reference, "_has_slow_passes", lambda _: True)
+        monkeypatch.setattr(products, "has_cache", lambda _: False)
     return request.param
 
 

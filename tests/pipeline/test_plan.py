@@ -11,7 +11,7 @@ from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.errors import TurboError
-from turbo_core.int8 import block_scale_shape, reference
+from turbo_core.int8 import block_scale_shape, products, reference
 from turbo_core.pipeline import plan, sizes
 from turbo_core.vae import WanVAE, ops
 from turbo_core.vae.memory import piece_bytes
@@ -36,8 +36,10 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
-    """The plan is for cards that multiply int8: not for a CPU that takes float32 copies instead."""
-    monkeypatch.setattr(reference, "int_mm_pays", lambda device: True)
+    """The plan is for cards, which multiply int8 and compute whole slices: a CPU's tiles are smaller."""
+    monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
+    for module in (products, reference):
+        monkeypatch.setattr(module, "has_cache", lambda device: False)
 
 
 def network(model, linears):

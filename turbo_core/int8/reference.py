@@ -2,44 +2,50 @@
 
 fast.py has the same names with the same arguments and results. Matrices are [M, K] and [N, K], batch and tokens
 flattened; an int8 matrix comes with float32 scales in the block or the row format (formats.py). Rows are computed a
-slice at a time, whole blocks of them, so that the int32 and float32 forms of a product stay small beside x and y.
+slice at a time, whole blocks of them, so that their float32 forms stay small beside x and y, and in a CPU's cache.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ..devices import has_int_mm, int_mm_pays
-from .formats import BLOCK, block_scale_shape, dequantize_block, in_blocks, is_row_scale
+from ..dispatch import learning
+from .formats import BLOCK, block_scale_shape, in_blocks, is_row_scale
+from .products import SLICE, Room, has_cache, products, slice_rows
 
-SLICE = 1 << 24  # elements of x or y computed at a time
+BITE = 1 << 18  # elements of x that each thread of a CPU computes at a time, 1 MB in float32
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
 
 
 def quantize_block(x, seed: int = 0):
     """float [M, K] -> int8 [M, K], float32 [ceil(M/128), ceil(K/128)]; see turbo_core.int8.quantize_block."""
-    x = x.float()
     m, k = x.shape
-    blocks = in_blocks(x)
-    # largest and smallest apart: no copy of the whole for the magnitudes
-    amax = torch.maximum(blocks.amax(3).amax(1), -blocks.amin(3).amin(1)).clamp_min(_TINY)[:, None, :, None]
-    q = (blocks / amax).mul_(128.0)
-    if seed > 0:
-        generator = torch.Generator(device=x.device).manual_seed(seed)
-        q = q.add_(torch.rand(q.shape, generator=generator, device=x.device)).floor_()
-    q = q.round_().clamp_(-128, 127).to(torch.int8)
-    q = q.reshape(q.shape[0] * BLOCK, q.shape[2] * BLOCK)[:m, :k].contiguous()
-    return q, (amax / 128.0).view(blocks.shape[0], blocks.shape[2])
+    q, scale = x.new_empty(m, k, dtype=torch.int8), x.new_empty(block_scale_shape(m, k), dtype=torch.float32)
+    generator = torch.Generator(device=x.device).manual_seed(seed) if seed > 0 else None
+    room = Room(learning(x))
+    for rows in _slices(x) if generator is None else [slice(0, m)]:
+        blocks = in_blocks(x[rows].float())
+        # largest and smallest apart: no copy of the whole for the magnitudes
+        amax = torch.maximum(blocks.amax(3).amax(1), -blocks.amin(3).amin(1)).clamp_min(_TINY)
+        y = room.divided(blocks, amax[:, None, :, None]).mul_(128.0)
+        if generator is not None:
+            y = y.add_(torch.rand(y.shape, generator=generator, device=x.device)).floor_()
+        y = y.round_().clamp_(-128, 127).view(len(amax) * BLOCK, -1)
+        q[rows] = y[: rows.stop - rows.start, :k]
+        scale[rows.start // BLOCK :][: len(amax)] = amax / 128.0
+    return q, scale
 
 
 def quantize_rows(x, out=None):
     """float [M, K] -> int8 [M, K], float32 [M, 1]; out: such a pair to write to."""
-    x = x.float()
-    amax = x.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
-    scale = amax / torch.full((), 127.0, device=x.device)  # by a number, CUDA multiplies with its rounded reciprocal
-    q = (x / scale).round_().clamp_(-128, 127)
-    if out is None:
-        return q.to(torch.int8).contiguous(), scale
-    return out[0].copy_(q), out[1].copy_(scale)
+    m, k = x.shape
+    q, scale = out or (x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32))
+    room, top = Room(learning(x)), torch.full((), 127.0, device=x.device)
+    for rows in _slices(x):
+        y = x[rows].float()
+        amax = torch.maximum(y.amax(1, keepdim=True), -y.amin(1, keepdim=True)).clamp_min(_TINY)
+        scale[rows] = amax / top  # by a number, CUDA multiplies with its rounded reciprocal
+        q[rows] = room.divided(y, scale[rows]).round_().clamp_(-128, 127)
+    return q, scale
 
 
 def row_stats(x):
@@ -97,8 +103,8 @@ def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, 
 def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False):
     """x w^T + bias, after GELU (tanh form) where asked: [M, N] in out_dtype. x and w in one format; bias [N]."""
     y = x_scale.new_empty(x_q.shape[0], w_q.shape[0], dtype=out_dtype)
-    for rows, part in _products(x_q, x_scale, w_q, w_scale, bias, out_dtype):
-        y[rows] = _gelu(part) if gelu else part
+    for rows, columns, part in _products(x_q, x_scale, w_q, w_scale, bias, out_dtype):
+        y[rows, columns] = _gelu(part) if gelu else part
     return y
 
 
@@ -106,10 +112,9 @@ def int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias=None, gelu=True):
     """The same quantized from float32: (int8 [M, N], float32 [ceil(M/128), ceil(N/128)]). Block format in and out."""
     m, n = x_q.shape[0], w_q.shape[0]
     y_q, y_scale = x_q.new_empty(m, n), x_scale.new_empty(block_scale_shape(m, n))
-    for rows, part in _products(x_q, x_scale, w_q, w_scale, bias, torch.bfloat16):
-        q, scale = quantize_block(_gelu(part) if gelu else part)
-        first = rows.start // BLOCK
-        y_q[rows], y_scale[first : first + len(scale)] = q, scale
+    for rows, columns, part in _products(x_q, x_scale, w_q, w_scale, bias, torch.bfloat16):
+        y_q[rows, columns], scale = quantize_block(_gelu(part) if gelu else part)
+        y_scale[rows.start // BLOCK :, columns.start // BLOCK :][: len(scale), : scale.shape[1]] = scale
     return y_q, y_scale
 
 
@@ -122,13 +127,13 @@ def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stat
     m, n = residual.shape
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     sums = x_scale.new_empty(-(-n // BLOCK), m, 2) if stats else None
-    for rows, part in _products(x_q, x_scale, w_q, w_scale, bias, residual.dtype):
+    for rows, columns, part in _products(x_q, x_scale, w_q, w_scale, bias, residual.dtype):
         if gate is not None:
-            group = torch.arange(rows.start, rows.start + len(part), device=part.device) // (m // gate.shape[0])
-            part.mul_(gate[group])
-        y[rows] = part.add_(residual[rows])
+            group = torch.arange(rows.start, rows.stop, device=part.device) // (m // gate.shape[0])
+            part.mul_(gate[:, columns] if len(gate) == 1 else gate[group, columns])
+        y[rows, columns] = part.add_(residual[rows, columns])
         if stats:
-            sums[:, rows] = _span_stats(y[rows])
+            sums[_spans(columns), rows] = _span_stats(y[rows, columns])
     return y, sums
 
 
@@ -142,100 +147,44 @@ def int8_mm_qkv(x_q, x_scale, weights, scales, biases=None, out_dtype=torch.bflo
     y = x_scale.new_empty(3, m, n, dtype=out_dtype)
     sums = x_scale.new_empty(2, -(-n // BLOCK), m)
     for i, (w_q, w_scale, bias) in enumerate(zip(weights, scales, biases or (None,) * 3)):
-        for rows, part in _products(x_q, x_scale, w_q, w_scale, bias, out_dtype):
-            y[i, rows] = part
+        for rows, columns, part in _products(x_q, x_scale, w_q, w_scale, bias, out_dtype):
+            y[i, rows, columns] = part
             if i < 2:
-                sums[i, :, rows] = _span_squares(y[i, rows])
+                sums[i, _spans(columns), rows] = _span_squares(y[i, rows, columns])
     return y, sums
 
 
 def int8_linear(x, weight_q, weight_scale, bias=None):
     """Float [M, K] -> [M, N] in x's dtype, x quantized in the weight's format; see turbo_core.int8.int8_linear."""
-    m, n = x.shape[0], weight_q.shape[0]
-    rows = is_row_scale(weight_q, weight_scale)
-    step = slice_rows(weight_q)
-    quantize = quantize_rows if rows else quantize_block
-    multiply, weight = _multiplier(weight_q, weight_scale, rows, x.dtype)
-    y = x.new_empty(m, n)
-    for start in range(0, m, step):
-        part = multiply(*quantize(x[start : start + step]), *weight)
-        y[start : start + step] = part if bias is None else part.add_(bias)
+    by_rows = is_row_scale(weight_q, weight_scale)
+    quantize, learns = quantize_rows if by_rows else quantize_block, learning(x, weight_scale, bias)
+    y = x.new_empty(len(x), len(weight_q))
+    weight = weight_q, weight_scale, by_rows, bias, x.dtype, learns
+    for rows, columns, part in products(lambda some: quantize(x[some]), len(x), *weight):
+        y[rows, columns] = part
     return y
 
 
-def slice_rows(weight_q) -> int:
-    """Rows of x multiplied at a time: whole blocks of them, so that a slice has the scales that it has in the whole."""
-    return max(1, SLICE // max(1, *weight_q.shape) // BLOCK) * BLOCK
+def _spans(columns):
+    """The spans of 128 columns in a slice of columns."""
+    return slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
 
 
 def _slices(x):
     """Slices of the rows of x, whole int8 blocks of 128: their float32 copies stay small beside x."""
-    step = max(1, SLICE // max(1, x.shape[1]) // BLOCK) * BLOCK
+    step = slice_rows(x.shape[1], BITE * torch.get_num_threads() if has_cache(x.device) else SLICE)
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
 def _products(x_q, x_scale, w_q, w_scale, bias, dtype):
-    """Yield (slice of rows, their float32 product with bias); slices are whole blocks of rows."""
+    """Yield (slice of rows, slice of columns, their float32 product with bias); slices are whole blocks."""
     # where K <= 128, the scale of a matrix of one row belongs to both formats
     by_rows = is_row_scale(x_q, x_scale) and is_row_scale(w_q, w_scale)
-    multiply, weight = _multiplier(w_q, w_scale, by_rows, dtype)
-    step = slice_rows(w_q)
-    for start in range(0, x_q.shape[0], step):
-        rows = slice(start, start + step)
-        scale = x_scale[rows] if by_rows else x_scale[start // BLOCK : (start + step) // BLOCK]
-        part = multiply(x_q[rows], scale, *weight).float()
-        yield rows, part if bias is None else part.add_(bias)
 
+    def part(rows):
+        return x_q[rows], x_scale[rows if by_rows else slice(rows.start // BLOCK, -(-rows.stop // BLOCK))]
 
-def _multiplier(weight_q, weight_scale, rows: bool, dtype):
-    """(multiply, arguments): multiply(x_q, x_scale, *arguments) is the product of quantized rows.
-
-    rows: the row format. dtype: that of the result to come. Float32 [M, N], or dtype where floats are multiplied.
-    """
-    if rows:
-        return _mm_rows, (weight_q, weight_scale)
-    if not _has_slow_passes(weight_q.device):
-        return _mm_block, (weight_q, weight_scale)
-    # in the result's own half precision, whose rounding is a tenth of int8's: tensor cores take no float32
-    dtype = dtype if dtype.itemsize == 2 else torch.float32
-    return _mm_float, (dequantize_block(weight_q, weight_scale, dtype).t(),)
-
-
-def _has_slow_passes(device) -> bool:
-    """True where reading and writing y once for each block of columns takes longer than a product of floats."""
-    return device.type != "cpu"
-
-
-def _mm_rows(x_q, x_scale, w_q, w_scale):
-    return _int_mm(x_q, w_q).float().mul_(x_scale).mul_(w_scale.t())
-
-
-def _mm_block(x_q, x_scale, w_q, w_scale):
-    m, n = x_q.shape[0], w_q.shape[0]
-    x_scale = x_scale.repeat_interleave(BLOCK, 0)[:m]
-    w_scale = w_scale.repeat_interleave(BLOCK, 0)[:n]
-    y = x_scale.new_zeros(m, n)
-    for b, (x_b, w_b) in enumerate(zip(x_q.split(BLOCK, 1), w_q.split(BLOCK, 1))):
-        dot = _int_mm(x_b.contiguous(), w_b.contiguous()).float()
-        y.addcmul_(dot.mul_(x_scale[:, b, None]), w_scale[:, b][None, :])
-    return y
-
-
-def _mm_float(x_q, x_scale, weight):
-    return dequantize_block(x_q, x_scale, weight.dtype) @ weight
-
-
-def _int_mm(a, b):
-    """int8 [M, K] x int8 [N, K]^T -> int32 [M, N], exact; or float32 where the device is faster at it or has nothing
-    else, exact up to K = 1024, beyond that the exact sums of 1024 products added in float32."""
-    if has_int_mm(a.device) and int_mm_pays(a.device):
-        m, k = a.shape
-        # torch 2.13 on a CPU returns garbage for K = 1, which the last block of a ragged K can have
-        if k > 1 if a.device.type == "cpu" else m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0:
-            return torch._int_mm(a, b.t())
-    # float32 holds every partial sum of 1024 products exactly (128 * 128 * 1024 = 2^24)
-    a, b = a.float(), b.float()
-    return sum(x @ y.t() for x, y in zip(a.split(1024, 1), b.split(1024, 1)))
+    return products(part, len(x_q), w_q, w_scale, by_rows, bias, dtype, learning(x_scale, w_scale, bias))
 
 
 def _gelu(x):

@@ -21,7 +21,7 @@ from ..checkpoint.names import is_delicate, is_quantizable
 from ..checkpoint.shapes import Sizes, expected_shapes
 from ..errors import TurboError
 from ..int8 import block_scale_shape
-from ..int8.reference import SLICE as INT8_SLICE
+from ..int8.products import SLICE as INT8_SLICE
 from ..sla import PRECISIONS
 from ..sla.blocks import kept_blocks
 from ..sla.reference import GATHERED, SLICE
