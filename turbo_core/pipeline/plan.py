@@ -131,17 +131,17 @@ def living_tensors(model: Model, tokens: int, linears: str, topk=None, precision
         moments["GELU"] = rest | {"feed-forward before and after GELU": 4 * f}
         return moments
     rows = min(part, max(1, INT8_SLICE // max(size.dim, size.ffn_dim) // 128) * 128)  # of a slice inside that slice
-    x, y = rows * size.dim, rows * size.ffn_dim
-    padded = 4 * y if linears == "int8_block" and rows % 128 else 0
-    first = {"int8 input and its scales": x + x // 32, "sum, and the products of two column blocks": 16 * y}
+    matrix = size.dim * size.ffn_dim
+    rounding = {"feed-forward after GELU": 2 * f, "output of the second matrix": 2 * s}
     if linears == "int8_block":
-        moments["first feed-forward matrix"] = rest | {"feed-forward before GELU": 2 * f} | first
-    rounding = "the same in float32, padded and as quotients" if linears == "int8_block" else "in float32 and as int8"
-    moments["rounding for the second feed-forward matrix"] = rest | {
-        "feed-forward after GELU": 2 * f,
-        "output of the second matrix": 2 * s,
-        rounding: 8 * y + padded if linears == "int8_block" else 9 * y,
-    }
+        rows = -(-rows // 128) * 128
+        rounding["the matrix as floats"] = 2 * matrix
+        moments["the first feed-forward matrix as floats"] = rest | {
+            "feed-forward before GELU": 2 * f,
+            "the matrix in float32, and times its scales": 8 * matrix,
+        }
+    rounding["the same in float32, as quotients and as int8"] = 9 * rows * size.ffn_dim
+    moments["rounding for the second feed-forward matrix"] = rest | rounding
     return moments
 
 
