@@ -91,3 +91,20 @@ def test_processes_that_would_all_make_the_same_clip(tiny, tmp_path, monkeypatch
     assert main(command(tiny, tmp_path / "a.mp4", "--parallel", "sequence", "--device", "cuda:1")) == 2
     assert "a device of its own: say cuda or cpu, got cuda:1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_made_together(tiny, tmp_path):
+    """A job that does not fit is told, the others are made, and made once."""
+    jobs, files = tmp_path / "jobs.csv", [tmp_path / "one", tmp_path / "two"]
+    jobs.write_text(f"prompt,image\na red cat,\na bird,{tiny / 'image.png'}\na blue dog,\n", "utf-8")
+    given = command(tiny, tmp_path / "unused.mp4", "--dense", "--no-cache")
+    settings = given[1 : given.index("--prompt")] + ["--no-metadata", "--dense", "--no-cache"]
+    assert main(["batch", str(jobs), "-o", str(files[0]), *settings]) == 1
+    together = "batch", jobs, "-o", files[1], *settings, "--parallel", "sequence"
+    done = run_ranks(2, "-m", "turbo_core", *together)
+    assert f"{jobs}:3: " in done.stderr and "is a text-to-video model" in done.stderr, done.stderr[-3000:]
+    videos = sorted(path.name for path in files[0].glob("*.mp4"))
+    assert len(videos) == 2 and videos == sorted(path.name for path in files[1].glob("*.mp4"))
+    assert all((files[0] / name).read_bytes() == (files[1] / name).read_bytes() for name in videos)
+    done = run_ranks(2, "-m", "turbo_core", *together)
+    assert "2 of 3 videos are there already." in done.stderr

@@ -5,12 +5,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError
 from ..files import write_whole
-from ..pipeline import Pipeline
+from ..pipeline import Clip, Pipeline
 from ..pipeline.video import write_video
 from .jobs import Job
 
@@ -34,8 +35,9 @@ class DiskFull(TurboError):
 def make(pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None], metadata: bool = True) -> None:
     """Make all jobs; tell takes each event, and may be called from a second thread.
 
-    metadata: keep settings inside the videos too. A job that fails is told and the rest goes on. Raises DiskFull, and
-    TurboError where a file of the models is at fault.
+    metadata: keep settings inside the videos too. A job that fails is told and the rest goes on; with a team of
+    processes only one that does not fit, what fails later ends all. Raises DiskFull, and TurboError where a file of the
+    models is at fault.
     """
     folder, of = Path(folder), {id(job.clip): job for job in jobs}
 
@@ -54,5 +56,24 @@ def make(pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None
             raise DiskFull(f"The disk of {folder} is full ({error}) Free space and start again: what is done stays.")
         tell(Outcome(of[id(clip)], "failed", error=str(error)))
 
-    for _ in pipe.map([job.clip for job in jobs], write, failed, lambda clip: tell(Outcome(of[id(clip)], "begun"))):
+    clips, alone = [job.clip for job in jobs], pipe.team.size == 1
+    if not alone:
+        clips = [clip for clip in clips if _fits(pipe, clip, failed)]
+        pipe.team.told(lambda: [asdict(clip) | {"image": clip.image and str(clip.image)} for clip in clips])
+    for _ in pipe.map(clips, write, failed if alone else None, lambda clip: tell(Outcome(of[id(clip)], "begun"))):
         pass
+
+
+def follow(pipe: Pipeline) -> None:
+    """What the other processes of a team do while the first one makes jobs."""
+    for _ in pipe.map([Clip(**fields | {"size": tuple(fields["size"])}) for fields in pipe.team.told(None)]):
+        pass
+
+
+def _fits(pipe, clip, failed) -> bool:
+    try:
+        pipe.check(clip)
+        return True
+    except TurboError as error:
+        failed(clip, error)
+        return False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import TurboError
 from .generate import add_models, add_settings, clip_of, models_of
+from .processes import add_parallel, in_team
 
 
 def add_verbs(verbs, common) -> None:
@@ -20,6 +21,7 @@ def add_verbs(verbs, common) -> None:
     add("--check", action="store_true", help="check every line, file and the memory, and make nothing")
     add("--memory", type=float, metavar="GIB", help="that the models may take; default what is free")
     add("--workers", type=int, metavar="N", help="processes; default one for each CUDA device, else one")
+    add_parallel(command)
     cache = command.add_mutually_exclusive_group()
     cache.add_argument("--cache", type=Path, metavar="DIR", help="where embeddings of prompts are kept")
     cache.add_argument("--no-cache", action="store_true", help="keep no embeddings on disk")
@@ -28,6 +30,21 @@ def add_verbs(verbs, common) -> None:
 
 def run_batch(arguments) -> int:
     """0 when every job is done, 1 when some are not."""
+    return in_team(arguments, lambda team: _run(arguments, team) if team.first else _follow(arguments, team))
+
+
+def _follow(arguments, team) -> int:
+    """All that processes but the first do."""
+    from ..batch.making import follow
+    from ..pipeline import Pipeline
+
+    if team.told(None):
+        with Pipeline(**_settings(arguments), team=team) as pipe:
+            follow(pipe)
+    return 0
+
+
+def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
     from ..batch.jobs import digest_of_models
 
@@ -35,6 +52,7 @@ def run_batch(arguments) -> int:
     paths = [path for path in (arguments.dit, arguments.dit_low, arguments.vae, arguments.text_encoder) if path]
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), digest_of_models(paths))
     if arguments.check:
+        team.told(lambda: 0)
         return _check(arguments.jobs, settings, jobs, faults)
     _tell_faults(arguments.jobs, faults)
     with Manifest(arguments.output) as manifest:
@@ -43,14 +61,14 @@ def run_batch(arguments) -> int:
             print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.", file=sys.stderr)
         tally = _Tally(arguments.jobs, manifest)
         try:
-            if todo:
-                _make(arguments, settings, todo, manifest, tally)
+            if team.told(lambda: len(todo)):
+                _make(arguments, settings, todo, manifest, tally, team)
         finally:
             tally.show(len(todo))
     return int(bool(faults) or tally.count["done"] < len(todo))
 
 
-def _make(arguments, settings, todo, manifest, tally):
+def _make(arguments, settings, todo, manifest, tally, team):
     from ..batch.making import make
     from ..batch.workers import make_by_workers
     from ..pipeline import Pipeline
@@ -66,7 +84,7 @@ def _make(arguments, settings, todo, manifest, tally):
         progress("videos", 0, len(todo))
         metadata, devices = not arguments.no_metadata, _devices(arguments)
         if len(devices) == 1:
-            with Pipeline(**settings, progress=progress) as pipe:
+            with Pipeline(**settings, progress=progress, team=team) as pipe:
                 make(pipe, todo, arguments.output, tell, metadata)
         else:
             shared = {name: value for name, value in settings.items() if name != "device"}
@@ -88,6 +106,10 @@ def _devices(arguments) -> list:
     import torch
 
     count = arguments.workers
+    if arguments.parallel:
+        if count is not None:
+            raise TurboError("--workers makes a clip in each process, --parallel one clip in all: choose one of them.")
+        return [arguments.device]
     if count is not None and not 1 <= count <= 1024:
         raise TurboError(f"--workers is a number of processes, 1 to 1024, got {count}.")
     if arguments.device is None and torch.cuda.is_available():

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from .processes import add_parallel, in_team
+
 PRECISIONS = ("bf16", "int8")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -23,7 +25,7 @@ def add_verbs(verbs, common) -> None:
     add("--json", type=Path, metavar="FILE", help="also write settings, times and memory")
     add_settings(command)
     add("--cache", type=Path, metavar="DIR", help="keep embeddings of prompts here: the next time no encoder is read")
-    add("--parallel", choices=("sequence",), help="one clip by all processes of torchrun, a GPU each")
+    add_parallel(command)
     command.set_defaults(run=run_generate)
 
 
@@ -82,18 +84,7 @@ def clip_of(arguments, prompt: str = "", image=None):
 
 
 def run_generate(arguments) -> None:
-    """In one process, or in each process of torchrun."""
-    from ..errors import TurboError
-    from ..parallel import Alone, Team, started_by_torchrun
-
-    if arguments.parallel:
-        with Team(arguments.device) as team:
-            arguments.device = team.device
-            _generate(arguments, team)
-    elif started_by_torchrun():
-        raise TurboError("torchrun started several processes, which would all make this clip: add --parallel sequence.")
-    else:
-        _generate(arguments, Alone())
+    in_team(arguments, lambda team: _generate(arguments, team))
 
 
 def _generate(arguments, team) -> None:
