@@ -47,12 +47,13 @@ def demo(arguments):
     began = time.perf_counter()
     dit = OUTPUT / "TinyWan2.1-T2V-quant.safetensors"
     OUTPUT.mkdir(exist_ok=True)
-    core(python, "quantize", TINYWAN / "TinyWan2.1-T2V.safetensors", dit)
+    core(python, "quantize", TINYWAN / "diffusion_models" / "TinyWan2.1-T2V.safetensors", dit)
     core(
         python, "generate", "--prompt", " ".join(arguments) or DEMO_PROMPT,
-        "--dit", dit, "--vae", TINYWAN / "TinyWan2.1_VAE.safetensors",
-        "--text-encoder", TINYWAN / "TinyWan_umt5.safetensors", "--size", "128x128", "--frames", "33", "--steps", "4",
-        "--topk", "0.15", "--seed", "0", "-o", OUTPUT / "demo.mp4", "--contact-sheet", OUTPUT / "demo.png",
+        "--dit", dit, "--vae", TINYWAN / "vae" / "TinyWan2.1_VAE.safetensors",
+        "--text-encoder", TINYWAN / "text_encoders" / "TinyWan_umt5.safetensors",
+        "--size", "128x128", "--frames", "33", "--steps", "4", "--topk", "0.15", "--seed", "0",
+        "-o", OUTPUT / "demo.mp4", "--contact-sheet", OUTPUT / "demo.png",
     )  # fmt: skip
     print(
         f"\n{OUTPUT / 'demo.mp4'} and demo.png in {time.perf_counter() - began:.1f} s: TinyWan, a small Wan trained by "

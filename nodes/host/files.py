@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ...turbo_core import tinywan
 from ...turbo_core.checkpoint.formats import FORMATS
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.checkpoint.read import SAFETENSORS_SUFFIXES, open_tensors
@@ -19,6 +20,17 @@ _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _SHARD = re.compile(r"-\d+-of-\d+\.(?:safetensors|sft)$")
 _LONGEST = 200  # bytes of one part of a path: file systems hold 255, and a number, .safetensors and .part are added
+
+
+def register_tinywan():
+    """Have the host search models/tinywan of this pack too, after the person's own folders: its workflows run at once.
+
+    Nothing is copied, and what a person keeps under the same name comes first.
+    """
+    for kind in sorted({os.path.dirname(name) for name in tinywan.FILES.values()}):
+        folder = tinywan.FOLDER / kind
+        if folder.is_dir():
+            folder_paths.add_model_folder_path(kind, str(folder))
 
 
 def file_input(name, tooltip, kind=MODELS):

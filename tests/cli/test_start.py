@@ -36,8 +36,8 @@ def test_networks_are_built_without_the_compiler():
 import sys
 from turbo_core import checkpoint, wan
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-encode_text(*load_text_encoder("models/tinywan/TinyWan_umt5.safetensors"), ["a red circle"])
-wan.WanModel.from_state_dict(checkpoint.load("models/tinywan/TinyWan2.1-T2V.safetensors")[0])
+encode_text(*load_text_encoder("models/tinywan/text_encoders/TinyWan_umt5.safetensors"), ["a red circle"])
+wan.WanModel.from_state_dict(checkpoint.load("models/tinywan/diffusion_models/TinyWan2.1-T2V.safetensors")[0])
 print(*sorted({"torch._dynamo", "sympy", "triton", "transformers"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

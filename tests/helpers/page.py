@@ -40,12 +40,13 @@ def browsing():
         running.close()
 
 
-def opened(browser, url, **options):
+def opened(browser, url, ready=READY, **options):
     """ComfyUI's page at this address, ready for a graph; errors of the page gather in its list `errors`."""
     page = browser.new_page(**options)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(url)
-    page.wait_for_function(READY, timeout=90_000)
+    page.wait_for_function(ready, timeout=90_000)
     page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1000)  # on a busy machine the page's own graph is looked through after that
     return page

@@ -12,7 +12,7 @@ GROWING = "COMFY_AUTOGROW_V3"  # as many inputs as are connected, called name.fi
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 TEXTS = ("tooltip", "description", "search_aliases", "output_tooltips")
 
-COMES_ALONG = ("turbowan_try_it", "turbowan_try_it_image")  # their files lie in models/tinywan: nothing to download
+COMES_ALONG = ("00_start_here", "01_start_here_image")  # their files lie in models/tinywan: nothing to download
 
 # Inputs that list the files of one machine: no part of a node's schema.
 FILES = {

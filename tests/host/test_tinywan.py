@@ -61,3 +61,30 @@ def test_latents_have_the_statistics_that_the_host_expects(family):
     video = world.render(world.random_scenes(8, random), 17, 128, 128, random)
     latent = encode_video(load_vae(family / FILES["vae"]), video)
     assert abs(latent.mean().item()) < 0.15 and 0.8 < latent.std().item() < 1.2
+
+
+def test_loaders_list_the_family_and_a_person_s_own_file_comes_first(comfy, pack, tmp_path, monkeypatch):
+    import folder_paths
+
+    host, ours = folder_paths.folder_names_and_paths, pack.part("nodes.host.files")
+    for kind in ("diffusion_models", "vae", "text_encoders"):
+        own = tmp_path / kind
+        own.mkdir()
+        (own / "mine.safetensors").touch()
+        monkeypatch.setitem(host, kind, ([str(own)], {".safetensors"}))
+    (tmp_path / "vae" / "TinyWan2.1_VAE.safetensors").touch()
+    for _ in range(2):  # a host that loads its nodes again
+        ours.register_tinywan()
+    try:
+        for file in (FILES | PAIR).values():
+            kind, name = file.split("/")
+            listed = folder_paths.get_filename_list_(kind)[0]
+            assert listed.count(name) == 1 and "mine.safetensors" in listed
+            assert all(other.startswith("TinyWan") for other in listed if other != "mine.safetensors")
+            own = kind == "vae"
+            root = tmp_path if own else pack.root / "models" / "tinywan"
+            assert folder_paths.get_full_path(kind, name) == str(root / file)
+        assert len(folder_paths.get_folder_paths("vae")) == 2
+        assert ours.new_model("new", False) == tmp_path / "diffusion_models" / "new.safetensors"
+    finally:
+        folder_paths.filename_list_cache.clear()

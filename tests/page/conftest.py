@@ -19,6 +19,12 @@ HERE = Path(__file__).resolve().parent
 VIEW = {"width": 2000, "height": 1100}
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--screenshots", metavar="FOLDER", help="where the walk of tests/page/test_start.py leaves pictures"
+    )
+
+
 def pytest_collection_modifyitems(items):
     reason = lacks()
     for item in items:

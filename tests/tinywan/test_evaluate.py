@@ -20,6 +20,8 @@ ROWS = tuple(rows.ROWS[i] for i in (2, 8, 10, 13))  # student, sparse, int8, ima
 def family(tmp_path_factory):
     """Every file of the family with random weights."""
     folder = tmp_path_factory.mktemp("family")
+    for file in FILES.values():
+        (folder / file).parent.mkdir(exist_ok=True)
     plain = models.new_model()
     torch.nn.init.normal_(plain.head.head.weight, std=0.02)  # it starts as zero: all clips would be alike
     sparse = models.trainable(plain.state_dict(), 2, sla=True)
@@ -59,9 +61,9 @@ def test_the_report(family, small_clips, tmp_path):
 
 def test_only_rows_of_changed_files_are_measured_again(family, small_clips, tmp_path, monkeypatch):
     folder, out = tmp_path / "family", tmp_path / "out"
-    folder.mkdir()
     for name in FILES.values():
-        shutil.copy(family / name, folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(family / name, folder / name)
     options = {"count": COUNT, "rows": ROWS[:3], "log": lambda line: None}
     before = evaluate.evaluate(folder, out, **options)
     models.save_model(models.new_model(5), folder / FILES["turbo"], world.WORLD)  # without proj_l: another one
@@ -153,5 +155,5 @@ def test_the_same_noise_for_every_row(family, small_clips):
 
 
 def test_a_family_that_is_not_there(tmp_path):
-    with pytest.raises(TurboError, match="lacks TinyWan2"):
+    with pytest.raises(TurboError, match=r"lacks diffusion_models.TinyWan2"):
         evaluate.evaluate(tmp_path, tmp_path / "out")

@@ -23,7 +23,7 @@ def test_every_file_lies_where_its_loader_looks(tmp_path):
     ]
     for file in files:
         copy = tmp_path / file
-        assert copy.read_bytes() == (tinywan.FOLDER / copy.name).read_bytes()
+        assert copy.read_bytes() == (tinywan.FOLDER / file).read_bytes()
 
 
 def test_bad_input_names_the_cure(tmp_path, monkeypatch):
@@ -41,4 +41,4 @@ def test_the_demo_needs_no_random_family(tmp_path):
     from tests.helpers.comfyui import make_base
 
     base = make_base(tmp_path / "base")
-    assert (base / "models" / "vae" / tinywan.FILES["vae"]).is_file()
+    assert (base / "models" / tinywan.FILES["vae"]).is_file()

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.helpers import comfyui as host
 from tests.helpers import workflow_api
 
-WORKFLOW = "turbowan_try_it"
+WORKFLOW = "00_start_here"
 STAGES = {"TurboLoader": "model", "TurboTextEncoderLoader": "text", "CLIPTextEncode": "text", "TurboSampler": "4 steps",
           "VAELoader": "VAE", "VAEDecode": "decoding", "CreateVideo": "MP4", "SaveVideo": "MP4"}  # fmt: skip
 

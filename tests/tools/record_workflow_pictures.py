@@ -1,6 +1,6 @@
 """Draws the workflows as ComfyUI's page shows them: a picture beside each JSON, and all of them in docs/workflows.jpg.
 
-    python -m tests.tools.record_workflow_pictures http://127.0.0.1:8188 [turbowan_try_it ...]
+    python -m tests.tools.record_workflow_pictures http://127.0.0.1:8188 [00_start_here ...]
 
 Needs a running ComfyUI with this pack and the files that tests/helpers/comfyui.py puts there, Chromium, Playwright and
 Pillow. Needed when a workflow's face changes.

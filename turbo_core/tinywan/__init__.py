@@ -7,15 +7,18 @@ from ..errors import TurboError
 from ..files import written_aside
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tinywan"
+# below a family's folder, which is laid out as a ComfyUI's models folder is: ComfyUI can be pointed at it
 FILES = {
-    "teacher": "TinyWan2.1-T2V-teacher.safetensors",
-    "student": "TinyWan2.1-T2V-rCM.safetensors",
-    "turbo": "TinyWan2.1-T2V.safetensors",
-    "vae": "TinyWan2.1_VAE.safetensors",
-    "text": "TinyWan_umt5.safetensors",
+    "teacher": "diffusion_models/TinyWan2.1-T2V-teacher.safetensors",
+    "student": "diffusion_models/TinyWan2.1-T2V-rCM.safetensors",
+    "turbo": "diffusion_models/TinyWan2.1-T2V.safetensors",
+    "vae": "vae/TinyWan2.1_VAE.safetensors",
+    "text": "text_encoders/TinyWan_umt5.safetensors",
 }
-PAIR = {"high": "TinyWan2.2-I2V-high.safetensors", "low": "TinyWan2.2-I2V-low.safetensors"}
-_PLACES = {"vae": "vae", "text": "text_encoders"}  # the others: diffusion_models
+PAIR = {
+    "high": "diffusion_models/TinyWan2.2-I2V-high.safetensors",
+    "low": "diffusion_models/TinyWan2.2-I2V-low.safetensors",
+}
 
 
 def install(models, progress=None) -> list[Path]:
@@ -27,14 +30,14 @@ def install(models, progress=None) -> list[Path]:
     models, copies = Path(models), []
     if not models.is_dir():
         raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
-    files = FILES | PAIR
-    missing = [name for name in files.values() if not (FOLDER / name).is_file()]
+    files = [*FILES.values(), *PAIR.values()]
+    missing = [name for name in files if not (FOLDER / name).is_file()]
     if missing:
         raise TurboError(
             f"This copy of TurboWan comes without {FOLDER / missing[0]}. Clone the repository, or reinstall the pack."
         )
-    for kind, name in files.items():
-        target = models / _PLACES.get(kind, "diffusion_models") / name
+    for name in files:
+        target = models / name
         try:
             target.parent.mkdir(exist_ok=True)
             with written_aside(target) as aside:

@@ -53,16 +53,18 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
     plain = {name: value for name, value in settings.items() if name != "pair"}
     record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain})
     files = {name: folder / file for name, file in FILES.items()}
+    for file in files.values():
+        file.parent.mkdir(exist_ok=True)
 
     if not files["vae"].exists():
         model, history = vae.train(**settings["vae"], **run.stage("vae", "VAE"))
         vae.finish(model, seed)
         options = {"model": model, "fixed_latents": True, **run.stage("decoder", "VAE decoder", 1)}
         model, more = vae.train(**settings["decoder"], **options)
-        _write(lambda path: vae.save(model, path), files["vae"], history + more)
+        _write(run, lambda path: vae.save(model, path), files["vae"], history + more)
     if not files["text"].exists():
         state, history = text.train(**settings["text"], **run.stage("text", "text encoder"))
-        _write(lambda path: text.save(state, path), files["text"], history)
+        _write(run, lambda path: text.save(state, path), files["text"], history)
     transformers = [files[name] for name in ("teacher", "student", "turbo")]
     known = None if _all_there(transformers) else _data(run, files, "data", settings["data"], seed)
     if not files["teacher"].exists():
@@ -146,10 +148,10 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
     engine.wait()
 
 
-def _write(write, path: Path, history: list[dict]) -> None:
+def _write(run: _Run, write, path: Path, history: list[dict]) -> None:
     """Write a file of the family and the curves of its training, from the first process."""
     if engine.rank() == 0:
-        charts.save(charts.history(path.stem, history), path.parent / "work" / f"{path.stem}.png")
+        charts.save(charts.history(path.stem, history), run.work / f"{path.stem}.png")
         write(path)
     engine.wait()
 
