@@ -2,7 +2,7 @@
 
 from random import Random
 
-from tests.hostile import archives, headers, pictures, programs, states, words
+from tests.hostile import archives, dumps, headers, pictures, programs, states, videos, words
 from tests.hostile.cases import Case, Kind
 from tests.hostile.findings import FINDINGS, finding
 
@@ -25,6 +25,10 @@ KINDS = {
     "LoRA names": Kind(words.lora, 20, "always fine: a name of any length is looked at, in bounded time"),
     "commands": Kind(words.command, 30, "fine where the arguments make sense, however odd"),
     "training data": Kind(states.training, 20, "fine where shapes and numbers still fit together"),
+    "training checkpoints": Kind(dumps.checkpoint, 30, "fine where parts and history still fit together"),
+    "indexes and shards": Kind(dumps.sharded, 40, "fine where the shards are still those that the index names"),
+    "videos": Kind(videos.video, 40, "fine where FFmpeg reads five frames of one size"),
+    "lists of jobs": Kind(videos.jobs, 40, "fine where every line is a job; a line that is none is told"),
     "findings": Kind(finding, 20, "as each is listed in findings.py"),
 }
 

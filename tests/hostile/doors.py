@@ -10,13 +10,17 @@ from pathlib import Path
 
 import torch
 
+from tests.hostile.dumps import small_parts
 from turbo_core import checkpoint, cli
+from turbo_core.batch import Manifest, read_jobs
 from turbo_core.checkpoint import lora_names
 from turbo_core.checkpoint.read import open_tensors
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import Clip
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-from turbo_core.pipeline.video import read_image
-from turbo_core.train import data
+from turbo_core.pipeline.video import read_image, read_made
+from turbo_core.train import data, engine
+from turbo_core.train.videos import read_video
 from turbo_core.vae import load_vae
 
 MOST = 400  # characters of a message beyond the path
@@ -79,29 +83,29 @@ def _bits(a, b):
 
 
 def _checkpoint(found, case, folder, finite=True):
-    path = folder / next(iter(case.files))
+    path, *shards = (folder / name for name in case.files)
     taken = None
-    with found.door(path):
+    with found.door(path, *shards):
         taken = checkpoint.inspect(path)
     state = None
-    with found.door(path):
+    with found.door(path, *shards):
         state, _ = checkpoint.load(path)
     if state is not None and case.same is not None:
         _same(found, path, case.same)
     for format in ("bf16", "int8_block"):
-        _convert(found, case, path, folder / "out.safetensors", format, finite)
+        _convert(found, case, (path, *shards), folder / "out.safetensors", format, finite)
         if taken is None:
             break  # what cannot be opened cannot be converted, in any format
     if case.refuse and (taken is not None or state is not None):
         found.add("wrong", f"taken, though {case.refuse}")
 
 
-def _convert(found, case, path, target, format, finite):
+def _convert(found, case, paths, target, format, finite):
     done = None
-    before = set(path.parent.iterdir())
-    with found.door(path, target):
-        done = checkpoint.convert(path, target, format)
-    left = set(path.parent.iterdir()) - before - {target}
+    before = set(target.parent.iterdir())
+    with found.door(*paths, target):
+        done = checkpoint.convert(paths[0], target, format)
+    left = set(target.parent.iterdir()) - before - {target}
     if left or (done is None and target.exists()):
         found.add("damaged", f"left behind: {[p.name for p in left] or target.name}")
     if done is None:
@@ -214,6 +218,46 @@ def _training(found, case, folder):
                 found.add("wrong", "a batch of NaN")
 
 
+def _resumed(found, case, folder):
+    """A training that goes on from a checkpoint."""
+    parts, path = small_parts(), folder / "checkpoint.pt"
+    with found.door(path):
+        history = engine.load(parts, path)
+        if case.refuse:
+            found.add("wrong", f"taken, though {case.refuse}")
+        # what was taken is used: weights that lie in a file would end the process
+        parts["model"](torch.ones(1, 8)).sum().backward()
+        try:
+            parts["optimizer"].step()
+        except Exception:  # options of an optimizer may be anything; torch tells
+            history = []
+        sum(value for step in history for value in step.values())
+
+
+def _video(found, case, folder):
+    path = folder / next(iter(case.files))
+    with found.door(path):
+        frames = read_video(path, 5)
+        if case.refuse or frames.shape[:2] != (5, 3):
+            found.add("wrong", f"taken, though {case.refuse or frames.shape}")
+    with found.door(path):
+        read_made(path)
+
+
+def _jobs(found, case, folder):
+    path = folder / next(iter(case.files))
+    with found.door(path):
+        known, faults = read_jobs(path, Clip(prompt=""))
+        for fault in faults:
+            found.error(fault.error, [])
+        names = [job.name.lower() for job in known]
+        if len(set(names)) < len(names) or any(os.path.basename(name) != name or name[0] == "." for name in names):
+            found.add("wrong", f"names of files {names[:5]}")
+        with Manifest(folder / "out") as manifest:
+            if any(manifest.is_done(job) for job in known):
+                found.add("wrong", "done, though no video is there")
+
+
 def _command(found, case, folder):
     out, err, status = io.StringIO(), io.StringIO(), None
     for name in ("pipe.mp4", "pipe.safetensors"):  # must be neither waited for nor replaced
@@ -251,7 +295,7 @@ def _command(found, case, folder):
 DOORS = {
     "checkpoint": _checkpoint, "finite": _finite, "honest": _honest, "header": _header, "merge": _merge,
     "encoder": _encoder, "vae": _vae, "picture": _picture, "lora": _lora, "training": _training, "command": _command,
-    "shown": _shown,
+    "shown": _shown, "resumed": _resumed, "video": _video, "jobs": _jobs,
 }  # fmt: skip
 
 

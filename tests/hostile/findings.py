@@ -24,7 +24,8 @@ from tests.hostile.cases import Case
 _ESCAPES = "\r\x1b[2K\x1b[32mall is well\x1b[0m\x1b]0;owned\x07"
 
 
-def _records(data):
+def records(data: bytes) -> list[tuple[str, bytes]]:
+    """(name, bytes) of a zip."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         return [(entry.filename, file.read(entry)) for entry in file.infolist()]
 
@@ -32,12 +33,12 @@ def _records(data):
 def _with(data, ending, content):
     """A .pth packed again with one record replaced; content: bytes, or what makes them of the old ones."""
     changed = content if callable(content) else lambda _: content
-    return packed([(name, changed(old) if name.endswith(ending) else old) for name, old in _records(data)])
+    return packed([(name, changed(old) if name.endswith(ending) else old) for name, old in records(data)])
 
 
-def _pth(pickle: bytes, **records) -> bytes:
+def _pth(pickle: bytes, **more) -> bytes:
     file = io.BytesIO()
-    zipped(file, pickle, {"0": bytes(64), **records})
+    zipped(file, pickle, {"0": bytes(64), **more})
     return file.getvalue()
 
 
@@ -75,7 +76,7 @@ def _flipped(mend):
     data = honest.pth(honest.quantized())
     if mend:
         return _checkpoint(_with(data, "data.pkl", flip), "a record is not as long as its numbers")
-    old = dict(_records(data))[next(name for name, _ in _records(data) if name.endswith("data.pkl"))]
+    old = dict(records(data))[next(name for name, _ in records(data) if name.endswith("data.pkl"))]
     return _checkpoint(data.replace(old, flip(old)), "its checksum is another one")
 
 

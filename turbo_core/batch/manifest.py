@@ -35,7 +35,9 @@ class Manifest:
         self._held.enter_context(alone(self.path))
         with suppress(FileNotFoundError), open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with suppress(ValueError, TypeError, KeyError):  # the last line of a process that was killed
+                with suppress(
+                    ValueError, TypeError, KeyError, RecursionError
+                ):  # the last line of a process that was killed
                     record = json.loads(line)
                     self.known[record["name"]] = record
         self._file = self._held.enter_context(open(self.path, "a", encoding="utf-8"))

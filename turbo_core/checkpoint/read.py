@@ -7,6 +7,7 @@ import mmap
 import os
 import platform
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 _MOST_AXES = 16
+_DEEPEST, _MOST_ITEMS = 16, 1 << 20  # containers within each other, values in a dump
 DTYPES = {  # as safetensors names them
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,12 +73,22 @@ def open_tensors(path, writable: bool = False, contents: bool = True) -> TensorF
         raise TurboError(f"{path} is a folder. Expected one .pth or .safetensors file: name the file inside it.")
     if not os.path.isfile(path):  # Path's own raises for names that no disk takes
         raise TurboError(f"{path} does not exist.{_near_names(path)}")
-    try:
+    with _explained(path):
         is_pickle = _start(path)[:1] in (b"P", b"\x80") or path.suffix.lower() not in SAFETENSORS_SUFFIXES
         if is_pickle and not _has_header(path):
             file = _open_pickle(path, writable, contents)
         else:
             file = _open_safetensors(path, writable)
+    for name, tensor in file.tensors.items():
+        _check_writable(path, name, tensor)
+    return file
+
+
+@contextmanager
+def _explained(path: Path):
+    """What reading finds wrong with a file as a TurboError."""
+    try:
+        yield
     except PermissionError as error:
         raise TurboError(f"{path} may not be read. Check the rights to it.") from error
     except Refused as error:
@@ -87,9 +99,35 @@ def open_tensors(path, writable: bool = False, contents: bool = True) -> TensorF
         ) from error
     except (Damaged, OSError) as error:
         raise _foreign(path, str(error)[:200]) from error
-    for name, tensor in file.tensors.items():
-        _check_writable(path, name, tensor)
-    return file
+
+
+def open_dump(path):
+    """What a .pth holds, whatever it is nested in: a training run's dictionaries, lists and numbers, and tensors that
+    may be written to while the file keeps its bytes.
+
+    Raises TurboError as open_tensors does, and for what is nested without end.
+    """
+    path = Path(path)
+    with _explained(path):
+        file, left = Checkpoint(_map(path, writable=True)), _MOST_ITEMS
+
+        def filled(value, name, depth):
+            nonlocal left
+            left -= 1
+            if depth > _DEEPEST or left < 0:
+                raise Damaged("its content is nested without end")
+            if isinstance(value, Place):
+                tensor = file.tensor(name, value)
+                return tensor.clone() if os.name == "nt" else tensor  # there a mapped file cannot be replaced
+            if isinstance(value, Unreadable):
+                raise Damaged(f"{shown(name)} is sparse, quantized by torch or without data")
+            if isinstance(value, dict):
+                return {key: filled(item, f"{name}.{key}"[-200:], depth + 1) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(filled(item, name, depth + 1) for item in value)
+            return value
+
+        return filled(file.content, "", 0)
 
 
 def _check_writable(path, name, tensor) -> None:

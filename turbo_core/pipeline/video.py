@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ VIDEO_SUFFIXES = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}  # to the co
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
 # IPTC's word for what a model made, which laws on synthetic media ask for
 ORIGIN = {"software": "ComfyUI-TurboWan", "digitalSourceType": "trainedAlgorithmicMedia"}
+_MATROSKA = b"\x1a\x45\xdf\xa3"  # what such a file begins with; MP4 and MOV are of one kind
 MOST_PIXELS = 100_000_000  # 300 MB; the largest cameras have as many
 
 
@@ -95,17 +97,35 @@ def write_video(path, frames: torch.Tensor, fps: int = FPS, made: dict | None = 
 
 def read_made(path) -> dict | None:
     """What write_video kept in a file, None where it is no video of ours. Raises TurboError where it is no video."""
-    av = _pyav()
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            comment = container.metadata.get("comment") or container.metadata.get("COMMENT", "")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise TurboError(f"video: {path} cannot be read ({shown(error, 200)}). Make it again.") from error
+    with opened_video(path) as container:
+        comment = container.metadata.get("comment") or container.metadata.get("COMMENT", "")
     try:
         made = json.loads(comment)
     except (ValueError, RecursionError):
         return None
     return made if isinstance(made, dict) and made.get("software") == ORIGIN["software"] else None
+
+
+@contextmanager
+def opened_video(path):
+    """A video file as PyAV's container, for reading. Raises TurboError where it, or its use within the block, fails.
+
+    The format is said, not guessed: FFmpeg knows playlists and scripts by their contents, whatever they are called,
+    and opens the files and addresses that those name. What is no file, such as an address, is not opened either.
+    """
+    av = _pyav()
+    if not os.path.isfile(path):
+        raise TurboError(f"video: {shown(path)} is not a file. Check the path.")
+    try:
+        with open(path, "rb") as file:
+            kind = "matroska" if file.read(4) == _MATROSKA else "mp4"
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{os.path.abspath(path)}", format=kind, options=options, metadata_errors="replace") as video:
+            yield video
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
+        if isinstance(error, TurboError):
+            raise
+        raise TurboError(f"video: {path} cannot be read ({shown(error, 200)}). Save it as MP4.") from error
 
 
 def write_contact_sheet(path, frames: torch.Tensor, count: int = 9, max_width: int = 1920) -> None:

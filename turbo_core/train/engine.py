@@ -7,7 +7,6 @@ checkpoint makes the same weights as one that was never interrupted.
 import ctypes
 import datetime
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..errors import TurboError
+from ..checkpoint.read import open_dump
+from ..errors import TurboError, shown
 from ..files import written_aside
 from . import optim
 
@@ -161,17 +161,20 @@ def load(parts: dict, path: Path) -> list:
     if not path.is_file():
         return []
     try:
-        # mapped where a mapped file can be replaced: each process reads what it keeps
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        stored = open_dump(path)  # mapped: each process reads what it keeps
         for name, part in parts.items():
             state = stored["parts"][name]
             if isinstance(part, torch.nn.Module):
                 now = part.state_dict()
                 state = {key: optim.like(value, now.get(key, value)) for key, value in state.items()}
             part.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise TurboError(f"{path} does not fit this training ({reason}). Remove it, or take another folder.") from error
+        if not all(type(value) in (int, float) for values in stored["history"] for value in values.values()):
+            raise ValueError("its history is none")
+    except Exception as error:  # what is in it may be anything, and parts take it apart in their own ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{path} ")
+        raise TurboError(
+            f"{path} does not fit this training ({shown(reason, 200)}). Remove it, or take another folder."
+        ) from error
     return stored["history"]
 
 

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import torch
 
-from ..errors import TurboError, missing_library
+from ..errors import TurboError, shown
 from ..pipeline import encode_image
 from ..pipeline.sizes import latent_shape
 from ..pipeline.text import load_text_encoder
-from ..pipeline.video import VIDEO_SUFFIXES, prepare_image
+from ..pipeline.video import MOST_PIXELS, VIDEO_SUFFIXES, opened_video, prepare_image
 from ..vae import encode_video, load_vae
 from .data import Data, encode_captions
+
+_PACKETS = 64  # without a frame, for each that is there; codecs hold back a few
+_LETTERS = 10_000
 
 
 def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, image=False, log=print) -> Data:
@@ -29,7 +32,7 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, imag
             "clip.txt beside it."
         )
     latent_shape(*size, frames)  # checks them
-    captions = ["", *(text.read_text(encoding="utf-8").strip() for _, text in pairs)]
+    captions = ["", *(_caption(text) for _, text in pairs)]
     encoder, tokenize = load_text_encoder(text_encoder, tokenizer, device)
     text, lengths = encode_captions(encoder, tokenize, captions)
     del encoder
@@ -46,20 +49,42 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, imag
 
 
 def read_video(path, frames: int) -> torch.Tensor:
-    """The first frames of a video: uint8 [frames, 3, H, W]. Raises TurboError when there are fewer, or none."""
-    try:
-        import av
-    except ImportError as error:
-        raise missing_library("av", "Reading a video") from error
-    pictures = []
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                pictures.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+    """The first frames of a video: uint8 [frames, 3, H, W]. Raises TurboError when there are fewer, or none, or they
+    are not of one size."""
+    pictures, packets = [], 0
+    with opened_video(path) as container:
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise TurboError(f"video: {path} is of a codec that is not known here. Save it as MP4.")
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # before memory is asked for
+        for packet in container.demux(stream):
+            packets += 1
+            for frame in packet.decode():
+                picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                if pictures and picture.shape != pictures[0].shape:
+                    sizes = " to ".join(f"{p.shape[1]} x {p.shape[0]}" for p in (pictures[0], picture))
+                    raise TurboError(
+                        f"video: {path} changes its size at frame {len(pictures)}, {sizes}. Expected one size: save it "
+                        "again."
+                    )
+                pictures.append(picture)
                 if len(pictures) == frames:
                     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise TurboError(f"video: {path} cannot be read ({error}). Save it as MP4.") from error
+            if packets > _PACKETS * (len(pictures) + 16):
+                break  # it may go on for ever
     raise TurboError(
         f"video: {path} has {len(pictures)} frames, expected at least {frames}. Lower --frames, or remove it."
     )
+
+
+def _caption(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_LETTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TurboError(f"caption: {path} is not text in UTF-8 ({shown(error)}). Save it as UTF-8.") from error
+    if len(text) > _LETTERS:
+        raise TurboError(
+            f"caption: {path} has more than {_LETTERS:,} letters. Expected a caption: umT5 reads 512 tokens."
+        )
+    return text.strip()
