@@ -17,7 +17,7 @@ from tests.helpers.opens import counted_opens
 from tests.helpers.states import same
 from tests.helpers.tiny_dits import RAGGED, tiny_state_dict
 from turbo_core import checkpoint
-from turbo_core.checkpoint import encode, names, write
+from turbo_core.checkpoint import names, write
 from turbo_core.checkpoint.formats import FORMATS
 from turbo_core.checkpoint.names import PROJ_L
 from turbo_core.checkpoint.shapes import Sizes, expected_shapes
@@ -159,13 +159,6 @@ def test_progress_counts_up_to_the_total(ragged, tmp_path):
     assert len(calls) > len(LAYERS)
 
 
-def test_source_mapped_anew_gives_the_same_file(ragged, tmp_path, monkeypatch):
-    one = checkpoint.convert(ragged, tmp_path / "one.safetensors", "int8_block").path
-    monkeypatch.setattr(encode, "REMAP", 1 << 16)
-    two = checkpoint.convert(ragged, tmp_path / "two.safetensors", "int8_block").path
-    assert Path(one).read_bytes() == Path(two).read_bytes()
-
-
 @pytest.mark.parametrize("write", [checkpoint.convert, checkpoint.quantize])
 def test_the_source_is_opened_and_described_once(ragged, tmp_path, monkeypatch, write):
     opened, described = counted_opens(monkeypatch)
@@ -177,7 +170,6 @@ MEASURE = """
 import re, sys, threading
 import torch
 from turbo_core import checkpoint
-from turbo_core.checkpoint import encode
 
 def memory(kind):
     with open("/proc/self/smaps_rollup") as file:
@@ -189,7 +181,6 @@ def watch():
             peak[kind] = max(peak[kind], memory(kind))
 
 source, small, target = sys.argv[1:]
-encode.REMAP = 64 * 2**20  # in proportion to this file
 checkpoint.convert(small, target, "int8_block")  # what is allocated once: threads, pools, modules
 peak = {"Anonymous": 0, "Rss": 0}
 start = {kind: memory(kind) for kind in peak}
@@ -218,7 +209,7 @@ def test_memory_stays_at_a_few_times_the_largest_tensor(ragged, tmp_path):
     anonymous, resident = map(int, run.stdout.split())
     assert 300e6 < size < 600e6
     assert anonymous < 4 * largest  # a whole copy would be 13 times
-    assert resident < 0.75 * size  # the pages of the source are given back on the way
+    assert resident < 5 * largest  # no page of the mapped source is touched
 
 
 def test_source_is_never_the_target(ragged, tmp_path):

@@ -240,11 +240,3 @@ def test_each_file_is_opened_and_described_once(files, monkeypatch):
     opened, described = counted_opens(monkeypatch)
     run(files, turbo=("turbo.pth", "base.pth"))
     assert opened == described == dict.fromkeys(["finetune.safetensors", "base.pth", "turbo.pth"], 1)
-
-
-def test_files_mapped_anew_give_the_same_result(files, monkeypatch):
-    run(files)
-    one = (files / "out.safetensors").read_bytes()
-    monkeypatch.setattr("turbo_core.checkpoint.merging.REMAP", 1 << 16)
-    run(files)
-    assert (files / "out.safetensors").read_bytes() == one

@@ -108,6 +108,7 @@ STATE = {
     "half": torch.randn(3, 300).bfloat16(),
     "int8": torch.randint(-128, 128, (130,), dtype=torch.int8),  # an odd length: what follows may lie anywhere
     "fp8": torch.randn(9).to(torch.float8_e4m3fn),
+    "large": torch.randn(41, 43),  # more than the bytes that are always read
     "none": torch.zeros(0, 4),
     "one": torch.tensor(2.5),
 }

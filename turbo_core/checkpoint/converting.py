@@ -70,7 +70,7 @@ def _rewrite(source: Path, target: Path, format: str, progress: Progress | None,
     if os.path.exists(target) and any(os.path.exists(path) and os.path.samefile(path, target) for path in parts):
         raise TurboError(f"{target} is the source itself. Expected another name: the source is never overwritten.")
     states = {path: state_of(path) for path in parts if os.path.isfile(path)}
-    tensors, description, mapped = opened(source)
+    tensors, description, disk = opened(source)
     stored = stored_formats(tensors, source)
     if floats_only and not set(stored.values()) <= set(FLOATS):
         raise TurboError(
@@ -82,8 +82,7 @@ def _rewrite(source: Path, target: Path, format: str, progress: Progress | None,
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in places.values())
     check_target(target, size)  # before the long part
     count = _counter(progress, description.bytes + size)
-    output = rewritten(source, tensors, mapped, planned, stored, count)
-    del tensors  # see rewritten
+    output = rewritten(source, tensors, disk, planned, stored, count)
     metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(parts, count)}
     size = stream_safetensors(target, places, while_unchanged(output, states), metadata)
     return Converted(str(target), size, _warnings(description, stored, planned))

@@ -4,16 +4,15 @@ import json
 
 import torch
 
+from ..disk import Disk
 from ..errors import TurboError, shown
 from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
 from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
-from .names import canonical, is_delicate, is_helper, is_quantizable, is_scale
+from .names import is_delicate, is_helper, is_quantizable, is_scale
 from .others.comfyui import is_attention
-from .others.sharded import open_checkpoint
 from .write import Layout
 
-REMAP = 1 << 30  # bytes read before a source is mapped anew, which gives the pages back
 _SLAB = 512  # rows quantized at once, a multiple of 128: bounds the float32 copies, and is the fastest on a CPU
 _QUANTIZERS = {"int8_block": quantize_block, "int8_row": quantize_rows}
 _COMFY_QUANT = {
@@ -61,25 +60,21 @@ def on_disk(plan: Plan, tensors: dict) -> Layout:
     return result
 
 
-def rewritten(source, tensors: dict, mapped: bool, plan: Plan, stored: dict[str, str], count):
+def rewritten(source, tensors: dict, disk: Disk, plan: Plan, stored: dict[str, str], count):
     """Yield (name, tensor) as planned; calls count(bytes) after each has been taken.
 
-    tensors: of the source, under official names; the caller must not keep them, for while they are referred to the
-    memory of a mapped file grows with what is read. Raises TurboError naming the first tensor that holds NaN or
-    infinity, or does not fit into float16.
+    tensors: of the source, under official names; disk reads them. Raises TurboError naming the first tensor that holds
+    NaN or infinity, or does not fit into float16, and where the source is cut short meanwhile.
     """
-    read = 0
     for name, kind in plan.items():
-        if mapped and read > REMAP:
-            tensors = weight = scale = None
-            tensors, read = mapped_anew(source), 0
-        weight, scale = tensors[name], tensors.get(f"{name}_scale")
-        read += weight.nbytes
+        weight, scale = disk.read(tensors[name]), tensors.get(f"{name}_scale")
         if scale is not None:
+            scale = disk.read(scale)
             check_scale_values(f"{name}_scale", scale, source)
         for output, tensor in written_as(kind, name, weight, scale, stored.get(name), source).items():
             yield output, tensor
             count(tensor.nbytes)
+        weight = scale = tensor = None  # before the next one comes
 
 
 def while_unchanged(output, states: dict):
@@ -90,11 +85,6 @@ def while_unchanged(output, states: dict):
             raise TurboError(
                 f"{path} changed while it was read. Nothing was written: try again when it stays as it is."
             )
-
-
-def mapped_anew(path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that was opened and validated before, under official names."""
-    return canonical(open_checkpoint(path).tensors, path)[0]
 
 
 def written_as(kind, name, weight, scale, stored, path) -> dict:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..disk import Disk
 from ..errors import TurboError, shown
 from .describe import Description, describe
 from .formats import STATED, check_scale_values, decode
@@ -20,7 +21,7 @@ class Opened(NamedTuple):
 
     tensors: dict[str, torch.Tensor]  # as stored, under official names
     description: Description
-    mapped: bool  # False: some of it was packed with compression, and is in memory
+    disk: Disk  # reads them without touching the mapping
 
 
 def inspect(path) -> Description:
@@ -65,7 +66,7 @@ def _open(path, writable: bool = False, contents: bool = True) -> Opened:
     tensors, notes = canonical(file.tensors, path)
     notes = [*file.notes, *notes]
     described = describe(path, file.container, file.metadata, file.tensors, tensors, notes)
-    return Opened(tensors, described, file.mapped)
+    return Opened(tensors, described, file.disk)
 
 
 def _check_read(found: Description) -> None:
@@ -87,9 +88,11 @@ def _check_read(found: Description) -> None:
 def weights(file: Opened, device="cpu") -> dict[str, torch.Tensor]:
     """The state dict that load gives of an opened checkpoint. Raises TurboError when a scale is not finite."""
     result = {}
+    stays = torch.device(device).type == "cpu"
     for name, tensor in file.tensors.items():
         if is_helper(name) or is_attention(name):
             continue
+        tensor = tensor if stays else file.disk.read(tensor)
         if is_scale(name, file.tensors):
             if file.tensors[name.removesuffix("_scale")].dtype != torch.int8:
                 continue

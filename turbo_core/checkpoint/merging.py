@@ -13,7 +13,7 @@ from ..errors import TurboError, shown
 from ..files import state_of
 from .converting import Progress, file_metadata
 from .describe import Description, describe, stored_formats
-from .encode import REMAP, mapped_anew, on_disk, plan, while_unchanged, written_as
+from .encode import on_disk, plan, while_unchanged, written_as
 from .formats import FLOATS, FORMATS, check_finite, decode
 from .loading import WORLD, opened
 from .names import PROJ_L, is_delicate, is_helper, is_scale
@@ -71,8 +71,7 @@ def merge(
     files = {path: opened(path) for path in dict.fromkeys((finetune, base, *turbo))}
     _check_sizes({path: file.description for path, file in files.items()}, finetune)
     own, tensors = files[finetune].description, {path: file.tensors for path, file in files.items()}
-    mapped = {path for path, file in files.items() if file.mapped}
-    del files
+    disks = {path: file.disk for path, file in files.items()}
     for path in (base, *turbo):
         _check_exact(tensors[path], path)
     rounded = sorted({kind for kind in stored_formats(tensors[finetune], finetune).values() if kind not in FLOATS})
@@ -86,8 +85,7 @@ def merge(
     recipe = {"finetune": finetune.name, "base": base.name, "turbo": [[p.name, s] for p, s in zip(turbo, strengths)]}
     metadata = file_metadata(description, format) | {"turbowan.merged": json.dumps(recipe)}
     distance = _Distance([finetune, *turbo])
-    output = _merged(tensors, mapped, planned, sources, (finetune, base, *turbo), strengths, distance)
-    del tensors  # as of encode.rewritten
+    output = _merged(tensors, disks, planned, sources, (finetune, base, *turbo), strengths, distance)
     output = while_unchanged(_counted(output, size, progress), states)
     total = stream_safetensors(target, places, output, metadata)
     warnings = _warnings(finetune, base, rounded, distance)
@@ -200,30 +198,28 @@ def _counted(output, size: int, progress: Progress | None):
             progress(written, size)
 
 
-def _merged(files, mapped, planned, sources, paths, strengths, distance):
-    """Yield (name on disk, tensor) of the merged model. files: {path: tensors}; mapped: those of them that lie in
-    their file; paths: finetune, base, turbo ..."""
-    read = 0
+def _merged(files, disks, planned, sources, paths, strengths, distance):
+    """Yield (name on disk, tensor) of the merged model. files: {path: tensors}; disks: {path: what reads them}; paths:
+    finetune, base, turbo ..."""
+
+    def read(path, name):
+        return disks[path].read(files[path][name]) if name in files[path] else None
+
     for name, kind in planned.items():
-        if read > REMAP:
-            kept = {path: held for path, held in files.items() if path not in mapped}
-            files = inputs = tensors = tensor = None  # nothing may hold on to the old mapping
-            files, read = kept | {path: mapped_anew(path) for path in mapped}, 0
         only = sources[name]
-        tensors = files[only or paths[0]]
-        tensor = tensors[name]
-        read += tensor.nbytes
+        path = only or paths[0]
+        tensor = read(path, name)
         if not is_attention(name) and (tensor.dtype == torch.int8 or tensor.is_floating_point()):
-            tensor = decode(tensor, tensors.get(f"{name}_scale"), _decoded(tensor.dtype))
+            tensor = decode(tensor, read(path, f"{name}_scale"), _decoded(tensor.dtype))
         if only is None and tensor.is_floating_point():
-            inputs = [tensor, *(files[path][name] for path in paths[1:])]
-            read += sum(given.nbytes for given in inputs[1:])
+            inputs = [tensor, *(read(other, name) for other in paths[1:])]
             tensor = _add(inputs, strengths, distance)
             if not tensor.isfinite().all():
-                for path, given in zip(paths, inputs):
-                    check_finite(name, given, path)
+                for other, given in zip(paths, inputs):
+                    check_finite(name, given, other)
         # any float format: as told, the tensor is yet to be quantized
-        yield from written_as(kind, name, tensor, None, "fp32", only or paths[0]).items()
+        yield from written_as(kind, name, tensor, None, "fp32", path).items()
+        inputs = tensor = None  # before the next ones come
 
 
 def _decoded(dtype: torch.dtype) -> torch.dtype:

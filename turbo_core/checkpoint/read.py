@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..disk import Disk, Source
 from ..errors import TurboError, shown
 from .places import Damaged, Place, Refused, Unreadable
-from .pth import Checkpoint, checksums, numbers
+from .pth import FEW, Checkpoint, checksums, numbers
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 # Linux's MAP_NORESERVE, which the mmap module names from Python 3.13 on; the number is that of these machines
@@ -56,7 +57,7 @@ class TensorFile(NamedTuple):
     metadata: dict[str, str]
     tensors: dict[str, torch.Tensor]
     notes: list[str]
-    mapped: bool = True  # False: some of it had to be unpacked and is in memory
+    disk: Disk  # reads a tensor without touching the mapping; what had to be unpacked, or is small, is in memory
 
 
 def open_tensors(path, writable: bool = False, contents: bool = True) -> TensorFile:
@@ -109,7 +110,8 @@ def open_dump(path):
     """
     path = Path(path)
     with _explained(path):
-        file, left = Checkpoint(_map(path, writable=True)), _MOST_ITEMS
+        source = Source(path)
+        file, left = Checkpoint(source, _map(source, writable=True)), _MOST_ITEMS
 
         def filled(value, name, depth):
             nonlocal left
@@ -140,7 +142,7 @@ def _check_writable(path, name, tensor) -> None:
 
 def stored_checksums(path) -> list[tuple[int, int, int, str]]:
     """(start, end, checksum, name) of what a checkpoint can be held to while it is read; see pth.checksums."""
-    return checksums(_map(Path(path), writable=False))
+    return checksums(Source(path))
 
 
 def _near_names(path: Path) -> str:
@@ -168,16 +170,21 @@ def _foreign(path: Path, reason: str) -> TurboError:
     )
 
 
-def _map(path: Path, writable: bool) -> mmap.mmap:
-    with open(path, "rb") as file:
-        if not writable:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if sys.platform == "linux":
-            # without NORESERVE the kernel wants memory for the case that every page gets written, and refuses a file
-            # larger than what is free
-            flags = mmap.MAP_PRIVATE | _NORESERVE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+def _map(source: Source, writable: bool) -> mmap.mmap:
+    if not writable:
+        return mmap.mmap(source.fd, len(source), access=mmap.ACCESS_READ)
+    if sys.platform == "linux":
+        # without NORESERVE the kernel wants memory for the case that every page gets written, and refuses a file
+        # larger than what is free
+        flags = mmap.MAP_PRIVATE | _NORESERVE
+        return mmap.mmap(source.fd, len(source), flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(source.fd, len(source), access=mmap.ACCESS_COPY)
+
+
+def _disk(source: Source, mapping: mmap.mmap) -> Disk:
+    disk = Disk()
+    disk.add(source, numbers(mapping, torch.uint8, 1, 0).data_ptr())
+    return disk
 
 
 def _has_header(path: Path) -> bool:
@@ -188,18 +195,17 @@ def _has_header(path: Path) -> bool:
 
 def _open_safetensors(path: Path, writable: bool) -> TensorFile:
     # read here and not by safetensors, which maps the file in a way that needs memory of its size (see _map)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise Damaged(f"it has {size} bytes and the header would be {length} bytes long")
-        header = _header(file.read(length))
+    source = Source(path)
+    size, length = len(source), int.from_bytes(source[:8], "little")
+    if not 2 <= length <= min(size - 8, MAX_HEADER):
+        raise Damaged(f"it has {size} bytes and the header would be {length} bytes long")
+    header = _header(source[8 : 8 + length])
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise Damaged("its metadata are no dictionary")
     places = {name: _entry(name, entry) for name, entry in header.items()}
     start, end = 8 + length, 0
-    mapping = _map(path, writable)
+    mapping = _map(source, writable)
     tensors = {}
     for name, (dtype, shape, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
         count = math.prod(shape)
@@ -208,11 +214,14 @@ def _open_safetensors(path: Path, writable: bool) -> TensorFile:
         if start + stop > size:
             raise Damaged(f"{shown(name)} ends at byte {start + stop}, the file at {size}")
         end = stop
-        tensors[name] = numbers(mapping, dtype, count, start + begin).reshape(shape)
+        few = stop - begin <= FEW
+        buffer, at = (bytearray(source[start + begin : start + stop]), 0) if few else (mapping, start + begin)
+        tensors[name] = numbers(buffer, dtype, count, at).reshape(shape)
     if start + end != size:
         raise Damaged(f"the tensors end at byte {start + end}, the file at {size}")
     notes = [] if path.suffix.lower() in SAFETENSORS_SUFFIXES else [f"a safetensors file, named {path.suffix}"]
-    return TensorFile("safetensors", {str(k): str(v) for k, v in metadata.items()}, tensors, notes)
+    metadata = {str(k): str(v) for k, v in metadata.items()}
+    return TensorFile("safetensors", metadata, tensors, notes, _disk(source, mapping))
 
 
 def _header(text: bytes) -> dict:
@@ -247,9 +256,11 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
 
 
 def _open_pickle(path: Path, writable: bool, contents: bool) -> TensorFile:
-    if path.stat().st_size < 2:
+    source = Source(path)
+    if len(source) < 2:
         raise Damaged("it is empty")
-    file = Checkpoint(_map(path, writable), contents)
+    mapping = _map(source, writable)
+    file = Checkpoint(source, mapping, contents)
     state, notes = _enter(file.content)
     tensors = {}
     for name, place in state.items() if isinstance(state, dict) else ():
@@ -264,7 +275,7 @@ def _open_pickle(path: Path, writable: bool, contents: bool) -> TensorFile:
         raise TurboError(f"{path} holds a {kind} without named tensors. Expected a model: use another file.")
     if path.suffix.lower() in SAFETENSORS_SUFFIXES:
         notes = [*notes, f"a PyTorch checkpoint, named {path.suffix}"]
-    return TensorFile("pth", {}, tensors, notes, file.mapped)
+    return TensorFile("pth", {}, tensors, notes, _disk(source, mapping))
 
 
 def _tensors_in(content, depth: int, known: dict) -> int:

@@ -1,6 +1,8 @@
 """A checkpoint in one file or in several: a folder as Diffusers writes it, or the index that names its shards."""
 
+import functools
 import json
+import operator
 import os
 import re
 from pathlib import Path
@@ -65,7 +67,8 @@ def open_checkpoint(path, writable: bool = False, contents: bool = True) -> Tens
         tensors |= file.tensors
     _check_alike(files)
     notes = [f"{len(shards)} shards", *dict.fromkeys(note for file in files.values() for note in file.notes)]
-    return TensorFile("safetensors", metadata, tensors, notes, all(file.mapped for file in files.values()))
+    disk = functools.reduce(operator.or_, (file.disk for file in files.values()))
+    return TensorFile("safetensors", metadata, tensors, notes, disk)
 
 
 def _in_folder(folder: Path) -> Path:

@@ -1,0 +1,114 @@
+"""Files read from the disk and not from where they are mapped: a mapped file that is cut short ends the process."""
+
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from .errors import TurboError
+
+_BLOCK = 1 << 12  # bytes kept of the last place: a directory and a pickle are read by the byte
+
+
+class Shorter(OSError):
+    """A file has become shorter since it was opened."""
+
+
+class Source:
+    """An open file by slices, like the bytes it holds. Raises Shorter where it has become so."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._file = open(self.fd, "rb", buffering=0, closefd=False)  # noqa: SIM115 (closed with this object)
+        self._size, self._turn = os.fstat(self.fd).st_size, threading.Lock()
+        self._block, self._begins = b"", 0
+
+    def __del__(self):
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        stop = max(start, stop)
+        if stop - start > _BLOCK:
+            data = bytearray(stop - start)
+            self.fill(data, start)
+            return bytes(data)
+        with self._turn:
+            block, begins = self._block, self._begins
+        if not begins <= start <= stop <= begins + len(block):
+            begins = start // _BLOCK * _BLOCK
+            block = bytearray(min(2 * _BLOCK, self._size - begins))
+            self.fill(block, begins)
+            with self._turn:
+                self._block, self._begins = bytes(block), begins
+        return bytes(block[start - begins : stop - begins])
+
+    def find(self, part: bytes, start: int, end: int) -> int:
+        for at in range(start, end, _BLOCK):
+            found = self[at : min(end, at + _BLOCK + len(part) - 1)].find(part)
+            if found >= 0:
+                return at + found
+        return -1
+
+    def rfind(self, part: bytes, start: int) -> int:
+        found = self[start : self._size].rfind(part)
+        return found if found < 0 else start + found
+
+    def fill(self, buffer, start: int) -> None:
+        """Fill a buffer with what begins at a byte."""
+        left = memoryview(buffer)
+        with self._turn:
+            self._file.seek(start)
+            while left:
+                count = self._file.readinto(left)
+                if not count:
+                    raise Shorter("it was cut short while it was read")
+                left = left[count:]
+
+
+class Disk:
+    """The files in whose mappings tensors lie, held open as they were then."""
+
+    def __init__(self):
+        self._places = []  # (address of the first byte, of the byte past the last, source)
+
+    def add(self, source: Source, address: int) -> None:
+        self._places.append((address, address + len(source), source))
+
+    def __or__(self, other: "Disk") -> "Disk":
+        both = Disk()
+        both._places = [*self._places, *other._places]
+        return both
+
+    def source_of(self, tensor: torch.Tensor) -> tuple[Source, int] | None:
+        """(the file in whose mapping a tensor lies, the byte where it begins), None for one in memory."""
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            return None
+        address = tensor.data_ptr()
+        return next(((source, address - a) for a, end, source in self._places if a <= address < end), None)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that lies in a mapping, in memory, by reading the file; any other one as it is.
+
+        Raises TurboError where the file has become shorter.
+        """
+        found = self.source_of(tensor)
+        if found is None:
+            return tensor
+        source, start = found
+        count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+        numbers = torch.empty(count, dtype=tensor.dtype)
+        try:
+            source.fill(numbers.view(torch.uint8).numpy(), start)
+        except Shorter as error:
+            raise TurboError(
+                f"{source.path} changed while it was read: it was cut short. Nothing was written: try again when it "
+                "stays as it is."
+            ) from error
+        return numbers.as_strided(tensor.shape, tensor.stride())
