@@ -1,6 +1,7 @@
 """ComfyUI nodes of TurboWan: thin adapters, the only code of the pack that imports comfy."""
 
 import importlib
+import logging
 import re
 import sys
 from pathlib import Path
@@ -10,15 +11,25 @@ from comfy_api.latest import ComfyExtension
 FILES = ("loader", "lora_report", "quantize", "attention", "scheduler", "sampler", "save", "text_encoder", "size",
          "compare", "doctor", "convert", "merge")  # fmt: skip
 MINIMUM_COMFYUI = (0, 33)
+KNOWN_COMFYUI = (0, 39)  # the newest whose calls the tests have met; they run on 0.33 as a whole
 LIBRARIES = ("einops", "numpy", "safetensors")  # those of requirements.txt; the host's own file has all others
 
 
 def _check_host():
     from comfyui_version import __version__
 
-    if tuple(map(int, re.findall(r"\d+", __version__)[:2])) < MINIMUM_COMFYUI:
-        needed = ".".join(map(str, MINIMUM_COMFYUI))
+    version = tuple(map(int, re.findall(r"\d+", __version__)[:2]))
+    needed, known = (".".join(map(str, number)) for number in (MINIMUM_COMFYUI, KNOWN_COMFYUI))
+    if version < MINIMUM_COMFYUI:
         raise RuntimeError(f"TurboWan needs ComfyUI {needed} or newer, this is {__version__}: update ComfyUI.")
+    if version > KNOWN_COMFYUI:
+        logging.info(
+            "TurboWan knows ComfyUI %s to %s, this is %s: it asks ComfyUI what it has and goes its way where it does "
+            "not know a call. Where something is wrong, update TurboWan.",
+            needed,
+            known,
+            __version__,
+        )
 
 
 def _cure(error):

@@ -19,7 +19,7 @@ from ...turbo_core.dispatch import FLOATS, learning
 from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 from ...turbo_core.wan import fused as wan_fused
-from .ops import ROW, takes_activation
+from .ops import ROW
 from .settings import log_once
 
 BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
@@ -133,15 +133,14 @@ class FeedForward(wan.WanFeedForward):
 
 
 def guard_feed_forward(network):
-    """Our feed-forward class for a stock network, on hosts that hand its last linear the activation before it.
+    """Our feed-forward class for a stock network: the same, but for a last linear that somebody has in hand.
 
-    It computes what the host's does, but for a linear that somebody has in hand: there the host's bypass LoRA would
-    take what comes before the GELU for what comes after it.
+    There a bypass LoRA would take what comes before the GELU for what comes after it, on hosts that hand the linear its
+    activation; on older ones it would be left out where rows are int8.
     """
-    if takes_activation():
-        for module in network.modules():
-            if type(module) is wan.WanFeedForward:
-                module.__class__ = FeedForward
+    for module in network.modules():
+        if type(module) is wan.WanFeedForward:
+            module.__class__ = FeedForward
 
 
 class FusedWanBlock(wan.WanAttentionBlock):

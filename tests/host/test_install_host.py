@@ -172,7 +172,7 @@ def load(comfy, packaged, tmp_path, caplog):
             before(folder)
         modules, mappings = set(sys.modules), dict(nodes.NODE_CLASS_MAPPINGS)
         try:
-            with caplog.at_level(logging.WARNING):
+            with caplog.at_level(logging.INFO):
                 done = asyncio.run(nodes.load_custom_node(str(folder)))
         finally:
             for name in set(sys.modules) - modules:
@@ -214,11 +214,16 @@ def test_a_comfyui_from_before_comfy_api_is_told_too(load, monkeypatch):
     _one_line([line], "Cannot import", "TurboWan needs ComfyUI 0.33 or newer")
 
 
-@pytest.mark.parametrize("version", ["0.33.0", "0.40.1", "1.0.0", "0.34.0rc1"])
-def test_newer_ones_are_taken(load, monkeypatch, version):
+@pytest.mark.parametrize(
+    ("version", "known"), [("0.33.0", True), ("0.34.0rc1", True), ("0.39.2", True), ("0.40.1", False), ("1.0.0", False)]
+)
+def test_newer_ones_are_taken_and_the_newest_told_of_once(load, monkeypatch, caplog, version, known):
     fake = types.SimpleNamespace(__version__=version, __file__=str(find_comfyui() / "comfyui_version.py"))
     monkeypatch.setitem(sys.modules, "comfyui_version", fake)
+    caplog.set_level(logging.INFO)
     assert load() == []
+    told = [r.getMessage() for r in caplog.records if "TurboWan knows ComfyUI 0.33 to 0.39" in r.getMessage()]
+    assert told == [] if known else len(told) == 1 and f"this is {version}:" in told[0]
 
 
 def _without(module, name):

@@ -36,6 +36,12 @@ def shipped():
     return set(git("ls-files")) - set(git("ls-files", "-ci", "--exclude-from=.comfyignore"))
 
 
+def test_nothing_that_python_leaves_behind_is_shipped():
+    """Builds by allowlists refuse a package that holds any."""
+    assert [name for name in shipped() if "__pycache__" in name or name.endswith((".pyc", ".pyo"))] == []
+    assert git("check-ignore", "nodes/__pycache__/loader.cpython-313.pyc"), "nor tracked by accident"
+
+
 @pytest.fixture(scope="module")
 def metadata():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
