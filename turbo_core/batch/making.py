@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..errors import TurboError
 from ..files import write_whole
 from ..pipeline import Clip, Pipeline
+from ..pipeline.provenance import Signer
 from ..pipeline.video import write_video
 from .jobs import Job
 
@@ -32,14 +33,17 @@ class DiskFull(TurboError):
     """The videos after this one would not be written either."""
 
 
-def make(pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None], metadata: bool = True) -> None:
+def make(
+    pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None], metadata: bool = True, sign=None
+) -> None:
     """Make all jobs; tell takes each event, and may be called from a second thread.
 
-    metadata: keep settings inside the videos too. A job that fails is told and the rest goes on; with a team of
-    processes only one that does not fit, what fails later ends all. Raises DiskFull, and TurboError where a file of the
-    models is at fault.
+    metadata: keep settings inside the videos too. sign: paths of a certificate and its key. A job that fails is told
+    and the rest goes on; with a team of processes only one that does not fit, what fails later ends all. Raises
+    DiskFull, and TurboError where a file of the models is at fault.
     """
     folder, of = Path(folder), {id(job.clip): job for job in jobs}
+    finish = Signer(*sign).sign if sign else None
 
     def write(clip, result):
         job, start = of[id(clip)], time.perf_counter()
@@ -47,7 +51,7 @@ def make(pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None
         beside = {"output": job.name, "settings": made, "seconds": result.seconds, "step_seconds": result.step_seconds}
         # the video last: where it is, all is there
         write_whole(place.with_suffix(".json"), json.dumps(beside, indent=2, ensure_ascii=False) + "\n")
-        write_video(place, result.frames, made=made if metadata else None)
+        write_video(place, result.frames, made=made if metadata else None, finish=finish)
         seconds = result.seconds | {"write": time.perf_counter() - start}
         tell(Outcome(job, "done", bytes=os.path.getsize(place), seconds=seconds))
 

@@ -21,13 +21,13 @@ _DEATHS = 2
 
 
 def make_by_workers(
-    devices: list, settings: dict, jobs: list[Job], folder, tell: Callable[[Outcome], None], is_done, metadata=True
+    devices: list, settings: dict, jobs: list[Job], folder, tell: Callable[[Outcome], None], is_done, **options
 ) -> None:
     """Make all jobs by a process on each of `devices`, which may be there twice; settings: of Pipeline, without its
     device.
 
-    is_done: callable (job), asked about the jobs of a process that died. Raises TurboError where a process finds the
-    models at fault, or dies before it begins a job.
+    is_done: callable (job), asked about the jobs of a process that died. options: of make. Raises TurboError where a
+    process finds the models at fault, or dies before it begins a job.
     """
     todo, deaths, idle_deaths = deque(jobs), Counter(), 0
     workers = []
@@ -35,7 +35,7 @@ def make_by_workers(
         while True:
             while todo and len(workers) < len(devices):
                 place = next(place for place in range(len(devices)) if place not in {w.place for w in workers})
-                workers.append(_Worker(place, settings | {"device": devices[place]}, folder, metadata))
+                workers.append(_Worker(place, settings | {"device": devices[place]}, folder, options))
             for worker in workers:
                 if not worker.chunk and todo:
                     # large at first, so that prompts are encoded together; small at the end, so that none waits
@@ -78,11 +78,11 @@ def make_by_workers(
 class _Worker:
     """The parent's side of a process."""
 
-    def __init__(self, place, settings, folder, metadata):
+    def __init__(self, place, settings, folder, options):
         context = multiprocessing.get_context("spawn")
         self.place, self.chunk, self.begun = place, {}, set()
         self.connection, theirs = context.Pipe()
-        arguments = theirs, settings, folder, metadata
+        arguments = theirs, settings, folder, options
         self.process = context.Process(target=_serve, args=arguments, name=f"turbowan {place}", daemon=True)
         self.process.start()
         theirs.close()
@@ -108,7 +108,7 @@ class _Worker:
         return self.process.exitcode
 
 
-def _serve(connection, settings, folder, metadata):
+def _serve(connection, settings, folder, options):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
     alone = threading.Lock()
@@ -120,7 +120,7 @@ def _serve(connection, settings, folder, metadata):
     try:
         with Pipeline(**settings) as pipe:
             while True:
-                make(pipe, connection.recv(), folder, tell, metadata)
+                make(pipe, connection.recv(), folder, tell, **options)
     except TurboError as error:
         tell(str(error))
     except (EOFError, BrokenPipeError):  # the parent is done

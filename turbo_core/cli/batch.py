@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import TurboError
-from .generate import add_models, add_settings, clip_of, models_of
+from .generate import add_models, add_settings, clip_of, models_of, signer_of
 from .processes import add_parallel, in_team
 
 
@@ -21,6 +21,7 @@ def add_verbs(verbs, common) -> None:
     add("--check", action="store_true", help="check every line, file and the memory, and make nothing")
     add("--memory", type=float, metavar="GIB", help="that the models may take; default what is free")
     add("--workers", type=int, metavar="N", help="processes; default one for each CUDA device, else one")
+    add("--ray", nargs="?", const="local", metavar="ADDRESS", help="many machines: a Ray cluster; default a local one")
     add_parallel(command)
     cache = command.add_mutually_exclusive_group()
     cache.add_argument("--cache", type=Path, metavar="DIR", help="where embeddings of prompts are kept")
@@ -49,6 +50,7 @@ def _run(arguments, team) -> int:
     from ..batch.jobs import digest_of_models
 
     settings = _settings(arguments)
+    signer_of(arguments)  # a wrong certificate is told now
     paths = [path for path in (arguments.dit, arguments.dit_low, arguments.vae, arguments.text_encoder) if path]
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), digest_of_models(paths))
     if arguments.check:
@@ -69,6 +71,7 @@ def _run(arguments, team) -> int:
 
 
 def _make(arguments, settings, todo, manifest, tally, team):
+    from ..batch.cluster import make_by_ray
     from ..batch.making import make
     from ..batch.workers import make_by_workers
     from ..pipeline import Pipeline
@@ -82,13 +85,18 @@ def _make(arguments, settings, todo, manifest, tally, team):
                 progress("videos", tally.finished(), len(todo))
 
         progress("videos", 0, len(todo))
-        metadata, devices = not arguments.no_metadata, _devices(arguments)
-        if len(devices) == 1:
+        options = {"metadata": not arguments.no_metadata, "sign": arguments.sign}
+        devices = _devices(arguments)
+        if arguments.ray is not None:
+            address = None if arguments.ray == "local" else arguments.ray
+            actors = _count(arguments) or len(todo)
+            make_by_ray(address, actors, settings, todo, arguments.output, tell, **options)
+        elif len(devices) == 1:
             with Pipeline(**settings, progress=progress, team=team) as pipe:
-                make(pipe, todo, arguments.output, tell, metadata)
+                make(pipe, todo, arguments.output, tell, **options)
         else:
             shared = {name: value for name, value in settings.items() if name != "device"}
-            make_by_workers(devices, shared, todo, arguments.output, tell, manifest.is_done, metadata)
+            make_by_workers(devices, shared, todo, arguments.output, tell, manifest.is_done, **options)
 
 
 def _settings(arguments) -> dict:
@@ -102,16 +110,20 @@ def _settings(arguments) -> dict:
     return models_of(arguments) | {"memory": memory, "cache": cache}
 
 
+def _count(arguments) -> int | None:
+    if arguments.workers is not None and not 1 <= arguments.workers <= 10_000:
+        raise TurboError(f"--workers is a number of processes, 1 to 10,000, got {arguments.workers}.")
+    return arguments.workers
+
+
 def _devices(arguments) -> list:
     import torch
 
-    count = arguments.workers
+    count = _count(arguments)
     if arguments.parallel:
-        if count is not None:
-            raise TurboError("--workers makes a clip in each process, --parallel one clip in all: choose one of them.")
+        if count is not None or arguments.ray is not None:
+            raise TurboError("--workers and --ray make a clip in each process, --parallel one in all: choose one of them.")
         return [arguments.device]
-    if count is not None and not 1 <= count <= 1024:
-        raise TurboError(f"--workers is a number of processes, 1 to 1024, got {count}.")
     if arguments.device is None and torch.cuda.is_available():
         cards = torch.cuda.device_count()
         if count is not None and count > cards:

@@ -9,7 +9,7 @@ FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
 
 def add_verbs(verbs, common) -> None:
     """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
-    command = verbs.add_parser("inspect", parents=[common], help="what a checkpoint holds")
+    command = verbs.add_parser("inspect", parents=[common], help="what a checkpoint holds, or how a video was made")
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.set_defaults(run=run_inspect)
 
@@ -47,9 +47,13 @@ def run_inspect(arguments) -> None:
     from .. import checkpoint
     from ..errors import shown
     from ..files import human_bytes
+    from ..pipeline.video import VIDEO_SUFFIXES
     from .console import table
 
     for path in arguments.files:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            table(str(path), _of_video(path))
+            continue
         found = checkpoint.inspect(path)
         table(
             str(path),
@@ -66,6 +70,17 @@ def run_inspect(arguments) -> None:
                 *(("note", note) for note in found.notes),
             ],
         )
+
+
+def _of_video(path) -> list[tuple[str, str]]:
+    from ..errors import shown
+    from ..pipeline.provenance import credentials
+    from ..pipeline.video import read_made
+
+    made, signed = read_made(path), credentials(path)
+    rows = [(shown(key), shown(value, 400)) for key, value in (made or {}).items()]
+    rows += [(f"content credentials: {key}", shown(value, 200)) for key, value in (signed or {}).items()]
+    return rows or [("made by", "not known: no settings and no content credentials that can be read here")]
 
 
 def run_convert(arguments) -> None:

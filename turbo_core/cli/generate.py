@@ -40,6 +40,7 @@ def add_models(command) -> None:
     add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
     add("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
     add("--no-metadata", action="store_true", help="write nothing into the video of how it was made")
+    add("--sign", nargs=2, type=Path, metavar=("CERT", "KEY"), help="C2PA content credentials, by PEM files")
 
 
 def add_settings(command) -> None:
@@ -68,6 +69,13 @@ def models_of(arguments) -> dict:
     names = "dit", "vae", "text_encoder", "dit_low", "tokenizer", "device"
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     return {name: getattr(arguments, name) for name in names} | {"dtype": dtype}
+
+
+def signer_of(arguments):
+    """The pipeline.provenance.Signer that --sign asked for, or None."""
+    from ..pipeline.provenance import Signer
+
+    return Signer(*arguments.sign) if arguments.sign else None
 
 
 def clip_of(arguments, prompt: str = "", image=None):
@@ -101,8 +109,13 @@ def _generate(arguments, team) -> None:
         if arguments.json:
             check_place(arguments.json)
 
+    signer = signer_of(arguments)
+    if signer:
+        signer.check(arguments.output)
+
     def write(clip, result):
-        write_video(arguments.output, result.frames, made=None if arguments.no_metadata else result.settings)
+        made = None if arguments.no_metadata else result.settings
+        write_video(arguments.output, result.frames, made=made, finish=signer and signer.sign)
         if arguments.contact_sheet:
             write_contact_sheet(arguments.contact_sheet, result.frames)
 

@@ -73,24 +73,28 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
 
-def write_video(path, frames: torch.Tensor, fps: int = FPS, made: dict | None = None) -> None:
+def write_video(path, frames: torch.Tensor, fps: int = FPS, made: dict | None = None, finish=None) -> None:
     """Write uint8 frames [T, H, W, 3] as H.264, yuv420p. The file appears only when it is complete.
 
-    made: how it came about, kept in the file as JSON for read_made; says too that the video is synthetic.
+    made: how it came about, kept in the file as JSON for read_made; says too that the video is synthetic. finish:
+    callable (path, target), the last to touch the file before it appears as target.
     """
     check_video_path(path)
     av = _pyav()
     try:
         container_format = VIDEO_SUFFIXES[Path(path).suffix.lower()]
-        with written_aside(path) as aside, av.open(str(aside), "w", format=container_format) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            if made is not None:
-                container.metadata["comment"] = json.dumps({**ORIGIN, **made}, ensure_ascii=False)
-            for frame in frames.numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        with written_aside(path) as aside:
+            with av.open(str(aside), "w", format=container_format) as container:
+                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
+                stream.height, stream.width = frames.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                if made is not None:
+                    container.metadata["comment"] = json.dumps({**ORIGIN, **made}, ensure_ascii=False)
+                for frame in frames.numpy():
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode())
+            if finish is not None:
+                finish(aside, path)
     except (av.error.FFmpegError, OSError) as error:
         raise TurboError(f"Could not write {path} ({error}). Check the folder's rights and the free space.") from error
 

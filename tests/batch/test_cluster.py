@@ -1,0 +1,74 @@
+"""A Ray cluster of this machine: every job made once, also when an actor is killed in the middle."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.batch.test_batch import FILES
+from turbo_core.batch.cluster import make_by_ray
+from turbo_core.batch.jobs import Job
+from turbo_core.errors import TurboError
+from turbo_core.pipeline import Clip
+from turbo_core.pipeline.video import read_made
+
+pytest.importorskip("ray")
+SMALL = {"size": (32, 32), "frames": 5, "steps": 2}
+
+
+def listed(count):
+    return [Job(n, f"{n}.mp4", f"id{n}", Clip(f"prompt {n}", n, **SMALL)) for n in range(count)]
+
+
+def settings(tiny, **more):
+    return dict(zip(("dit", "vae", "text_encoder"), (str(tiny / name) for name in FILES))) | {"device": "cpu"} | more
+
+
+def actors():
+    """The processes of our actors on this machine."""
+    found = subprocess.run(["pgrep", "-f", "^ray::MapWorker"], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_loses_nothing_and_nothing_is_made_twice(tiny, tmp_path):
+    jobs, told, killed = listed(24), [], []
+
+    def kill():
+        while len(list(tmp_path.glob("*.mp4"))) < 2:
+            time.sleep(0.05)
+        killed.append(actors()[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    make_by_ray(None, 2, settings(tiny), jobs, tmp_path, told.append)
+    thread.join(5)
+    assert killed
+    assert Counter(outcome.job.name for outcome in told) == Counter(job.name for job in jobs)
+    assert all(outcome.state == "done" for outcome in told)
+    assert all(read_made(tmp_path / job.name)["id"] == job.id for job in jobs)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.slow
+def test_faults_of_jobs_and_of_models_come_back(tiny, tmp_path):
+    jobs, told = listed(3), []
+    jobs[1] = jobs[1]._replace(clip=Clip("x", frames=6, size=(32, 32)))
+    make_by_ray(None, 1, settings(tiny), jobs, tmp_path, told.append)
+    assert sorted((outcome.job.name, outcome.state) for outcome in told) == [
+        ("0.mp4", "done"), ("1.mp4", "failed"), ("2.mp4", "done"),
+    ]  # fmt: skip
+    assert "nearest is 5" in next(outcome.error for outcome in told if outcome.error)
+    with pytest.raises(TurboError, match=r"tiny_umt5\.safetensors"):
+        make_by_ray(None, 1, settings(tiny, dit=str(tiny / FILES[2])), jobs, tmp_path, told.append)
+
+
+def test_a_head_that_is_not_there_is_named(tiny, tmp_path):
+    with pytest.raises(TurboError, match=r"127\.0\.0\.1:1 is not reached"):
+        make_by_ray("127.0.0.1:1", 1, settings(tiny), listed(1), Path(tmp_path), print)

@@ -1,0 +1,138 @@
+"""Jobs over many machines by Ray Data: it schedules, scales and tries again; an actor is a pipeline.
+
+A video that an actor had finished before it died is found by what it says of itself and not made again, so a block of
+jobs may be tried as often as Ray likes. Files and the output folder must be the same paths on every machine.
+"""
+
+import json
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from .. import __version__
+from ..errors import TurboError, shown
+from ..pipeline import Pipeline
+from ..pipeline.video import read_made
+from .jobs import Job
+from .making import Outcome, make
+
+_BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
+
+
+def make_by_ray(
+    address: str | None,
+    actors: int,
+    settings: dict,
+    jobs: list[Job],
+    folder,
+    tell: Callable[[Outcome], None],
+    **options,
+) -> None:
+    """Make all jobs on a Ray cluster; address None: a cluster of this machine alone.
+
+    actors: pipelines at work at most, each on a GPU of its own, or on a CPU where settings name the CPU. options: of
+    making.make. Raises TurboError where Ray is missing or not reached, and where an actor finds the models at fault.
+    """
+    ray = _ray()
+    _check_reached(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    local = {"include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        reason = shown((str(error).splitlines() or [""])[0], 200)
+        raise TurboError(f"--ray: {shown(address)} is not reached ({reason}). Is the head running there?") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        on_cpu = settings.get("device") == "cpu"
+        each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
+        constants = {"settings": settings, "folder": str(Path(folder).resolve()), "options": options}
+        rows = [{"job": pickle.dumps(numbered)} for numbered in enumerate(jobs)]
+        blocks = min(len(jobs), max(-(-len(jobs) // _BLOCK), 2 * actors))  # so that every actor has work
+        outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            _Maker,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+            fn_constructor_kwargs=constants | {"version": __version__},
+            **each,
+        )
+        for row in outcomes.iter_rows():
+            found = json.loads(row["outcome"])
+            if "fatal" in found:
+                raise TurboError(found["fatal"])
+            tell(Outcome(jobs[found.pop("number")], **found))
+    finally:
+        ray.shutdown()
+
+
+class _Maker:
+    """An actor: its pipeline, and what it made of a block of jobs."""
+
+    def __init__(self, settings, folder, options, version):
+        self.folder, self.options, self.fatal, self.pipe = Path(folder), options, None, None
+        if version != __version__:
+            self.fatal = f"A machine of the cluster has version {__version__} of this pack, the head has {version}."
+            return
+        try:
+            if not self.folder.is_dir():
+                raise TurboError(f"{folder} is not there on a machine of the cluster. Use a folder that all share.")
+            self.pipe = Pipeline(**settings)
+        except TurboError as error:
+            self.fatal = str(error)
+
+    def __call__(self, block):
+        told = []
+        if self.fatal is None:
+            try:
+                self._make([pickle.loads(raw) for raw in block["job"]], told)
+            except TurboError as error:
+                self.fatal = str(error)
+        if self.fatal is not None:
+            told.append({"fatal": self.fatal})
+        return {"outcome": [json.dumps(outcome) for outcome in told]}
+
+    def _make(self, numbered, told):
+        number = {job.name: index for index, job in numbered}
+        missing = []
+        for index, job in numbered:
+            place, found = self.folder / job.name, None
+            with suppress(TurboError):
+                found = read_made(place)
+            if found and found.get("id") == job.id:
+                told.append({"number": index, "state": "done", "bytes": place.stat().st_size})
+            else:
+                missing.append(job)
+
+        def tell(outcome):
+            if outcome.state != "begun":
+                job, *rest = outcome
+                told.append({"number": number[job.name], **dict(zip(Outcome._fields[1:], rest))})
+
+        make(self.pipe, missing, self.folder, tell, **self.options)
+
+
+def _check_reached(address: str | None) -> None:
+    """Raise TurboError where nothing listens at host:port; Ray itself would wait for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", or a form that Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise TurboError(f"--ray: {shown(address)} is not reached ({error}). Is the head running there?") from error
+
+
+def _ray():
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise TurboError(
+            'Many machines need Ray. Cure: pip install "comfyui-turbowan[cluster]", or leave --ray out.'
+        ) from error
+    return ray
