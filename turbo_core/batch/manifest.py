@@ -49,20 +49,19 @@ class Manifest:
         self._held.close()
 
     def is_done(self, job: Job) -> bool:
-        """True where this very video is there: by the manifest, or, where a process was killed before it could be
-        entered, by what the video says of itself."""
-        place = self.folder / job.name
-        try:
-            size = place.stat().st_size
-        except OSError:
-            return False
+        """True where this very video is there. One that a killed process could not enter any more is entered."""
         known = self.known.get(job.name, {})
         if known.get("state") == "done" and known.get("id") == job.id:
-            return known.get("bytes") == size
+            return known.get("bytes") == _size(self.folder / job.name)
+        if not self.is_there(job):
+            return False
+        self.record(job, "done", bytes=_size(self.folder / job.name))
+        return True
+
+    def is_there(self, job: Job) -> bool:
+        """True where the video says of itself that it is this job's."""
         with suppress(TurboError):
-            if (read_made(place) or {}).get("id") == job.id:
-                self.record(job, "done", bytes=size)
-                return True
+            return (read_made(self.folder / job.name) or {}).get("id") == job.id
         return False
 
     def record(self, job: Job, state: str, **more) -> None:
@@ -77,3 +76,10 @@ class Manifest:
         except OSError as error:
             raise TurboError(f"Could not write {self.path} ({error}). Free space and start again.") from error
         self.known[job.name] = record
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
