@@ -122,8 +122,10 @@ def _devices(arguments) -> list:
     count = _count(arguments)
     if arguments.parallel:
         if count is not None or arguments.ray is not None:
-            raise TurboError("--workers and --ray make a clip in each process, --parallel one in all: choose one of them.")
+            raise TurboError("--workers, --ray make a clip in each process, --parallel one in all: choose one of them.")
         return [arguments.device]
+    if arguments.ray is not None:
+        return []
     if arguments.device is None and torch.cuda.is_available():
         cards = torch.cuda.device_count()
         if count is not None and count > cards:
