@@ -33,9 +33,10 @@ def tell_memory(patcher):
 def _prepare(executor, patcher, *args, **kwargs):
     """The host's preparation of a run, with our factor in place of its own as long as that lasts."""
     model, size = patcher.model, comfy.model_management.dtype_size(patcher.model.get_dtype_inference())
-    if not (_by_area(patcher.load_device) and _all_fused(patcher)):
-        return executor(patcher, *args, **kwargs)
     before = model.memory_usage_factor
+    chosen = before != model.model_config.memory_usage_factor  # by a node for that, which knows better
+    if chosen or not (_by_area(patcher.load_device) and _all_fused(patcher)):
+        return executor(patcher, *args, **kwargs)
     model.memory_usage_factor = token_bytes(patcher, size) / (_AREA * size * _UNIT)
     try:
         return executor(patcher, *args, **kwargs)

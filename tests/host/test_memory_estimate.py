@@ -110,7 +110,9 @@ def by_host(comfy, model, monkeypatch):
         return asked(comfy, model, monkeypatch)
 
 
-@pytest.mark.parametrize("what", ["a LoRA", "a bypass LoRA", "a patch", "an override", "a wish", "a hook on a block"])
+@pytest.mark.parametrize(
+    "what", ["a LoRA", "a bypass LoRA", "a patch", "an override", "a wish", "a hook on a block", "a factor of a node"]
+)
 def test_what_may_send_a_block_the_host_s_way_keeps_the_host_s_estimate(comfy, lab, kernels, pack, monkeypatch, what):
     model = pack.part("nodes.reports.memory").tell_memory(lab.load(QUANT))
     assert asked(comfy, model, monkeypatch) < 0.9 * by_host(comfy, model, monkeypatch)
@@ -127,6 +129,8 @@ def test_what_may_send_a_block_the_host_s_way_keeps_the_host_s_estimate(comfy, l
         wish = torch.nn.Module()
         wish.function = torch.nn.functional.scaled_dot_product_attention
         model.model.diffusion_model.blocks[1].self_attn.comfy_attention = wish
+    elif what == "a factor of a node":
+        model.model.memory_usage_factor *= 0.5
     else:
         block = model.model.diffusion_model.blocks[1]
         model.add_object_patch("diffusion_model.blocks.1.ffn.forward", block.ffn.forward)
