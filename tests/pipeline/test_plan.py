@@ -16,7 +16,7 @@ from turbo_core.pipeline import plan, sizes
 from turbo_core.vae import WanVAE, ops
 from turbo_core.vae.memory import piece_bytes
 from turbo_core.vae.past import Past
-from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, WanModel, block, fused, layers
+from turbo_core.wan import QUANTIZED_LINEARS, Int8Linear, Text, WanModel, block, fused, layers
 
 TOLERANCE = 0.1
 SMALL = plan.Model(Sizes(256, 16, 16, 640, 64, 256, 128), 2, True)
@@ -139,6 +139,15 @@ def kernels(monkeypatch):
     monkeypatch.setattr(fused, "pays", lambda device: True)
     monkeypatch.setattr(layers, "use_triton", lambda device, family: True)
     monkeypatch.setattr(block, "sla_from_qkv", allocating.attention)
+
+
+def test_keys_and_values_of_the_text_stay():
+    """As many as the plan adds, of a text without padding."""
+    net, text = network(SMALL, "float"), Text(torch.randn(1, 40, SMALL.sizes.text_dim))
+    with torch.no_grad():
+        net(torch.randn(1, 16, 1, 4, 4), torch.tensor([900.0]), text)
+    [kept] = text.of(net, torch.bfloat16)[2]
+    assert sum(t.nbytes for t in kept[0]) == plan.kept_text_bytes(SMALL._replace(blocks=1), 40)
 
 
 @pytest.mark.parametrize("linears", ["int8_block", "int8_row"])

@@ -61,6 +61,8 @@ def run_plan(arguments) -> None:
     tokens = math.prod(latent_shape(width, height, frames)) // 4
     linears = format if format in formats.INTEGERS else "float"
     total, moment, living = plan.step_peak(model, tokens, linears, topk, arguments.precision)
+    kept = plan.kept_text_bytes(model)
+    living, total = living | {"keys and values of the text, of all blocks": kept}, total + kept
     rows = [(name, f"{size / gib:.2f} GiB") for name, size in living.items()]
     table(f"Sampling beside the weights, {tokens} tokens, {moment}: {total / gib:.2f} GiB", rows)
     print(

@@ -180,6 +180,12 @@ def step_peak(model: Model, tokens: int, linears: str, topk=None, precision="bf1
     return sum(moments[moment].values()), moment, moments[moment]
 
 
+def kept_text_bytes(model: Model, text=TEXT_TOKENS) -> int:
+    """Bytes of the text's keys and values in all blocks, which stay from step to step, see wan.Text; at most: padding
+    is left out of them where it pays."""
+    return 2 * 2 * text * model.sizes.dim * model.blocks
+
+
 def vae_peak(width: int, height: int, work: str = "decode", tiled: bool = False) -> int:
     """Bytes that decoding or encoding takes at least in bf16, without the 0.25 GB of weights: of one latent frame at a
     time. The video itself is in main memory."""
@@ -213,6 +219,7 @@ def stages(
     # fp8 beside proj_l is decoded when it is loaded
     weights, block = weight_bytes(model, "bf16" if format == "fp8" and model.has_sla else format)
     activations, _, _ = step_peak(model, tokens, format if format in INTEGERS else "float", topk, precision)
+    activations += kept_text_bytes(model)
     found.append(_weights_stage("sampling", room, weights, activations, block, model.experts))
     found.append(_vae_stage("VAE decode", room, width, height, "decode"))
     return found

@@ -38,7 +38,9 @@ def what_stays(model: Description, ready: Ready, expert_bytes: list[int], memory
     width, height = ready.size
     share = dtype.itemsize / 2  # the planner counts in types of two bytes
     linears = model.format if model.format in INTEGERS else "float"
-    step = plan.step_peak(plan.model_of(model), ready.tokens, linears, ready.topk, ready.clip.precision)[0] * share
+    planned = plan.model_of(model)
+    step = plan.step_peak(planned, ready.tokens, linears, ready.topk, ready.clip.precision)[0]
+    step = (step + plan.kept_text_bytes(planned)) * share
     decode = plan.vae_peak(width, height, "decode", ready.clip.tiled) * share
     dit = max(expert_bytes) + max(step, decode) <= memory
     experts = sum(expert_bytes) + max(step, decode) <= memory
