@@ -13,6 +13,7 @@ from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape, products, reference
 from turbo_core.pipeline import plan, sizes
+from turbo_core.sla import reference as attention
 from turbo_core.vae import WanVAE, ops
 from turbo_core.vae.memory import piece_bytes
 from turbo_core.vae.past import Past
@@ -40,6 +41,7 @@ def card(monkeypatch):
     monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
     for module in (products, reference):
         monkeypatch.setattr(module, "has_cache", lambda device: False)
+    monkeypatch.setattr(attention, "_has_cache", lambda device: False)
 
 
 def network(model, linears):

@@ -7,10 +7,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import oracles
 from tests.helpers.attention_inputs import projection
+from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.qkv import BLOCKS, LENGTHS, qkv
 from tests.helpers.tensors import assert_close, relative
 from turbo_core import sla
-from turbo_core.sla import reference
+from turbo_core.int8 import products
+from turbo_core.sla import reference, rows
+
+
+@pytest.fixture(params=["a row at a time", "pieces", "no int8"], autouse=True)
+def way(request, monkeypatch):
+    """As a CPU computes, as other devices and what learns do, and as a CPU without products of int8."""
+    if request.param == "pieces":
+        monkeypatch.setattr(reference, "_has_cache", lambda device: False)
+    monkeypatch.setattr(products, "int_mm_pays", lambda device: request.param != "no int8")
+    return request.param
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -224,3 +235,54 @@ def test_memory_is_linear_in_the_length(precision, topk, monkeypatch):
             reference.sparse_attention(q, k, v, sla.block_map(q, k, topk), precision=precision)
         largest[length] = seen.numel
     assert largest[4096] <= 4.01 * largest[1024]
+
+
+@pytest.mark.parametrize("threads", [1, 8, 40])
+def test_rows_computed_together_are_those_computed_alone(threads, monkeypatch, way):
+    if way != "a row at a time":
+        pytest.skip("rows are grouped on a CPU")
+    q, k, v = qkv(720, 700, b=2, h=2)  # six query blocks, of which those that keep the ragged last key block end early
+    index = sla.block_map(q, k, 0.4)
+    ragged = (index == 10).any(-1)
+    assert ragged.any() and not ragged.all()
+    expected = oracles.attention(q, k, v, index)
+    seen, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **b: seen.append(len(q)) or attend(q, *a, **b))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.testing.assert_close(reference.sparse_attention(q, k, v, index).double(), expected, rtol=1e-5, atol=2e-6)
+    assert max(seen) == {1: 1, 8: 2, 40: 1}[threads]  # all six together are of different lengths
+
+
+def test_a_map_in_any_order_cuts_off_the_padding():
+    q, k, v = qkv(128, 300, d=64)
+    index = torch.tensor([4, 0, 2], dtype=torch.int32).expand(1, q.shape[2], 1, 3)  # the last block holds 44 keys
+    expected = oracles.attention(q, k, v, index)
+    torch.testing.assert_close(reference.sparse_attention(q, k, v, index).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_every_probability_is_rounded_to_fp8_as_torch_rounds():
+    p = torch.cat([torch.linspace(0, 1, 4097), torch.logspace(-12, 0, 4095)]).view(2, -1)
+    assert torch.equal(rows.fake_fp8(p.clone(), products.Room()), reference._fake_fp8(p, 1 / 448))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_and_strides(dtype, precision):
+    q, k, v = (x.to(dtype) for x in qkv(300, h=4, d=128))
+    index = sla.block_map(q[:, :, ::2], k[:, :, ::2], 0.5)
+    out = reference.sparse_attention(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2], index, precision=precision)
+    given = q[:, :, ::2], k[:, :, ::2], v[:, :, ::2], index
+    exact = emulate_low_bit(*given, 128, 64) if precision == "int8" else oracles.attention(*given)
+    assert out.dtype == dtype
+    # three key blocks a row: the rounding of probabilities averages out over fewer keys than elsewhere
+    assert_close(out, exact, 0.025 if precision == "int8" else 2 * torch.finfo(dtype).eps)
+
+
+def test_what_is_held_beside_the_blocks_is_one_row(way):
+    if way == "pieces":
+        pytest.skip("other devices gather up to GATHERED")
+    q, k, v = qkv(2048, h=2, d=64)
+    index = sla.block_map(q, k, 0.5)
+    with torch.no_grad(), LiveBytes() as count:
+        reference.sparse_attention(q, k, v, index)
+    assert count.peak < 4 * q.nbytes + 2 * (16 * 64 * 64 * 4) + 2**18  # blocks of q, k, v, their result, one row

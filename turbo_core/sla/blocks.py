@@ -8,7 +8,6 @@ after SpargeAttn (arXiv 2502.18137), gives blocks to the rows that spread and ta
 import contextlib
 
 import torch
-import torch.nn.functional as F
 
 SLICE = 1 << 22  # scores held in float32 at a time
 _UNITS = 1 << 30  # shares are counted in whole units: sums of integers are the same in any order
@@ -17,8 +16,10 @@ _UNITS = 1 << 30  # shares are counted in whole units: sums of integers are the 
 def in_blocks(x, block):
     """[B, L, H, D] -> [B * H, blocks, block, D], zero-padded."""
     b, length, h, d = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, -length % block))
-    return x.permute(0, 2, 1, 3).reshape(b * h, -1, block, d)
+    blocks = x.new_empty(b, h, length + -length % block, d)  # padded and turned in one pass
+    blocks[:, :, :length] = x.transpose(1, 2)
+    blocks[:, :, length:] = 0
+    return blocks.view(b * h, -1, block, d)
 
 
 def nan_unless_finite(x):

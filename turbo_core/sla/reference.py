@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from ..dispatch import learning
 from ..int8 import quantize_block
 from ..rope import rotate
+from . import rows
 from .blocks import covering_map, in_blocks, nan_unless_finite, top_map
 
 GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
@@ -14,8 +16,18 @@ _FP8_MAX = 448.0
 
 def _fake_int8(x):
     """Round [..., block, D] to int8 with one scale per block, and back."""
-    scale = x.abs().amax((-1, -2), keepdim=True).clamp_min(1e-8) / 127
+    scale = _block_scale(x)
     return (x / scale).round_().mul_(scale)
+
+
+def _block_scale(x):
+    return x.abs().amax((-1, -2), keepdim=True).clamp_min(1e-8) / 127
+
+
+def _int8(x):
+    """[..., block, D] in int8, with a scale for each block [...]."""
+    scale = _block_scale(x)
+    return (x / scale).round_().to(torch.int8), scale[..., 0, 0]
 
 
 def _fake_fp8(x, scale):
@@ -46,6 +58,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     """
     b, length, h, d = q.shape
     keys, dtype = k.shape[1], q.dtype
+    by_rows = _has_cache(q.device) and not learning(q, k, v)
     attend = _attend
     if precision == "int8":
         q, k, v = q.float(), k.float(), v.float()
@@ -55,30 +68,44 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
         v = _fake_fp8(nan_unless_finite(v), v_amax.clamp_min(1e-8) / _FP8_MAX)  # the cast makes 448 of infinity
         attend = _attend_low_bit
     qb, kb, vb = in_blocks(q, block_q), in_blocks(k, block_k), in_blocks(v, block_k)
+    index = index.reshape(b * h, qb.shape[1], -1).long()
+    if by_rows:
+        index = index.sort(-1).values
+        given = vb, index, rows.lengths_of(index, counts, keys, block_k), d**-0.5
+        if precision == "int8":
+            (q8, q_scale), (k8, k_scale) = _int8(qb), _int8(kb)
+            out = rows.attend_low_bit(q8, q_scale, k8, k_scale, *given)
+        else:
+            out = rows.attend(qb, kb, *given)
+        return out.view(b, h, -1, d)[:, :, :length].transpose(1, 2).to(dtype)
     if precision == "int8":
         qb, kb = _fake_int8(qb), _fake_int8(kb)
-    index = index.reshape(b * h, qb.shape[1], -1).long()
     kept = index.shape[-1]
     counts = None if counts is None else counts.reshape(b * h, -1, 1)
     batch = torch.arange(b * h, device=q.device)[:, None, None]
     out = torch.empty_like(qb)
     step = max(1, GATHERED // (b * h * kept * block_k * d * kb.element_size()))
     for start in range(0, qb.shape[1], step):
-        rows = slice(start, start + step)
-        chosen = index[:, rows]
+        some = slice(start, start + step)
+        chosen = index[:, some]
         mask = None
         if keys % block_k:
             mask = chosen[..., None] * block_k + torch.arange(block_k, device=q.device) < keys
         if counts is not None:
-            there = (torch.arange(kept, device=q.device) < counts[:, rows])[..., None].expand(-1, -1, -1, block_k)
+            there = (torch.arange(kept, device=q.device) < counts[:, some])[..., None].expand(-1, -1, -1, block_k)
             mask = there if mask is None else mask & there
         if mask is not None:
             mask = mask.reshape(-1, 1, kept * block_k)
-        part = qb[:, rows]
+        part = qb[:, some]
         gathered = (x[batch, chosen].reshape(-1, kept * block_k, d) for x in (kb, vb))
-        out[:, rows] = attend(part.reshape(-1, block_q, d), *gathered, mask, d**-0.5).view_as(part)
+        out[:, some] = attend(part.reshape(-1, block_q, d), *gathered, mask, d**-0.5).view_as(part)
     out = out.view(b, h, -1, d)[:, :, :length]
     return out.transpose(1, 2).to(dtype)
+
+
+def _has_cache(device) -> bool:
+    """True where the keys of one query block stay near, and a launch costs nothing."""
+    return device.type == "cpu"
 
 
 def linear_branch(q, k, v, proj_weight, proj_bias, fold: bool = True):
@@ -115,7 +142,9 @@ def sparse_linear_attention(q, k, v, proj_weight, proj_bias, topk, coverage, blo
         else:
             index, counts = _select(*some[:2], topk, coverage, block_q, block_k)
             part = sparse_attention(*some, index, block_q, block_k, precision, counts)
-        out[heads] = part if proj_weight is None else part + linear_branch(*some, proj_weight, proj_bias)
+        out[heads] = part
+        if proj_weight is not None:
+            out[heads].add_(linear_branch(*some, proj_weight, proj_bias))
     return out
 
 
