@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turbo_core import int8
-from turbo_core.bench import attention, block, check, harness, linear, streaming
+from turbo_core.bench import attention, block, check, harness, linear, streaming, vae
 from turbo_core.bench.harness import Missing
 
 
@@ -22,6 +22,7 @@ def test_compiled_contenders_are_named_where_quick_leaves_them_out():
         (streaming.cases, 5),
         (attention.cases, 2),
         (block.cases, 1),
+        (vae.cases, 2),  # decode, encode
     ],
 )
 def test_every_contender_of_ours_is_right_at_the_quick_shapes(make, cases):

@@ -135,9 +135,10 @@ def test_the_groups_of_the_command_are_those_of_the_library():
 
 def test_shapes_go_to_the_groups_they_fit():
     groups = tuple(run.GROUPS)
-    found = run.parse_shapes(["8x16x32", "1x2X300x64", "300x256"], groups)
+    found = run.parse_shapes(["8x16x32", "1x2X300x64", "300x256", "1x8x5x24x16"], groups)
     assert found == {
-        "linear": [(8, 16, 32)], "attention": [(1, 2, 300, 64)], "streaming": [(300, 256)], "block": [(300, 256)]
+        "linear": [(8, 16, 32)], "attention": [(1, 2, 300, 64)], "streaming": [(300, 256)], "block": [(300, 256)],
+        "vae": [(1, 8, 5, 24, 16)],
     }  # fmt: skip
     for text in ("8x16", "8x0x16", "8xax9", "8x16x32x64x1"):
         with pytest.raises(TurboError, match="MxNxK for linear"):

@@ -17,6 +17,7 @@ def good_inputs(node, given):
         "TurboSampler": {"model": model, **run, "sigma_max": 0.0},
         "TurboSave": {"model": model, "filename_prefix": "x"},
         "TurboTextEncoderLoader": {"text_encoder": "x"},
+        "TurboVAE": {"vae": None},
         "TurboSize": {"resolution": "480p", "aspect_ratio": "16:9", "seconds": 5.0},
         "TurboCompare": {"model_a": model, "model_b": model, **run},
         "TurboDoctor": {},

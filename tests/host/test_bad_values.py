@@ -57,6 +57,7 @@ NOTHING = [
     ),
     ("TurboSave", {"model": "connect one", "filename_prefix": "write a name"}),
     ("TurboTextEncoderLoader", {"text_encoder": "choose one"}),
+    ("TurboVAE", {"vae": "connect one, from Load VAE"}),
     ("TurboSize", {"resolution": "one of 480p", "aspect_ratio": "one of 1:1", "seconds": "from 0 to 60"}),
     (
         "TurboCompare",

@@ -18,7 +18,7 @@ PICTURE_LIMIT = 60_000  # bytes; a help page is opened over slow networks too
 LANGUAGES = "ko", "zh", "ja"
 SCRIPTS = {"ko": "[가-힣]", "zh": "[一-鿿]", "ja": "[ぁ-ヿ一-鿿]"}
 FOREIGN = {"ko": "[ぁ-ヿ一-鿿]", "zh": "[가-힣ぁ-ヿ]", "ja": "[가-힣]"}
-SAME_IN_ALL = {"top-k", "Sigmas", "Latent A", "Latent B"}  # names that ComfyUI's own translations leave as well
+SAME_IN_ALL = {"top-k", "Sigmas", "Latent A", "Latent B", "vae"}  # names that ComfyUI's own translations leave as well
 ENGLISH_RUN = re.compile(r"(?:\b[a-z]{2,}[ ,]+){2}[a-z]{2,}\b")  # three English words in a row
 FACT = re.compile(r'"[^"]+"|\b[\w./-]*[\d_/][\w./-]*\w|\.\w+\b')  # examples, numbers, paths, names of formats and files
 

@@ -43,6 +43,10 @@ PICTURES = {
         ],
         ["0.0.0 > 1.0.model", "0.1.0 > 1.1.clip", "1.0.0 > 2.0.model", "1.1.0 > 2.0.positive"],
     ),
+    "TurboVAE": (
+        [[node("VAELoader", vae_name="wan_2.1_vae.safetensors")], [node("TurboVAE")], [node("VAEDecode")]],
+        ["0.0.0 > 1.0.vae", "1.0.0 > 2.0.vae"],
+    ),
     "TurboTextEncoderLoader": (
         [[node("TurboTextEncoderLoader", text_encoder=UMT5)], [node("CLIPTextEncode", text="A fishing boat ...")]],
         ["0.0.0 > 1.0.clip"],

@@ -9,7 +9,7 @@ import torch
 from ..diagnostics import charts
 from ..errors import TurboError
 from ..selfcheck import prove
-from . import attention, block, harness, linear, machine, streaming
+from . import attention, block, harness, linear, machine, streaming, vae
 from .report import SCHEMA, describe, rate, save, show, write
 
 GROUPS = {
@@ -17,8 +17,9 @@ GROUPS = {
     "streaming": (streaming, 2),
     "attention": (attention, 4),
     "block": (block, 2),
+    "vae": (vae, 5),
 }
-FORMS = {"linear": "MxNxK", "streaming": "MxK", "attention": "BxHxLxD", "block": "LxDIM"}
+FORMS = {"linear": "MxNxK", "streaming": "MxK", "attention": "BxHxLxD", "block": "LxDIM", "vae": "BxDIMxTxHxW"}
 
 
 def parse_shapes(texts: list[str], groups) -> dict[str, list[tuple[int, ...]]]:

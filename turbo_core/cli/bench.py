@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import TurboError
 
-BENCHMARKS = ("linear", "streaming", "attention", "block")
+BENCHMARKS = ("linear", "streaming", "attention", "block", "vae")
 CLIP = "clip"  # whole processes, not kernels: only where it is asked for
 
 
@@ -27,7 +27,7 @@ def add_verbs(verbs, common) -> None:
         nargs="+",
         default=[],
         metavar="AxB",
-        help="MxK streaming, LxDIM block, MxNxK linear, BxHxLxD attention",
+        help="MxK streaming, LxDIM block, MxNxK linear, BxHxLxD attention, BxDIMxTxHxW vae",
     )
     add("--quick", action="store_true", help="tiny shapes, nothing compiled: does it run?")
     add("--check", action="store_true", help="first hold every kernel to an oracle on awkward shapes")

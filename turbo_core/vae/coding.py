@@ -37,11 +37,11 @@ def encode_video(vae: WanVAE, video: torch.Tensor, tiled: bool = False) -> torch
         )
 
     def run(piece, past):
-        return vae.encode_piece(piece, past)[:, :LATENT_CHANNELS].float()
+        return _wide(vae.encode_piece(piece, past)[:, :LATENT_CHANNELS])
 
     kept = _Job(vae, "encode", run, video, (4, 1)).run(tiled, lambda latent: latent)
-    mean, std = _statistics(vae.device)
-    return (torch.cat(kept, 2).to(vae.device) - mean) / std
+    mean, std = _statistics(vae.place)
+    return (torch.cat(kept, 2).to(vae.place) - mean) / std
 
 
 @torch.no_grad()
@@ -51,13 +51,15 @@ def decode_video(vae: WanVAE, latent: torch.Tensor, tiled: bool = False) -> torc
 
 
 @torch.no_grad()
-def decode_each(vae: WanVAE, latent: torch.Tensor, keep, tiled: bool = False, progress=None) -> list:
+def decode_each(
+    vae: WanVAE, latent: torch.Tensor, keep, tiled: bool = False, progress=None, most: int = MOST_FRAMES
+) -> list:
     """What `keep` makes of each piece of the video, in order: of the first frame, then of some frames at a time.
 
     latent: normalized, [B, 16, T, H, W]. keep: callable (float32 [B, 3, t, 8H, 8W] in [-1, 1], on the VAE's device or
     on the CPU). tiled: decode in overlapping tiles of 256 pixels, which takes a fraction of the memory and blends
     seams; without, the numbers are those of the whole video, whatever the pieces. A device that runs full gets
-    smaller pieces, then tiles. progress: callable (done, total).
+    smaller pieces, then tiles. progress: callable (done, total). most: latent frames of a piece.
     Raises TurboError for latents of another shape, with NaN or infinity, and where the memory is not enough.
     """
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS or 0 in latent.shape:
@@ -70,9 +72,24 @@ def decode_each(vae: WanVAE, latent: torch.Tensor, keep, tiled: bool = False, pr
     mean, std = _statistics(latent.device)
 
     def run(piece, past):
-        return vae.decode_piece(piece, past).float().clamp_(-1, 1)
+        return _wide(vae.decode_piece(piece, past)).clamp_(-1, 1)
 
-    return _Job(vae, "decode", run, latent.float() * std + mean, (1, 4), progress).run(tiled, keep)
+    return _Job(vae, "decode", run, _wide(latent) * std + mean, (1, 4), progress, most).run(tiled, keep)
+
+
+def raw_pieces(vae: WanVAE, work: str, source: torch.Tensor):
+    """What encode_piece ("encode") or decode_piece ("decode") gives for a whole video or its latents, piece by piece.
+
+    Fewer frames a piece where the device runs full; the error of a device on which not one latent frame fits is left to
+    the caller.
+    """
+    job = _Job(vae, work, getattr(vae, f"{work}_piece"), source, (4, 1) if work == "encode" else (1, 4))
+    yield from job.pieces(source, job.latents)
+
+
+def _wide(x):
+    """In float32, or float64 where it came so."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _statistics(device):
@@ -82,39 +99,40 @@ def _statistics(device):
 class _Job:
     """One video on its way through encoder or decoder. scales: frames of source and result to a latent frame."""
 
-    def __init__(self, vae, work, run, source, scales, progress=None):
+    def __init__(self, vae, work, run, source, scales, progress=None, most=MOST_FRAMES):
         self.vae, self.work, self.step, self.source = vae, work, run, source
         self.frames_in, self.frames_out = scales
         self.side_in, self.side_out = (8, 1) if work == "encode" else (1, 8)
         self.latents = (source.shape[2] - 1) // self.frames_in + 1
         self.height, self.width = (side // self.side_in for side in source.shape[3:])  # in latent pixels
+        self.most = most
         self.progress, self.done = progress or (lambda done, total: None), 0
 
     def run(self, tiled, keep):
         problem = None
         if not tiled:
             try:
-                return [keep(piece) for piece in self._pieces(self.source, self.latents)]
+                return [keep(piece) for piece in self.pieces(self.source, self.latents)]
             except (RuntimeError, MemoryError) as error:
                 problem = _shortage(error)  # words alone: the error itself holds the tensors of its frames
             _LOG.warning("%s the video in one piece takes too much memory (%s): in tiles now.", self.work, problem)
-            release(self.vae.device)
+            release(self.vae.place)
         try:
             video = self._in_tiles()
             return [keep(piece) for piece in video.split(max(1, self.frames_out) * MOST_FRAMES, 2)]
         except (RuntimeError, MemoryError) as error:
             problem = _shortage(error)
-        release(self.vae.device)
+        release(self.vae.place)
         raise OutOfMemory(
             f"VAE: out of memory ({problem}) even with one latent frame of a tile at a time. Free some of "
-            f"{self.vae.device}'s memory, or choose a smaller size or fewer frames."
+            f"{self.vae.place}'s memory, or choose a smaller size or fewer frames."
         )
 
-    def _pieces(self, source, total):
+    def pieces(self, source, total):
         """Results for the first frame, then for some latent frames at a time; fewer where the device runs full."""
-        device, batch = self.vae.device, source.shape[0]
+        device, batch = self.vae.place, source.shape[0]
         area = batch * source.shape[3] * source.shape[4] * (8 // self.side_in) ** 2
-        most = frames_of_a_piece(self.work, area, self.vae.dim, self.vae.dtype, device)
+        most = min(self.most, frames_of_a_piece(self.work, area, self.vae.dim, self.vae.dtype, device))
         past, start = Past(), 0
         while start < source.shape[2]:
             stop = min(start + self.frames_in * most, source.shape[2]) if start else 1
@@ -135,7 +153,7 @@ class _Job:
             start = stop
 
     def _packed(self, piece):
-        device = self.vae.device
+        device = self.vae.place
         layout = torch.contiguous_format if device.type == "mps" else torch.channels_last_3d
         return piece.to(device, self.vae.dtype).contiguous(memory_format=layout)
 
@@ -151,7 +169,7 @@ class _Job:
             s = self.side_out
             share = tiles.weights(rows, self.height, s)[:, None] * tiles.weights(columns, self.width, s)
             start = 0
-            for piece in self._pieces(part, len(plan) * self.latents):
+            for piece in self.pieces(part, len(plan) * self.latents):
                 piece = piece.cpu()
                 if result is None:
                     frames = (self.latents - 1) * self.frames_out + 1

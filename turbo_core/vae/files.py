@@ -28,12 +28,12 @@ def load_vae(path, device="cpu", dtype=torch.float32) -> WanVAE:
     return build_vae(open_tensors(path).tensors, path, device, dtype)
 
 
-def build_vae(state: dict, path, device="cpu", dtype=torch.float32) -> WanVAE:
-    """The same of tensors by name; path names them in errors."""
+def build_vae(state: dict, path, device="cpu", dtype=torch.float32, kind=WanVAE) -> WanVAE:
+    """The same of tensors by name; path names them in errors. kind: the class to make."""
     diffusers = _check_kind(state, path)
     dim = _base_dim(state, "decoder.norm_out.gamma" if diffusers else "decoder.head.0.gamma", path)
     with torch.device("meta"):
-        model = WanVAE(dim)
+        model = kind(dim)
     if diffusers:
         official = {diffusers_name(name): name for name in model.state_dict()}
         state = {official.get(name, name): value for name, value in state.items()}

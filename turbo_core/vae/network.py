@@ -91,7 +91,8 @@ class WanVAE(nn.Module):
         self.conv2 = Pointwise(LATENT_CHANNELS, LATENT_CHANNELS, 1)
 
     @property
-    def device(self) -> torch.device:
+    def place(self) -> torch.device:
+        """The device of its weights; a host that moves networks writes a `device` of its own to them."""
         return self.conv2.weight.device
 
     @property

@@ -29,13 +29,13 @@ def _has_onednn(kind: str, dtype: torch.dtype) -> bool:
 
 def rms_norm(x, gamma):
     """x / |x| * sqrt(C) * gamma over the channels of [B, C, ...], in float32 inside."""
-    wide = F.normalize(x.float(), dim=1, eps=_TINY)
+    wide = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=_TINY)
     return (wide * (gamma.float().view(1, -1, *[1] * (x.ndim - 2)) * x.shape[1] ** 0.5)).to(x.dtype)
 
 
 def norm_silu(x, gamma, out):
     """SiLU(rms_norm(x, gamma)) into out, which may be a part of a larger tensor."""
-    if torch.is_grad_enabled() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+    if torch.is_grad_enabled() or x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last_3d):
         out.copy_(F.silu(rms_norm(x, gamma)))
         return
     channels = x.shape[1]
