@@ -1,6 +1,7 @@
 """Files in every spelling and number format, as TurboLoader and TurboSave take them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.diffusers_files import INDEX, renamed, repacked, sharded
 from tests.helpers.lab import QUANT, STOCK, T2V
 from tests.helpers.states import official, plain, saved
-from tests.helpers.tiny_dits import tiny_state_dict, unquantized
+from tests.helpers.tiny_dits import TINY, tiny_state_dict, unquantized
 from turbo_core import checkpoint
 from turbo_core.checkpoint.names import is_quantizable
 
@@ -140,6 +141,33 @@ def test_a_shard_names_the_index_in_the_node(lab, state, place):
     for name in offered(lab, "TurboLoader", "model_name"):
         with pytest.raises(lab.pack.errors.TurboError, match=f"of 00003: open {INDEX}"):
             lab.pack.nodes["TurboLoader"].execute(name)
+
+
+@pytest.mark.parametrize("what", ["half of them", "one of another model"])
+def test_shards_that_do_not_fit_are_refused_in_the_nodes(lab, state, place, what):
+    index = sharded(renamed(state), place / "model")
+    second = index.with_name("diffusion_pytorch_model-00002-of-00003.safetensors")
+    second.unlink()
+    if what != "half of them":
+        other = sharded(renamed(tiny_state_dict(5, TINY._replace(ffn_dim=640))), place.parent / f"{place.name}-other")
+        shutil.copy(other.with_name(second.name), second)
+    before = sorted(place.rglob("*"))
+    words = "is not there.*Download" if what == "half of them" else "not of the same model"
+    for node, more in {"TurboLoader": (), "TurboConvert": ("bf16",)}.items():
+        with pytest.raises(lab.pack.errors.TurboError, match=words):
+            lab.pack.nodes[node].execute(f"model/{INDEX}", *more)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["TurboWan", "stock"])
+def test_a_wish_that_nobody_knows_changes_no_result(lab, state, tmp_path, name):
+    """An attention of a later year, with keys that no host of today has: carried along."""
+    state = state if name == "TurboWan" else plain(state)
+    wish = torch.tensor(list(b'{"attention": "of_next_year", "depth": [1, {"x": null}]}'), dtype=torch.uint8)
+    model, expected = (lab.load(saved(s, tmp_path / f"{len(s)}.pth")) for s in (state | {KEY: wish}, state))
+    assert torch.equal(lab.denoise(model), lab.denoise(expected))
+    lab.pack.saving.save_model(model, str(tmp_path / "saved.safetensors"))
+    assert torch.equal(load_file(tmp_path / "saved.safetensors")[KEY], wish)
 
 
 HOST_FORMATS = {  # of newer official files: what an entry says beside the name, and what the layout is asked for
