@@ -16,7 +16,16 @@ from turbo_core.train import teacher
 from turbo_core.wan import WanModel
 
 HOUSE = {name: FOLDER / file for name, file in FILES.items()}
-JOB = {"prompt": "a red circle", "width": 32, "height": 32, "frames": 5, "seed": 3, "device": "cpu", "threads": 1}
+JOB = {
+    "prompt": "a red circle",
+    "width": 32,
+    "height": 32,
+    "frames": 5,
+    "seed": 3,
+    "device": "cpu",
+    "threads": 1,
+    "clock": one_clip.WALL,
+}
 
 
 def stepped(schedule, x, velocity):
@@ -82,7 +91,7 @@ def fake(order, missing=()):
         torch.save(torch.ones(2), job["kept"])
         seconds = dict.fromkeys(clip.STAGES, 0.5)
         told = {"seconds": seconds, "steps": [0.1], "peak": {"process": 1 << 20}, "digest": "d"}
-        return told | {"total": float(job["steps"])}
+        return told | {"total": float(job["steps"]), "wall": 9.0}
 
     return child
 
@@ -117,13 +126,28 @@ def test_a_family_that_is_not_whole(tmp_path):
         clip.run(HOUSE | {"teacher": tmp_path / "gone"}, "cpu", tmp_path)
 
 
-def test_a_clip_in_a_process_of_its_own(tmp_path):
+def test_reading_the_dit_within_sampling_is_no_sampling(monkeypatch):
+    clock, now = one_clip.Clock(JOB | {"clock": one_clip.CPU_TIME}), [0.0]
+    monkeypatch.setattr(clock, "read", lambda: now[0])
+    told = clock.follow({"load DiT": "load"})
+    for second, event in (
+        (1, ("sampling", 0, 2)), (1, ("load DiT", 0, 1)), (4, ("load DiT", 1, 1)), (6, ("sampling", 1, 2)),
+        (9, ("sampling", 2, 2)), (9, ("sampling", 2, 2)),
+    ):  # fmt: skip
+        now[0] = float(second)
+        told(*event)
+    assert clock.steps == [2.0, 3.0] and clock.seconds["sampling"] == 5.0 and clock.seconds["load"] == 3.0
+
+
+@pytest.mark.parametrize("clock", [one_clip.WALL, one_clip.CPU_TIME])
+def test_a_clip_in_a_process_of_its_own(tmp_path, clock):
     files = {"dit": HOUSE["student"], "vae": HOUSE["vae"], "text": HOUSE["text"]}
     places = {"output": tmp_path / "clip.mp4", "kept": tmp_path / "kept.pt"}
-    wish = {"maker": "ours", "steps": 1, "guidance": None, "topk": None}
+    wish = {"maker": "ours", "steps": 1, "guidance": None, "topk": None, "clock": clock}
     made = clip._child(JOB | wish | {name: str(path) for name, path in (files | places).items()})
     assert set(made["seconds"]) == set(clip.STAGES) and min(made["seconds"].values()) >= 0, made
     assert sum(made["seconds"].values()) == pytest.approx(made["total"]) and len(made["steps"]) == 1
+    assert 0 < made["total"] < 1.2 * made["wall"]
     assert torch.load(tmp_path / "kept.pt").shape == (1, 16, 2, 4, 4) and (tmp_path / "clip.mp4").stat().st_size > 500
     failed = clip._child(JOB | wish | {"dit": "gone", "vae": "", "text": "", "output": "", "kept": ""})
     assert "gone does not exist" in failed["failed"]

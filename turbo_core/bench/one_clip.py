@@ -22,69 +22,110 @@ from ..wan import Text, WanModel
 from . import rivals
 from .harness import Missing
 
+CPU_TIME, WALL = "CPU time", "wall clock"
+
 
 def main() -> None:
     """Read a job from standard input, make its clip and print the times as the last line."""
     job = json.load(sys.stdin)
-    born = time.time() - job["spawned"]
+    clock = Clock(job)
     torch.set_num_threads(job["threads"])
     try:
-        found = MAKERS[job["maker"]](job)
+        frames, latents = MAKERS[job["maker"]](job, clock)
     except Missing as reason:
         print(json.dumps({"missing": str(reason)}))
         return
-    device = pick_device(job["device"])
-    found["seconds"]["start"] = born
-    frames, latents = found.pop("frames"), found.pop("latents")
     torch.save(latents.float().cpu(), job["kept"])
     digest = hashlib.sha256(frames.numpy().tobytes()).hexdigest()
-    print(json.dumps(found | {"digest": digest[:16], "peak": peak_memory(device)}))
+    told = {"seconds": clock.seconds, "steps": clock.steps, "digest": digest[:16]}
+    print(json.dumps(told | {"peak": peak_memory(pick_device(job["device"]))}))
 
 
-def ours(job) -> dict:
-    """The clip by pipeline.generate."""
+class Clock:
+    """Seconds of each stage and step, of what this process computed where it is one thread of a CPU, else as a clock on
+    the wall; "start" is what has gone by since the process was made."""
+
+    def __init__(self, job):
+        self.read = time.process_time if job["clock"] == CPU_TIME else time.perf_counter
+        began = time.process_time() if job["clock"] == CPU_TIME else time.time() - job["spawned"]
+        self.seconds, self.steps, self.marks = {"start": began}, [], {}
+
+    @contextmanager
+    def stage(self, name):
+        start = self.read()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.read() - start
+
+    def follow(self, names):
+        """A progress callback for our pipeline, which reads the DiT within sampling. names: {stage there: here}."""
+
+        def told(stage, done, total):
+            now = self.read()
+            if done == 0:
+                self.marks[stage] = now
+            if stage not in self.marks or done == 0:
+                return
+            if stage == "sampling":
+                self.step()
+            if done == total:
+                spent = now - self.marks.pop(stage)
+                name = names.get(stage, stage)
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+                if stage == "load DiT":
+                    self.marks["sampling"] += spent
+                    self.step_begins()
+
+        return told
+
+    def step_begins(self):
+        self.last = self.read()
+
+    def step(self, *_):
+        self.steps.append(self.read() - self.last)
+        self.step_begins()
+        return {}
+
+
+def ours(job, clock):
+    """(frames, latents) of the clip by pipeline.generate."""
+    names = {"load VAE": "load", "load DiT": "load", "text encoder": "text"}
     made = pipeline.generate(
         job["prompt"], job["dit"], job["vae"], job["text"], size=(job["width"], job["height"]), frames=job["frames"],
-        steps=job["steps"], topk=job["topk"], seed=job["seed"], device=job["device"],
+        steps=job["steps"], topk=job["topk"], seed=job["seed"], device=job["device"], progress=clock.follow(names),
     )  # fmt: skip
-    seconds = {"load": 0.0, **made.seconds}
-    for part in ("load VAE", "load DiT"):
-        seconds["load"] += seconds.pop(part, 0.0)
-    seconds["text"] = seconds.pop("text encoder")
-    with _timed(seconds, "write"):
+    with clock.stage("write"):
         write_video(job["output"], made.frames)
-    return {"seconds": seconds, "steps": made.step_seconds, "frames": made.frames, "latents": made.latents}
+    return made.frames, made.latents
 
 
-def guided(job) -> dict:
-    """The clip of a teacher by our network with guidance, decoded by diffusers."""
+def guided(job, clock):
+    """(frames, latents) of the clip of a teacher by our network with guidance, decoded by diffusers."""
     from ..train import teacher
 
     device, dtype = _place(job)
-    seconds, clock = {}, _Steps()
-    with _timed(seconds, "load"):
+    with clock.stage("load"):
         rivals.imported()
         state, described = checkpoint.load(job["dit"])
         model = WanModel.from_state_dict(state, dtype, device, num_heads=described.num_heads)
         vae = rivals.vae(job["vae"], device, dtype)
-    with _timed(seconds, "text"):
+    with clock.stage("text"):
         encoder, tokenize = load_text_encoder(job["text"], device=device, dtype=dtype)
         both = Text(encode_text(encoder, tokenize, [job["prompt"], ""]))
-    with _timed(seconds, "sampling"):
+    clock.step_begins()
+    with clock.stage("sampling"):
         latents = teacher.sample(lambda _: model, noise(job)(), both, job["steps"], done=clock.step)
-    with _timed(seconds, "decode"):
+    with clock.stage("decode"):
         frames = to_frames(rivals.decode(vae, latents))
-    with _timed(seconds, "write"):
+    with clock.stage("write"):
         write_video(job["output"], frames)
-    return {"seconds": seconds, "steps": clock.seconds, "frames": frames, "latents": latents}
+    return frames, latents
 
 
-def theirs(job) -> dict:
-    """The clip by diffusers alone."""
+def theirs(job, clock):
+    """(frames, latents) of the clip by diffusers alone."""
     from ..train import teacher
 
-    seconds, clock = {}, _Steps()
-    with _timed(seconds, "load"):
+    with clock.stage("load"):
         pipe = rivals.wan_pipeline(job["dit"], job["vae"], job["text"], *_place(job))
     draw = noise(job)
     if job["guidance"] is None:
@@ -92,21 +133,21 @@ def theirs(job) -> dict:
     else:
         at = teacher.shifted(torch.linspace(1, 0, job["steps"] + 1), teacher.SHIFT)
         pipe.scheduler = rivals.Schedule(at.tolist())
-    with _timed(seconds, "text"):
+    with clock.stage("text"):
         wish = pipe.encode_prompt(job["prompt"], "", job["guidance"] is not None, max_sequence_length=512)
-    clock.begin()
-    with _timed(seconds, "sampling"):
+    clock.step_begins()
+    with clock.stage("sampling"):
         latents = pipe(
             prompt_embeds=wish[0], negative_prompt_embeds=wish[1], height=job["height"], width=job["width"],
             num_frames=job["frames"], num_inference_steps=job["steps"], guidance_scale=job["guidance"] or 1.0,
             latents=draw() * pipe.scheduler.sigmas[0], output_type="latent",
-            callback_on_step_end=lambda *_: clock.step() or {},
+            callback_on_step_end=clock.step,
         ).frames  # fmt: skip
-    with _timed(seconds, "decode"):
+    with clock.stage("decode"):
         frames = to_frames(rivals.decode(pipe.vae, latents))
-    with _timed(seconds, "write"):
+    with clock.stage("write"):
         write_video(job["output"], frames)
-    return {"seconds": seconds, "steps": clock.seconds, "frames": frames, "latents": latents}
+    return frames, latents
 
 
 MAKERS = {"ours": ours, "guided": guided, "theirs": theirs}
@@ -123,29 +164,6 @@ def _place(job):
     """(device, dtype) as the pipeline takes them."""
     device = pick_device(job["device"])
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-class _Steps:
-    """Seconds between calls."""
-
-    def __init__(self):
-        self.seconds = []
-        self.begin()
-
-    def begin(self):
-        self.last = time.perf_counter()
-
-    def step(self):
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
-
-
-@contextmanager
-def _timed(seconds, name):
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
 
 
 if __name__ == "__main__":
