@@ -116,6 +116,26 @@ def looped(folder) -> None:
     (folder / "looped.json").write_text(json.dumps({"seconds": seconds}))
 
 
+def trend(values) -> tuple[float, float]:
+    """(slope of a line through them, its standard error)."""
+    x = np.arange(len(values)) - (len(values) - 1) / 2
+    y = np.asarray(values, float)
+    slope = (x @ y) / (x @ x)
+    rest = y - y.mean() - slope * x
+    return slope, float(np.sqrt(rest @ rest / (len(values) - 2) / (x @ x)))
+
+
+def by_ray(texts, folder, actors: int) -> float:
+    """Seconds of the batch on a Ray cluster of this machine. Nothing stays and nothing overlaps, so that each actor
+    works on one core."""
+    listed = folder / f"ray-{actors}.txt"
+    listed.write_text("\n".join(texts))
+    more = "batch", listed, "-o", folder / f"ray-{actors}", "--no-cache", "--ray", "--workers", actors, "--memory", 0
+    start = time.perf_counter()
+    subprocess.run(command(*more), cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
 def frames(path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -126,6 +146,7 @@ def main(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         ours, singles, theirs = batch(texts, scratch), alone(texts[:ALONE], scratch), loop(texts[:LOOP], scratch)
+        ray = {actors: by_ray(texts, scratch, actors) for actors in (2, 1)}
         by_prompt = {json.loads(p.read_text())["settings"]["prompt"]: p for p in (scratch / "out").glob("*.json")}
         same = [
             np.array_equal(frames(by_prompt[text].with_suffix(".mp4")), frames(scratch / f"alone-{number}.mp4"))
@@ -134,7 +155,7 @@ def main(target: Path) -> None:
     busy = sum(ours["stages"][stage] for stage in ("sampling", "decode", "write"))
     two = ours["stages"]["sampling"] + ours["stages"]["decode"]
     after = ours["resident"][WARM:]
-    slope = np.polyfit(range(len(after)), after, 1)[0]
+    slope, error = trend(after)
     report = {
         "what": __doc__.splitlines()[0],
         "machine": machine.facts(torch.device("cpu")),
@@ -143,9 +164,11 @@ def main(target: Path) -> None:
         "wall over sampling + decoding": ours["wall"] / two,
         "growth from video 10 on": (max(after) - after[0]) / after[0],
         "bytes a video": slope,
+        "standard error": error,
         "generate, seconds each": singles,
         "diffusers, seconds each": theirs["seconds"],
         "diffusers, all": theirs["wall"],
+        "Ray, seconds by actors": ray,
         "same frames": f"{sum(same)} of {len(same)}",
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -159,8 +182,9 @@ def table(report) -> str:
     single = sum(report["generate, seconds each"]) / len(report["generate, seconds each"])
     theirs = sum(report["diffusers, seconds each"]) / len(report["diffusers, seconds each"])
     each = ours["wall"] / ours["videos"]
+    ray = report["Ray, seconds by actors"]
     rest = report["stages but sampling, decoding and writing"]
-    size = ours["resident"]
+    size, error = ours["resident"], report["standard error"] / 1e3
     rows = [
         ("batch, a video", f"{each:.2f} s", f"{ours['videos']} videos in {ours['wall']:.0f} s, start and all"),
         ("generate, a video", f"{single:.2f} s", f"{single / each:.1f} x the batch; mean of {ALONE} processes"),
@@ -173,7 +197,8 @@ def table(report) -> str:
             f"{size[WARM] / 1e6:.0f} MB",
             f"{report['growth from video 10 on']:+.2%} at most after",
         ),
-        ("memory a video", f"{report['bytes a video'] / 1e3:+.1f} kB", "slope from video 10 on"),
+        ("memory a video", f"{report['bytes a video'] / 1e3:+.1f} kB", f"slope; standard error {error:.1f} kB"),
+        ("Ray, two actors", f"{ray[1] / ray[2]:.2f} x one", f"{ray[2]:.0f} and {ray[1]:.0f} s, Ray's start and all"),
         ("frames equal to single runs", report["same frames"], ""),
     ]
     lines = [f"# A batch of {COUNT} videos, measured", "", __doc__.split("\n\n")[2].strip(), ""]
