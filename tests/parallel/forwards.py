@@ -12,7 +12,8 @@ from tests.helpers.tensors import relative
 from tests.helpers.tiny_dits import TINY, tiny_state_dict
 from tests.helpers.wan import quantized
 from turbo_core.int8 import quantize_block, quantize_rows
-from turbo_core.parallel import Sequence
+from turbo_core.parallel import Rows, Sequence
+from turbo_core.vae import WanVAE, decode_each, decode_rows
 from turbo_core.wan import Text, WanModel, fused
 
 FORMATS = {"float": None, "block": quantize_block, "row": quantize_rows}
@@ -51,6 +52,27 @@ def model(kind: str, dtype, channels: int) -> WanModel:
     return WanModel.from_state_dict(state, dtype)
 
 
+def tell(sequence, found: dict) -> None:
+    """Print what all processes found."""
+    every = [None] * sequence.size
+    dist.all_gather_object(every, found)
+    if sequence.rank == 0:
+        print(json.dumps(every), flush=True)
+
+
+def decoded(sequence, height: int) -> dict:
+    """A video whose rows all processes hold a part of, against the same in one; in pieces."""
+    torch.manual_seed(0)
+    vae, latent = WanVAE(8).eval(), torch.randn(1, 16, 6, height, 10)
+    alone = decode_each(vae, latent, lambda piece: piece)
+    rows = Rows(sequence, height)
+    own = torch.cat(list(decode_rows(vae, latent, rows, 2)), 2)
+    whole = rows.to_first(own[0].permute(1, 2, 3, 0).contiguous())
+    alone = torch.cat(alone, 2)[0].permute(1, 2, 3, 0)
+    same = whole is None or torch.equal(whole, alone)
+    return {"same": same, "error": 0.0 if whole is None else relative(whole, alone), "case": f"VAE, {height} rows"}
+
+
 @torch.inference_mode()
 def main() -> None:
     dist.init_process_group("gloo")
@@ -73,10 +95,10 @@ def main() -> None:
         together = network(*given, topk=topk, precision=precision)
         found = {"same": torch.equal(alone, together), "error": relative(together, alone)}
         found["case"] = f"{kind} {topk} {precision} {dtype} {grid} {batch} {channels} {'fused' if fuse else 'layers'}"
-        every = [None] * sequence.size
-        dist.all_gather_object(every, found)
-        if sequence.rank == 0:
-            print(json.dumps(every), flush=True)
+        tell(sequence, found)
+    if cases is CASES:
+        for height in (sequence.size, 9):  # a row to each; more, and not as many to each
+            tell(sequence, decoded(sequence, height))
     dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ def test_forwards(count, heads):
     done = run_ranks(count, SCRIPT, heads)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 15 and all(len(ranks) == count for ranks in cases)
+    assert len(cases) == 17 and all(len(ranks) == count for ranks in cases)
     for ranks in cases:
         for found in ranks:
             # a fused norm of a third of the heads divides twice, so that values on an edge change their int8 step

@@ -1,7 +1,8 @@
 """One clip on several devices: torchrun starts a process for each, they share the tokens of every forward."""
 
 from .facts import kernel_facts, program_facts
+from .rows import Rows
 from .sequence import Sequence, Shards
 from .team import Alone, Team, started_by_torchrun
 
-__all__ = ["Alone", "Sequence", "Shards", "Team", "kernel_facts", "program_facts", "started_by_torchrun"]
+__all__ = ["Alone", "Rows", "Sequence", "Shards", "Team", "kernel_facts", "program_facts", "started_by_torchrun"]

@@ -113,13 +113,22 @@ class Shards:
 
     def whole(self, x):
         """Own tokens -> all tokens, in every process: [B, own, C] -> [B, L, C]."""
-        b, own, c = x.shape
-        sent = x.transpose(0, 1).contiguous().expand(self.size, -1, -1, -1).flatten(0, 1)
-        received = x.new_empty(self.length, b, c)
-        self._exchange(received, sent, self.counts, [own] * self.size)
-        return received.transpose(0, 1)
+        return gathered(x, self.counts, self.rank, self.group)
 
     def _exchange(self, received, sent, receive_counts, send_counts):
-        """All-to-all of rows, as bytes: not every backend knows every dtype."""
-        received, sent = (t.view(len(t), -1).view(torch.uint8) for t in (received, sent))
-        dist.all_to_all_single(received, sent, receive_counts, send_counts, group=self.group)
+        exchange(received, sent, receive_counts, send_counts, self.group)
+
+
+def gathered(x, counts, rank: int, group):
+    """Own rows -> all rows, in every process: [B, counts[rank], C] -> [B, sum(counts), C]."""
+    b, own, c = x.shape
+    sent = x.transpose(0, 1).contiguous().expand(len(counts), -1, -1, -1).flatten(0, 1)
+    received = x.new_empty(sum(counts), b, c)
+    exchange(received, sent, counts, [own] * len(counts), group)
+    return received.transpose(0, 1)
+
+
+def exchange(received, sent, receive_counts, send_counts, group):
+    """All-to-all of rows of contiguous tensors, as bytes: not every backend knows every dtype."""
+    received, sent = (t.flatten(1).view(torch.uint8) for t in (received, sent))
+    dist.all_to_all_single(received, sent, receive_counts, send_counts, group=group)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import signal
 import sys
 import time
 
@@ -68,6 +69,7 @@ class Team:
     def __exit__(self, kind, error, traceback):
         try:
             if error is not None:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's patience is longer than what is said takes
                 self._fail(error)
         finally:
             self._ending.__exit__(None, None, None)

@@ -132,7 +132,7 @@ class Pipeline:
                 self.experts.free()
             for work in done:
                 yield from self._finished(work, write, failed)
-            if not stay.dit and self.team.first:
+            if not stay.dit:
                 self.vae.to("cpu")
         if pending is not None:
             yield from pending.result()
@@ -160,7 +160,7 @@ class Pipeline:
             return []
         first = kept[0]
         reset_peak_memory(self.device)
-        if self.vae is None and self.team.first:
+        if self.vae is None:
             with first.stage("load VAE"):
                 self.vae = load_vae(self.paths["vae"], "cpu", self.dtype)
         found = {}
@@ -203,7 +203,9 @@ class Pipeline:
     def stay(self, ready: Ready) -> Stay:
         """What may be in memory together while this clip is made."""
         rest = self.memory - self._vae_bytes() - self.embeddings.bytes()
-        return what_stays(self.model, ready, self.experts.bytes, rest, self.dtype)
+        found = what_stays(self.model, ready, self.experts.bytes, rest, self.dtype)
+        # processes that decode together do one thing at a time, in the same order
+        return found if self.team.size == 1 else found._replace(overlap=False)
 
     def _vae_bytes(self):
         return 0 if self.vae is None else sum(p.nbytes for p in self.vae.parameters())
@@ -273,8 +275,6 @@ class Pipeline:
     @torch.inference_mode()
     def _finished(self, work, write, failed) -> list[Result]:
         """The finished clip, in a list that is empty where it failed; runs beside sampling where both fit."""
-        if not self.team.first:
-            return [Result(None, work.latents, self._settings(work.ready), work.seconds, work.step_seconds)]
         result = None
         with self._failing(work, failed):
             clip, ready = work.clip, work.ready
@@ -282,11 +282,11 @@ class Pipeline:
             with work.stage("decode", steps, ends=False), self._vae_alone, self._own_stream():
                 frames = decode_frames(
                     self.vae.to(self.device), work.latents.to(self.device), clip.tiled,
-                    lambda done, total: self.progress("decode", done, total),
+                    lambda done, total: self.progress("decode", done, total), self.team,
                 )  # fmt: skip
             made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
             made.peak_memory = peak_memory(self.device)
-            if write is not None:
+            if write is not None and self.team.first:
                 with work.stage("write"):
                     write(clip, made)
             result = made

@@ -6,8 +6,9 @@ import torch
 
 from ..devices import synchronize, widest_float
 from ..errors import TurboError
+from ..parallel import Rows
 from ..sampler import sample_rcm
-from ..vae import decode_each, encode_video
+from ..vae import decode_each, decode_rows, encode_video, frames_of_a_piece
 from ..wan import Text
 from .video import to_frames
 
@@ -79,16 +80,36 @@ def sample(model_at, context, shape, sigmas, *, step_seconds=None, progress=None
     return trajectory.latents()
 
 
-def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None) -> torch.Tensor:
+def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None, team=None) -> torch.Tensor | None:
     """Frames uint8 [4(T-1)+1, 8H, 8W, 3] on the CPU of normalized latents [1, 16, T, H, W]; a device holds numbers of a
-    piece of the video only. progress: callable (done, total). Raises TurboError when the VAE gives NaN or infinity."""
+    piece of the video only. progress: callable (done, total). team: processes that decode together, each some rows,
+    where there are as many and no tiles; the others than the first get None. Raises TurboError when the VAE gives NaN
+    or infinity."""
 
     def keep(piece):
         if not torch.isfinite(piece).all():
             raise TurboError(f"Decoding gave NaN or infinity in {vae.dtype}. Use --dtype float32, or another VAE file.")
         return to_frames(piece[0])
 
+    if team is not None and team.size > 1:
+        if latents.shape[3] >= team.size and not tiled:
+            return _decoded_together(vae, latents, keep, progress, team)
+        if not team.first:
+            return None
     return torch.cat(decode_each(vae, latents, keep, tiled, progress))
+
+
+def _decoded_together(vae, latents, keep, progress, team):
+    rows, device = Rows(team.sequence, latents.shape[3]), latents.device
+    pixels = 64 * latents.shape[4] * max(rows.counts)
+    most = team.told(lambda: frames_of_a_piece("decode", pixels, vae.dim, vae.dtype, device))
+    kept = []
+    for piece in decode_rows(vae, latents, rows, most):
+        whole = rows.to_first(keep(piece).to(device))
+        if team.first:
+            kept.append(whole.cpu())
+            progress((sum(map(len, kept)) - 1) // 4 + 1, latents.shape[2])
+    return torch.cat(kept) if team.first else None
 
 
 def encode_image(vae, image: torch.Tensor, frames: int) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from .coding import LATENT_MEAN, LATENT_STD, decode_each, decode_video, encode_video, raw_pieces
 from .files import build_vae, load_vae
+from .memory import frames_of_a_piece
 from .network import LATENT_CHANNELS, WanVAE
+from .together import decode_rows
 
 __all__ = [
-    "LATENT_CHANNELS", "LATENT_MEAN", "LATENT_STD", "WanVAE", "build_vae", "decode_each", "decode_video",
-    "encode_video", "load_vae", "raw_pieces",
+    "LATENT_CHANNELS", "LATENT_MEAN", "LATENT_STD", "WanVAE", "build_vae", "decode_each", "decode_rows",
+    "decode_video", "encode_video", "frames_of_a_piece", "load_vae", "raw_pieces",
 ]  # fmt: skip

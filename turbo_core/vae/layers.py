@@ -54,8 +54,10 @@ class CausalConv(Conv3d):
         """The convolution of a tensor of `room`."""
         frames, height, width = self.kernel_size
         past.keep(self, filled, frames - 1)
-        weight = self.weight[:, :, -1:] if filled.shape[2] == 1 else self.weight
-        return conv(filled, weight, self.bias, padding=(0, height // 2, width // 2))
+        weight, above = self.weight[:, :, -1:] if filled.shape[2] == 1 else self.weight, height // 2
+        if above and past.rows is not None:
+            filled, above = past.rows.edges(filled), 0
+        return conv(filled, weight, self.bias, padding=(0, above, width // 2))
 
 
 class Pointwise(Conv3d):
@@ -105,10 +107,12 @@ class Attention(nn.Module):
         self.to_qkv = Conv2d(dim, dim * 3, 1)
         self.proj = Conv2d(dim, dim, 1)
 
-    def forward(self, x):
+    def forward(self, x, past: Past):
         b, c, t, h, w = x.shape
         tokens = rms_norm(x, self.norm.gamma).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, c)
         q, k, v = F.linear(tokens, self.to_qkv.weight.view(3 * c, c), self.to_qkv.bias)[:, None].chunk(3, -1)
+        if past.rows is not None:
+            k, v = (past.rows.tokens(some[:, 0])[:, None] for some in (k, v))
         out = F.scaled_dot_product_attention(q, k, v)[:, 0]
         out = F.linear(out, self.proj.weight.view(c, c), self.proj.bias)
         return out.view(b, t, h, w, c).permute(0, 4, 1, 2, 3) + x
@@ -152,10 +156,13 @@ class Upsample(nn.Module):
         times = 1 if self.time_conv is None or past.first else 2
         if times == 2:
             x = self.time_conv(x, past)
-        layer, parts = self.resample[1], []
+        layer, parts, above = self.resample[1], [], 1
+        if past.rows is not None:
+            x, h, above = past.rows.edges(x), h + 2, 0
         for some in x.permute(0, 2, 3, 4, 1).reshape(-1, h, 1, w, 1, times, c).split(FRAMES_AT_ONCE // times):
             large = some.new_empty(len(some), times, h, 2, w, 2, c)
             large.copy_(some.permute(0, 5, 1, 2, 3, 4, 6))  # of a pair each frame, of a frame each pixel four times
-            frames = large.view(-1, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
-            parts.append(conv(frames, layer.weight, layer.bias, padding=1))
+            frames = large.view(-1, 2 * h, 2 * w, c)
+            frames = (frames if above else frames[:, 1:-1]).permute(0, 3, 1, 2)  # of two rows more one is asked for
+            parts.append(conv(frames, layer.weight, layer.bias, padding=(above, 1)))
         return torch.cat(parts).unflatten(0, (b, -1)).transpose(1, 2)

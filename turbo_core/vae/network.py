@@ -15,7 +15,7 @@ class _Middle(nn.Sequential):
 
     def forward(self, x, past: Past):
         before, attention, after = self
-        return after(attention(before(x, past)), past)
+        return after(attention(before(x, past), past), past)
 
 
 class _Head(nn.Sequential):

@@ -10,12 +10,13 @@ class Past:
     is a place to go back to.
     """
 
-    def __init__(self, frames=None, first=True):
+    def __init__(self, frames=None, first=True, rows=None):
         self.first = first  # whether the piece at work begins the video
+        self.rows = rows  # turbo_core.parallel.Rows where several processes hold rows of each frame
         self._frames = dict(frames or {})
 
     def copy(self) -> "Past":
-        return Past(self._frames, self.first)
+        return Past(self._frames, self.first, self.rows)
 
     def before(self, layer):
         """The frames [B, C, n, ...] that the layer saw last, None before its first."""
