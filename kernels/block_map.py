@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import run
 
-SCRATCH = 1 << 24  # bytes of scores held at a time
+SCRATCH = 1 << 26  # bytes of scores held at a time: two passes, four launches, for the 14B model at 720p
 MOST_BLOCKS = 1 << 13  # of keys, half a million tokens: a row of scores lives in the registers of one program
 _LEAST = tl.constexpr(-(2**31))
 
@@ -89,7 +89,7 @@ def block_map(pooled_q, pooled_k, kept: int, k_mean=None):
 
     pooled_q: float32 [B, H, q blocks, D]; pooled_k: float32 [B, H, k blocks, D], D 64 or 128, up to 8192 key blocks;
     k_mean: float32 [B, H, D], which changes rounding alone. Ties go to the lower index; a NaN ranks lowest.
-    Returns int32 [B, H, q blocks, kept], ascending. Beside it 16 MiB of scores at most exist at a time (one tile of 64
+    Returns int32 [B, H, q blocks, kept], ascending. Beside it 64 MiB of scores at most exist at a time (one tile of 64
     query blocks where that is more). Raises ValueError.
     """
     b, h, queries, d = pooled_q.shape

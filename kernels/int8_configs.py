@@ -1,7 +1,8 @@
 """Launch parameters of the int8 products, by card and form: a table that comes with the pack, and one tuned here.
 
-The shipped table is not measured. It was chosen from what the compiler makes for each card: no spills, the fewest
-instructions for each 128 products, two programs on a multiprocessor where registers allow. `turbo-core tune` measures
+The shipped table is not measured. It was chosen from what the compiler makes for each card: no spills, and the fewest
+cycles by a model of one multiprocessor (benchmarks/results/forecast/kernels.md). Launches that differ by less than 5 %
+there are left as they are, and so are warps that are specialized, until a card has run them. `turbo-core tune` measures
 and writes a table of this machine, which then takes its place.
 """
 
@@ -29,39 +30,59 @@ class Config(NamedTuple):
 
 
 # one program a tile; or as many programs as multiprocessors, with the tensor memory accelerator (sm_90 on), then with
-# warps of their own for loads and products
-VARIANTS = ("pointers", "persistent", "specialized")
+# warps of their own for loads and products; or persistent, and in the block format integers are converted by an
+# instruction: on sm_90 the magic number that spares it has to be moved into the sums before every step
+VARIANTS = ("pointers", "persistent", "specialized", "converting")
 FORMS = ("block plain", "block quantize", "block residual", "block qkv", "row plain", "row residual", "row qkv")
 LENGTHS = ("short", "long")
 SHORT = 1024  # rows: text, single frames; tiles of half the height fill the card better
 DEFAULT = Config("pointers", 128, 128, 128, 8, 8, 3)
 _HALF = DEFAULT._replace(block_m=64, warps=4)
 _WIDE = DEFAULT._replace(block_n=256)
+_PERSISTENT = DEFAULT._replace(variant="persistent")
 # sm_8x: two dots of 64 keep the compiler from repacking the bytes of every operand, half of the loop at 128
 _AMPERE = DEFAULT._replace(depth=64, stages=4)
 _AMPERE_HALF = _HALF._replace(depth=64, stages=4)
+# In the row format two chained dots give every warp the whole of w: of 256 columns each reads half as much a product.
+_AMPERE_ROW = DEFAULT._replace(block_n=256, depth=64)
+_ROW_FORMS = [form for form in FORMS if form.startswith("row")]
 
+# Residuals with a gate for each sample, which take registers: of a long batch, at other launches several gates spill.
+_GATES = {"sm_80": _AMPERE, "sm_86": _AMPERE, "sm_100": _HALF, "hip": DEFAULT._replace(stages=2)}
+_FAILED = set()  # (device, row of the table) that this Triton does not compile, or the card does not start
 # kind of card -> form -> (short, long); a form that is not listed: (_HALF, DEFAULT)
 TABLE = {
-    "sm_80": dict.fromkeys(FORMS, (_AMPERE_HALF, _AMPERE)),
+    "sm_80": dict.fromkeys(FORMS, (_AMPERE_HALF, _AMPERE))
+    | dict.fromkeys(_ROW_FORMS, (_AMPERE_HALF, _AMPERE_ROW))
+    | {"row plain": (_AMPERE_HALF, _AMPERE._replace(warps=4, stages=3))},
+    "sm_86": dict.fromkeys(FORMS, (_AMPERE_HALF, _AMPERE)) | dict.fromkeys(_ROW_FORMS, (_AMPERE_HALF, _AMPERE_ROW)),
     "sm_90": {
         "block plain": (_HALF, DEFAULT._replace(warps=4)),
-        "row plain": (_HALF, _WIDE),
+        "block quantize": (_HALF, _PERSISTENT._replace(warps=4)),
+        "block residual": (_HALF, DEFAULT._replace(variant="converting")),
+        "block qkv": (_HALF, DEFAULT._replace(variant="converting")),
+        "row plain": (_HALF, _PERSISTENT._replace(block_n=256)),
         "row qkv": (_HALF, _WIDE),
     },
-    "sm_100": {"row residual": (_HALF, _HALF)},  # at 128 x 128, several gates spill
-    "sm_120": {},
+    "sm_100": {},
+    "sm_120": dict.fromkeys(("block plain", "block quantize"), (_HALF, _PERSISTENT))
+    | dict.fromkeys(_ROW_FORMS, (_HALF, DEFAULT._replace(warps=4, stages=2))),
     "hip": {form: (DEFAULT._replace(stages=2),) * 2 for form in FORMS},
 }
 
 
-def config(form: str, m: int, device, card=None) -> Config:
-    """Launch parameters for M rows of one of FORMS. card: the kind, default that of the device, tuned where it was."""
+def config(form: str, m: int, device, card=None, gates: int = 1) -> Config:
+    """Launch parameters for M rows of one of FORMS. card: the kind, default that of the device, tuned where it was.
+    gates: of a residual.
+    """
     if card is None:
         tuned = tuned_table(device).get(f"{form} {_length(m)}")
         if tuned:
             return tuned
-    return shipped(form, m, card or card_kind(device))
+    kind = card or card_kind(device)
+    several = gates > 1 and _length(m) == "long"
+    found = _GATES.get(kind, DEFAULT) if several else shipped(form, m, kind)
+    return DEFAULT if (device, found) in _FAILED else found
 
 
 def shipped(form: str, m: int, card: str | None) -> Config:
@@ -86,7 +107,7 @@ def card_kind(device) -> str | None:
     if torch.version.hip is not None:
         return "hip"
     capability = torch.cuda.get_device_capability(device)
-    kinds = ("sm_120", (12, 0)), ("sm_100", (10, 0)), ("sm_90", (9, 0)), ("sm_80", (8, 0))
+    kinds = ("sm_120", (12, 0)), ("sm_100", (10, 0)), ("sm_90", (9, 0)), ("sm_86", (8, 6)), ("sm_80", (8, 0))
     return next((kind for kind, least in kinds if capability >= least), None)
 
 
@@ -109,15 +130,22 @@ def tuned_table(device) -> dict[str, Config]:
     return read_table(table_path(name), name)
 
 
-def drop_tuned(device, error) -> bool:
-    """Use the shipped table from now on, with one log line; False where it is in use already."""
-    table = tuned_table(device)
-    if not table:
+def drop(device, form: str, m: int, error) -> bool:
+    """Leave a launch that failed for the next plainer one, with one log line; False where there is none.
+
+    After the tuned table comes the shipped one, and after its row the plainest launch: not every Triton compiles all.
+    """
+    table, row = tuned_table(device), config(form, m, device)
+    if table:
+        table.clear()
+        logging.warning(
+            "TurboWan: the tuned launch table is not used any more: %s. `turbo-core tune` writes it anew.", error
+        )
+        return True
+    if row == DEFAULT:
         return False
-    table.clear()
-    logging.warning(
-        "TurboWan: the tuned launch table is not used any more: %s. `turbo-core tune` writes it anew.", error
-    )
+    _FAILED.add((device, row))
+    logging.warning("TurboWan: %s products of int8 take a plainer launch from now on: %s.", form, error)
     return True
 
 

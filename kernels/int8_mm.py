@@ -128,7 +128,7 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     """
     (m, k), n = x_q.shape, weights[0].shape[0]
     blocks = -(-k // SPAN)
-    rows = x_scale.shape == (m, 1) and scales[0].shape == (n, 1)
+    rows = _format(x_q, x_scale, weights, scales) == "row"
     if not rows and (x_scale.shape != (-(-m // SPAN), blocks) or scales[0].shape != (-(-n // SPAN), blocks)):
         raise ValueError(f"scales {list(x_scale.shape)} and {list(scales[0].shape)} of int8 {[m, k]} and {[n, k]}")
     if any(w.shape != (n, k) for w in weights) or any(b is not None and b.shape != (n,) for b in biases):
@@ -139,19 +139,21 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
     tensors = [t for t in (x_q, x_scale, y, *weights, *scales, *biases, *epilogue.values()) if t is not None]
     if not all(t.is_contiguous() for t in tensors):
         raise ValueError(f"every operand must be contiguous, got strides {[t.stride() for t in tensors]}")
-    config = config or int8_configs.config(f"{'row' if rows else 'block'} {form}", m, x_q.device, card)
+    gate = epilogue.get("gate")
+    gates = 1 if gate is None else gate.shape[0]
+    name = f"{_format(x_q, x_scale, weights, scales)} {form}"
+    config = config or int8_configs.config(name, m, x_q.device, card, gates)
     if config.variant != "pointers" and (k % 16 or any(t.data_ptr() % 16 for t in (x_q, *weights))):
         config = int8_configs.DEFAULT  # what the tensor memory accelerator cannot address
     if form == "quantize" and (config.block_m, config.block_n) != (SPAN, SPAN):
         raise ValueError(f"a tile must be one scale block, got {config}")
     operands = [t for operand in zip(weights, scales, biases) for t in operand] + [None] * 3 * (3 - len(weights))
-    gate = epilogue.get("gate")
     extra = [epilogue.get(name) for name in ("y_scale", "residual", "gate", "stats", "squares")]
-    arguments = (x_q, x_scale, *operands, y, *extra, m, n, k, m if gate is None else m // gate.shape[0])
+    arguments = (x_q, x_scale, *operands, y, *extra, m, n, k, m // gates)
     options = {
         "ROWS": rows,
         "GELU": gelu,
-        "ONE_GATE": gate is None or gate.shape[0] == 1,
+        "ONE_GATE": gates == 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_M": config.group_m,
@@ -164,18 +166,24 @@ def prepare(form, x_q, x_scale, weights, scales, biases, y, gelu=False, config=N
         return int8_mm_kernel, (tiles,), arguments, options | {"EVEN_K": k % SPAN == 0, "DEPTH": config.depth}
     if config.depth != SPAN:
         raise ValueError(f"the dots of this variant are {SPAN} deep, got {config}")
-    options |= {"SPECIALIZE": config.variant == "specialized"}
+    options |= {"SPECIALIZE": config.variant == "specialized", "CONVERT": config.variant == "converting"}
     return int8_mm_persistent_kernel, (min(tiles, launch.processors(x_q.device)),), arguments, options
 
 
+def _format(x_q, x_scale, weights, scales, *_):
+    rows = x_scale.shape == (len(x_q), 1) and scales[0].shape == (len(weights[0]), 1)
+    return "row" if rows else "block"
+
+
 def _run(form, x_q, *operands, config=None, **epilogue):
-    """prepare and launch; a tuned launch that fails is made once more as the shipped table has it."""
+    """prepare and launch; a launch of a table that fails is made again as the next plainer one."""
     try:
         launch.run(*prepare(form, x_q, *operands, config=config, **epilogue))
     except launch.LaunchError as error:
-        if config is not None or not int8_configs.drop_tuned(x_q.device, error):
+        name = f"{_format(x_q, *operands)} {form}"
+        if config is not None or not int8_configs.drop(x_q.device, name, len(x_q), error):
             raise
-        launch.run(*prepare(form, x_q, *operands, **epilogue))
+        _run(form, x_q, *operands, **epilogue)
 
 
 def int8_mm(x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16, gelu=False, config=None):

@@ -1,7 +1,7 @@
 """The int8 product with as many programs as the card has multiprocessors, fed by the tensor memory accelerator.
 
 For cards from sm_90 on. Same operands and results as int8_mm_kernel; K a multiple of 16, addresses of 16 bytes.
-Beyond the matrix the accelerator reads zeros. No shipped row selects it; `turbo-core tune` can, on sm_90 and sm_120.
+Beyond the matrix the accelerator reads zeros.
 """
 
 import triton
@@ -41,6 +41,7 @@ def int8_mm_persistent_kernel(
     GROUP_M: tl.constexpr,
     SPAN: tl.constexpr,
     SPECIALIZE: tl.constexpr,  # warps of their own for loads and products
+    CONVERT: tl.constexpr,  # sums of 128 products start at zero and are converted, instead of the magic number
 ):
     # one program owns every num_programs-th tile of y
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -72,14 +73,17 @@ def int8_mm_persistent_kernel(
         for block in range(blocks):
             if not ROWS:
                 scale = tl.load(x_scale_ptrs + block) * tl.load(w_scale_ptrs + block)
-                total = tl.full((BLOCK_M, BLOCK_N), MAGIC, tl.int32)
+                total = tl.full((BLOCK_M, BLOCK_N), 0 if CONVERT else MAGIC, tl.int32)
             x = x_tiles.load([m0, block * SPAN])
             w = w_tiles.load([n0, block * SPAN])
             total = tl.dot(x, w.T, total, out_dtype=tl.int32)
             if not ROWS:
                 if BLOCK_N > SPAN:
                     scale = scale[None, :]
-                y += (total.to(tl.float32, bitcast=True) - MAGIC_VALUE) * scale
+                if CONVERT:
+                    y += total.to(tl.float32) * scale
+                else:
+                    y += (total.to(tl.float32, bitcast=True) - MAGIC_VALUE) * scale
         if ROWS:
             rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - m0)
             y = total.to(tl.float32) * tl.load(x_scale_ptr + m0 + rows)[:, None]

@@ -298,8 +298,9 @@ def attention(
     ragged = keys % BLOCK_K > 0
     # Two buffers of keys and of values, three on sm_90. A table's entry is loaded before its block, which takes half of
     # the stages: of 3 the compiler would make one buffer, and every step would wait for its own keys.
-    # Over ragged keys of 16 bits without a table 3 stages spill registers on sm_80 and sm_120.
+    # Over ragged keys of 16 bits without a table 3 stages spill registers on sm_80 and sm_120, on AMD all but 2 do.
     stages = 5 if index is not None else 3 if low_bit or not ragged else 2
+    stages = 2 if torch.version.hip else stages
     run(
         attention_kernel,
         (triton.cdiv(length, tile_q), b * h),

@@ -7,6 +7,7 @@ import triton.language as tl
 from .launch import run
 from .rope import load_rotation, load_weight, norm_and_rotate, rms_factors
 
+PART = 32  # tokens at a time: q, k and v of twice as many fill the registers, and a multiprocessor holds one program
 GROUP = 4  # heads per program: they share cos, sin and the row sums, which together are as large as one head of q
 
 
@@ -34,17 +35,20 @@ def _pool_kernel(
     eps,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    # one program owns 128 tokens of GROUP heads of one sample: a block of q and two of k, 64 tokens at a time
+    # one program owns 128 tokens of GROUP heads of one sample: a block of q and two of k, PART tokens at a time
     block, first, b = tl.program_id(0), tl.program_id(1) * GROUP, tl.program_id(2).to(tl.int64)
     d = tl.arange(0, D)
     heads = first + tl.arange(0, GROUP)
     blocks_q, blocks_k, blocks_v = tl.cdiv(Lq, 128), tl.cdiv(Lk, 64), tl.cdiv(Lk, 128)
+    rows = (b * H + heads)[:, None]
+    there = (heads < H)[:, None]
     q_sum = tl.zeros((GROUP, D), tl.float32)
+    k_sum = tl.zeros((GROUP, D), tl.float32)
     v_amax = tl.zeros((GROUP, D), tl.float32)
-    for half in range(2):
-        start = block * 128 + half * 64
-        tokens = start + tl.arange(0, 64)  # Lq = Lk where there is something to norm or to rotate
+    for part in range(128 // PART):
+        tokens = block * 128 + part * PART + tl.arange(0, PART)  # Lq = Lk where there is something to norm or to rotate
         in_q, in_k = tokens < Lq, tokens < Lk
         cos, sin = load_rotation(cos_ptr, tokens, in_k, D), load_rotation(sin_ptr, tokens, in_k, D)
         q_factors = rms_factors(sums_ptr, b * Lk + tokens, in_k, partials, B * Lk, H * D, eps, 0)
@@ -54,26 +58,31 @@ def _pool_kernel(
             head = first + i
             own = tl.arange(0, GROUP)[:, None] == i
 
+            # all loads first: they are under way together
             q_at = q_ptr + b * q_strides[0] + head.to(tl.int64) * q_strides[2]
             q = tl.load(q_at + wide * q_strides[1] + d[None, :], in_q[:, None], other=0.0)
-            q = norm_and_rotate(q, q_factors, load_weight(q_weight_ptr, head, D), cos, sin)
-            q_sum += tl.where(own, tl.sum(q, 0)[None, :], 0.0)
-
             k_at = k_ptr + b * k_strides[0] + head.to(tl.int64) * k_strides[2]
             k = tl.load(k_at + wide * k_strides[1] + d[None, :], in_k[:, None], other=0.0)
-            k = norm_and_rotate(k, k_factors, load_weight(k_weight_ptr, head, D), cos, sin)
-            if start < Lk:
-                row = (b * H + head) * blocks_k + block * 2 + half
-                tl.store(pooled_k_ptr + row * D + d, tl.sum(k, 0) / tl.minimum(Lk - start, 64))
-
             if v_ptr is not None:
                 v_at = v_ptr + b * v_strides[0] + head.to(tl.int64) * v_strides[2]
                 v = tl.load(v_at + wide * v_strides[1] + d[None, :], in_k[:, None], other=0.0)
+
+            q = norm_and_rotate(q, q_factors, load_weight(q_weight_ptr, head, D), cos, sin)
+            q_sum += tl.where(own, tl.sum(q, 0)[None, :], 0.0)
+
+            k = norm_and_rotate(k, k_factors, load_weight(k_weight_ptr, head, D), cos, sin)
+            k_sum += tl.where(own, tl.sum(k, 0)[None, :], 0.0)
+
+            if v_ptr is not None:
                 v = tl.abs(v.to(tl.float32))
                 v = tl.where(v < float("inf"), v, 0.0)  # neither NaN nor infinity may widen the scale of the others
                 v_amax = tl.maximum(v_amax, tl.where(own, tl.max(v, 0)[None, :], 0.0))
-    rows = (b * H + heads)[:, None]
-    there = (heads < H)[:, None]
+        half = (part + 1) * PART // 64  # blocks of keys that are summed by now
+        left = Lk - block * 128 - half * 64 + 64
+        if ((part + 1) * PART % 64 == 0) & (left > 0):
+            at = pooled_k_ptr + (rows * blocks_k + block * 2 + half - 1) * D + d[None, :]
+            tl.store(at, k_sum / tl.minimum(left, 64), there)
+            k_sum = tl.zeros((GROUP, D), tl.float32)
     if block < blocks_q:
         at = pooled_q_ptr + (rows * blocks_q + block) * D + d[None, :]
         tl.store(at, q_sum / tl.minimum(Lq - block * 128, 128), there)
@@ -148,7 +157,7 @@ def pool_means(q, k, v=None, sums=None, q_weight=None, k_weight=None, eps=1e-6, 
         _pool_kernel,
         (triton.cdiv(max(lq, lk), 128), triton.cdiv(h, GROUP), b),
         (*pointers, pooled_q, pooled_k, v_part, *sizes),
-        {"D": d, "GROUP": GROUP, "num_warps": d // 16},
+        {"D": d, "GROUP": GROUP, "PART": PART, "num_warps": d // 32},
     )
     run(
         _finish_kernel,

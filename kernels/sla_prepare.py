@@ -4,16 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import run
+from .launch import processors, run
 from .rope import load_rotation, load_weight, norm_and_rotate, rms_factors
 from .rounding import magnitude, row_scale
 from .sla_pool import check_heads, check_raw
 
-PROGRAMS = 528  # at most about this many: four for each multiprocessor of an H100; their partial sums stay small
+PROGRAMS = 4  # at most so many for each multiprocessor: whole waves on every card; their partial sums stay small
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk"])  # which depends on the card's number of multiprocessors
 def _prepare_kernel(
     k_ptr,  # [B, L, H, D]
     k_strides,
@@ -100,7 +100,7 @@ def _prepare_kernel(
         tl.store(partial_ptr + D * D + d, k_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_kernel(
     partial_ptr,  # [B * H, splits, D + 1, D]
     kv_ptr,  # [B * H, D, D]
@@ -166,7 +166,8 @@ def prepare(
         v_scale = v.new_empty(b, h, d, dtype=torch.float32)
     elif sums is not None or cos is not None:
         k_out = new["k_out"] = k.new_empty(b, h, length, d)
-    chunk = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // (b * h))))
+    programs = PROGRAMS * processors(k.device)
+    chunk = triton.cdiv(blocks, max(1, min(blocks, programs // (b * h))))
     splits = triton.cdiv(blocks, chunk)
     if linear:
         partial = k.new_empty(b, h, splits, d + 1, d, dtype=torch.float32)

@@ -77,10 +77,18 @@ def test_where_a_table_lies(monkeypatch, tmp_path):
     assert int8_configs.table_path(CARD) == tmp_path / "turbowan" / "launch-nvidia-test-9000.json"
 
 
-@pytest.mark.parametrize(
-    "capability, kind",
-    [((7, 5), None), ((8, 6), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
-)
+KINDS = {
+    (7, 5): None,
+    (8, 0): "sm_80",
+    (8, 6): "sm_86",
+    (8, 9): "sm_86",
+    (9, 0): "sm_90",
+    (10, 3): "sm_100",
+    (12, 1): "sm_120",
+}
+
+
+@pytest.mark.parametrize("capability, kind", KINDS.items())
 def test_a_card_takes_the_newest_row_that_is_not_newer(capability, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert int8_configs.card_kind.__wrapped__(torch.device("cuda")) == kind

@@ -76,6 +76,13 @@ def test_candidates_are_launches_that_a_table_may_hold(form, kind):
         assert kind in ("sm_90", "sm_100", "sm_120") or config.variant == "pointers"
 
 
+@pytest.mark.parametrize("kind", int8_configs.TABLE)
+@pytest.mark.parametrize("form", int8_configs.FORMS)
+def test_the_tuner_would_find_every_shipped_launch(form, kind):
+    rows = {int8_configs.shipped(form, m, kind) for m in (1, 32760)}
+    assert rows <= {int8_configs.DEFAULT, *tune.candidates(form, kind)}
+
+
 def test_default_cases_are_the_whole_table():
     cases = tune.default_cases()
     assert (

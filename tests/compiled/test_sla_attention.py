@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.helpers import aot, sass
+from tests.helpers import aot, machine_code, sass
 from tests.helpers.shipped import attention
 
 QK = {80: "IMMA", 86: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "IMMA", 120: "IMMA"}
@@ -41,6 +41,7 @@ def products(compiled):
 def test_sagesla_in_the_fused_block(capability):
     made = attention("int8", raw=True, capability=capability, quantize=True)
     compiled = check(capability, made, QK[capability], PV[capability])
+    assert not machine_code.differences("attention SageSLA, int8 out", capability, compiled)
     if capability in (89, 120):
         # probabilities stay in their thread: the only shuffles of a step are those of maximum and sum, two rows each
         assert len(re.findall(r"\tSHFL", products(compiled))) <= 8
@@ -59,6 +60,7 @@ def test_sagesla_in_the_host(capability):
 def test_sla_in_the_fused_block(capability):
     made = attention("bf16", raw=True, capability=capability, quantize=True)
     compiled = check(capability, made, HALF[capability])
+    assert not machine_code.differences("attention SLA bf16, int8 out", capability, compiled)
     if capability not in (90, 100):
         # keys come by wide loads: those of single values, which the rotation of q once brought, are 4 times as many
         assert compiled.asm["sass"].count("LDS.U16") == 0

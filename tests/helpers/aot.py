@@ -20,13 +20,17 @@ _MATRIX = re.compile(r"\s((?:UTC)?[A-Z]{0,2}MMA[A-Z0-9_.]*)\b")
 _SPILL = re.compile(r"\s((?:STL|LDL)(?:\.\S*)?)\s")
 
 
-def compile_for(capability: int, kernel, *args, **options):
-    """Compile the launch kernel[grid](*args, **options) for one compute capability, e.g. 89.
+def compile_for(capability: int | str, kernel, *args, **options):
+    """Compile the launch kernel[grid](*args, **options) for one compute capability, e.g. 89, or one AMD chip.
 
     args: as in the launch, CPU tensors for pointers: their alignment and the values of integers specialize the kernel
     as they would on the card. Returns triton's compiled kernel. Raises what the compiler raises.
     """
-    triton.runtime.driver.set_active(CompileOnly("cuda", capability))
+    if isinstance(capability, str):
+        target = "hip", capability, 64 if capability.startswith("gfx9") else 32
+    else:
+        target = "cuda", capability
+    triton.runtime.driver.set_active(CompileOnly(*target))
     return kernel.warmup(*args, grid=(1,), **options)
 
 

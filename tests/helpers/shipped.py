@@ -12,7 +12,7 @@ from turbo_core.kernels import int8_configs, sla_attention, sla_pool, sla_prepar
 from . import sass
 
 LENGTH, HEADS, KEPT = 75600, 40, 118  # 14B at 720p, top-k 0.1
-KINDS = {80: "sm_80", 86: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
+KINDS = {80: "sm_80", 86: "sm_86", 89: "sm_86", 90: "sm_90", 100: "sm_100", 120: "sm_120"}
 SIZES = {"plain": (5120, 5120), "quantize": (13824, 5120), "residual": (5120, 13824), "qkv": (5120, 5120)}  # N, K
 FORMS = int8_configs.FORMS
 BF16 = torch.bfloat16
@@ -90,7 +90,7 @@ def streaming(capability) -> dict:
     weight, x = empty(HEADS * 128), empty(LENGTH, HEADS * 128, dtype=BF16)
     mean = empty(1, HEADS, 128)
     turn = {"shift": empty(1, HEADS * 128), "scale": empty(1, HEADS * 128)}
-    with patch("turbo_core.kernels.launch.processors", lambda device: 132):
+    with patch.object(sla_prepare, "processors", lambda device: 132):
         made = [
             *sass.launches(sla_pool.pool_means, q, k, v, q_weight=weight, k_weight=weight, **raw),
             *sass.launches(sla_prepare.prepare, k, v, mean, mean, fp8=capability >= 89, k_weight=weight, **raw),

@@ -44,6 +44,19 @@ def test_a_tuned_launch_that_fails_is_made_again_as_shipped(fail, monkeypatch, c
     assert len(caplog.records) == 1 and "tuned launch table" in caplog.text and not table
 
 
+def test_a_shipped_launch_that_fails_gives_way_to_the_plainest_once(fail, monkeypatch, caplog):
+    monkeypatch.setattr(int8_configs, "_FAILED", set())
+    row = int8_configs.DEFAULT._replace(variant="persistent")
+    monkeypatch.setattr(int8_configs, "shipped", lambda *_: row)
+    tried = []
+    fail(TOO_LARGE, lambda options: tried.append("SPECIALIZE" in options) or tried[-1])
+    x, w = quantized("block", 5, 256, 0), quantized("block", 64, 256, 1)
+    for _ in range(2):
+        assert_near(int8_mm(*x, *w), product(x, w), torch.finfo(torch.bfloat16).eps / 2)
+    assert tried == [True, False, False]
+    assert len(caplog.records) == 1 and "block plain products" in caplog.text and "shared memory" in caplog.text
+
+
 def test_a_launch_that_fails_as_shipped_is_explained(fail):
     fail(TOO_LARGE, lambda options: "BLOCK_M" in options)
     x, w = quantized("block", 5, 200, 0), quantized("block", 64, 200, 1)

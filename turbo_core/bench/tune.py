@@ -44,17 +44,21 @@ def candidates(form: str, kind: str | None) -> list:
     """The launches to try for a form on a kind of card, kernels.int8_configs.card_kind; the plainest first."""
     from ..kernels.int8_configs import DEFAULT
 
-    plain = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4)]
+    plain = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4, 2)]
     plain += [DEFAULT._replace(group_m=4), DEFAULT._replace(group_m=16)]
     if kind == "hip":
         return [DEFAULT, *(c._replace(stages=2) for c in plain if c.stages == 3)]
-    if kind in ("sm_80", "sm_120"):
-        plain += [c._replace(depth=64) for c in plain]
+    wide = DEFAULT._replace(block_n=256)
     if form != "block quantize":  # whose tile is one scale block
         plain += [DEFAULT._replace(block_m=64, warps=4, stages=stages) for stages in (3, 4)]
-        plain += [DEFAULT._replace(block_n=256, stages=stages) for stages in (3, 4)] if form.startswith("row") else []
+        plain += [wide._replace(stages=stages) for stages in (3, 4)] if form.startswith("row") else []
+    if kind in ("sm_80", "sm_86", "sm_120"):
+        plain += [c._replace(depth=64) for c in plain]
     if kind in ("sm_90", "sm_100", "sm_120"):
-        plain += [DEFAULT._replace(variant="persistent", warps=warps) for warps in (8, 4)]
+        apart = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4)]
+        apart += [wide] if form.startswith("row") else []
+        plain += [c._replace(variant="persistent") for c in apart]
+        plain += [DEFAULT._replace(variant="converting")] if form.startswith("block") else []
     if kind == "sm_90" and form != "block quantize":  # Triton 3.9 fails on that one
         plain += [DEFAULT._replace(variant="specialized", warps=4, stages=stages) for stages in (3, 4)]
     return plain

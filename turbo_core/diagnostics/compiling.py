@@ -25,7 +25,7 @@ from ..sla import fast as sla_fast
 from ..wan import fused
 
 CPU = torch.device("cpu")
-KINDS = (120, 100, 90, 80)  # of the launch table, see kernels.int8_configs
+KINDS = (120, 100, 90, 86, 80)  # of the launch table, see kernels.int8_configs
 
 
 class CompileOnly(DriverBase):
