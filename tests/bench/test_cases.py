@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turbo_core import int8
-from turbo_core.bench import attention, block, check, harness, linear, streaming, vae
+from turbo_core.bench import attention, block, check, harness, linear, report, streaming, vae
 from turbo_core.bench.harness import Missing
 
 
@@ -88,3 +88,31 @@ def test_check_names_what_is_wrong_and_goes_on(monkeypatch):
         found = check.check("cpu", tell=told.append)
     assert [one["what"] for one in found if not one["ok"]] == ["quantize_rows 5 x 200"]
     assert len(told) == 1 and told[0].startswith("WRONG: quantize_rows") and len(found) == len(right)
+
+
+def measured_block(dim=1536, **milliseconds):
+    times = {"float32, eager, dense": 800.0}
+    for form, (dense, sparse) in {"block": (400.0, 200.0), "row": (320.0, 160.0)}.items():
+        times |= {f"int8 {form}, turbo-core, dense": dense, f"int8 {form}, turbo-core, SLA": sparse}
+    rows = [
+        {"name": name, "ms": ms, "p10": ms - 1, "p90": ms + 1, "error": 0.01, "status": "ok"}
+        for name, ms in (times | milliseconds).items()
+        if ms
+    ]
+    shape = {"l": 9360, "dim": dim, "ffn": 8960}
+    return {"name": "Wan block", "shape": shape, "baseline": "float32, eager, dense", "rows": rows, "flop": 1.0,
+            "bytes": 0.0, "streaming": False, "notes": ["of the block"], "clocks": {"W": [1, 2, 3]}}  # fmt: skip
+
+
+def test_a_clip_is_its_blocks_times_its_evaluations():
+    clip = block.derived(measured_block())
+    assert [round(row["speedup"], 2) for row in clip["rows"]] == [1, 2, 4, 100, 2.5, 5, 125]
+    first, last = clip["rows"][0], clip["rows"][3]
+    assert (first["ms"], last["ms"]) == (800.0 * 30 * 100, 200.0 * 30 * 4) and last["p10"] == 199.0 * 30 * 4
+    assert "computed from the times above, not run" in report.remarks(clip) and not clip["clocks"]
+    assert all(len(report.cells(row)) == len(report.HEADER) for row in clip["rows"])
+
+
+@pytest.mark.parametrize("without", [{"dim": 256}, {"int8 row, turbo-core, SLA": None}])
+def test_no_clip_is_told_of_a_width_that_no_model_has_or_with_a_rung_missing(without):
+    assert block.derived(measured_block(**without)) is None

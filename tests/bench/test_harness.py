@@ -169,3 +169,11 @@ def test_the_error_measure_refuses_what_is_not_finite_or_of_another_shape():
     assert harness.relative_error(torch.tensor([3.0, 4.5]), want) == pytest.approx(0.1)
     assert harness.relative_error(torch.tensor([3.0, float("nan")]), want) == float("inf")
     assert harness.relative_error(torch.tensor([3.0]), want) == float("inf")
+
+
+@pytest.mark.parametrize(("long", "runs"), [(1e9, 1 + harness.WARM_UP), (0.0, 2)])
+def test_what_runs_long_is_warmed_up_once(long, runs, monkeypatch):
+    monkeypatch.setattr(harness, "LONG", long)
+    ran = []
+    row, _ = harness.admit(Contender("x", lambda: lambda: ran.append(1), lambda result: 0.0, 1e-2), Script())
+    assert row["status"] == "ok" and len(ran) == runs

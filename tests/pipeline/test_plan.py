@@ -39,7 +39,7 @@ CASES = [
 def card(monkeypatch):
     """The plan is for cards, which multiply int8 and compute whole slices: a CPU's tiles are smaller."""
     monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
-    for module in (products, reference):
+    for module in (products, reference, layers):
         monkeypatch.setattr(module, "has_cache", lambda device: False)
     monkeypatch.setattr(attention, "_has_cache", lambda device: False)
 

@@ -83,6 +83,7 @@ def test_some_heads_at_a_time_change_nothing(precision, topk, monkeypatch):
     for limit, heads in ((1, [1] * 5), (2 * 300 * 128 * 2, [2, 2, 1])):
         seen.clear()
         monkeypatch.setattr(reference, "SLICE", limit)
+        monkeypatch.setattr(reference, "BITE", limit)
         torch.testing.assert_close(sla.sparse_linear_attention(*args, precision=precision), whole, rtol=0, atol=1e-6)
         assert seen == heads
 

@@ -96,7 +96,7 @@ def test_from_qkv_in_slices_rounds_once_and_leaves_its_input(monkeypatch):
     whole = reference.normed(x, sums[0], norm_q, eps, cos, sin)
     exact = reference.normed(x.float(), sums[0], norm_q, eps, cos, sin)
     assert torch.equal(whole, exact.bfloat16()) and torch.equal(x, before)
-    monkeypatch.setattr(reference, "SLICE", 2 * 64 * 77)
+    monkeypatch.setattr(reference, "BITE", 2 * 64 * 77)
     assert torch.equal(reference.normed(x, sums[0], norm_q, eps, cos, sin), whole)
     for given in ((sums[0], norm_q, eps, None, None), (None, None, eps, cos, sin)):  # each step by itself
         assert not torch.equal(reference.normed(x, *given), whole)

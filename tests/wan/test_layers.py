@@ -38,7 +38,7 @@ def test_rope_pairs_of_a_128_channel_head():
 def test_rope_in_slices_is_the_same(monkeypatch):
     x, angles = gaussian(2, 300, 3, 128, dtype=torch.bfloat16), rope_angles((3, 10, 10), 128)
     whole = apply_rope(x, angles)
-    monkeypatch.setattr(layers, "SLICE", 2 * 128 * 3 * 128)
+    monkeypatch.setattr(layers, "BITE", 2 * 128 * 3 * 128)
     assert torch.equal(apply_rope(x, angles), whole)
 
 

@@ -89,7 +89,7 @@ def test_some_tokens_at_a_time_give_the_same(quantize, monkeypatch):
     sd, args = weights(sla=True), inputs(2, grid=(3, 12, 16))
     model = WanModel.from_state_dict(quantized(sd, quantize) if quantize else sd)
     whole, seen = model(*args, topk=0.3), []
-    monkeypatch.setattr(layers, "SLICE", 1)
+    monkeypatch.setattr(layers, "BITE", 1)
     model.blocks[0].ffn[1].register_forward_hook(lambda layer, x, y: seen.append(y.shape[1]))
     torch.testing.assert_close(model(*args, topk=0.3), whole, rtol=1e-5, atol=1e-6)
     assert seen == [128, 128, 32]

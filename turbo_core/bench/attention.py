@@ -25,6 +25,7 @@ TEXT = 512  # keys of cross-attention
 FILES = ("sla_pool", "block_map", "sla_prepare", "sla_attention")  # of kernels/
 STAGES = ("pool_means", "block_map", "prepare", "attention")  # the wrappers in them
 LOW_BIT, FEW_KEYS, OTHER_LOW_BIT = 0.02, 0.04, 0.05  # largest errors: ours, ours where few keys average, others' int8
+LOW_BIT_IN_TORCH = "in torch: scores of int8 where the device multiplies it, values rounded to fp8 in float32"
 FLOAT = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -266,7 +267,7 @@ def attention_case(device, b, h, length, d, quick=False) -> Case:
     dense, sparse, linear = o.judge(o.exact()), o.judge(o.exact(index)), o.judge(o.exact(index, True))
     float_bound = FLOAT[o.dtype]
     name = name_of(o.dtype)
-    emulated = "" if why_not(device, "sla") is None else "emulated in float32"
+    emulated = "" if why_not(device, "sla") is None else LOW_BIT_IN_TORCH
 
     low_bit_bound = LOW_BIT if length >= 512 else FEW_KEYS
 
@@ -325,7 +326,7 @@ def attention_case(device, b, h, length, d, quick=False) -> Case:
 def cross_case(device, b, h, length, d, quick=False) -> Case:
     """Cross-attention over the text's keys: always dense."""
     o = _Operands(device, b, h, length, d, TEXT)
-    dense, emulated = o.judge(o.exact()), "" if why_not(device, "sla") is None else "emulated in float32"
+    dense, emulated = o.judge(o.exact()), "" if why_not(device, "sla") is None else LOW_BIT_IN_TORCH
     contenders = [
         Contender("SDPA", lambda: _sdpa(o), dense, FLOAT[o.dtype]),
         Contender("SDPA flash", lambda: _sdpa(o, "FLASH_ATTENTION"), dense, FLOAT[o.dtype]),

@@ -17,14 +17,16 @@ from ..int8 import quantize_block, quantize_rows
 from ..rope import rope_angles
 from ..sla import reference
 from ..wan import QUANTIZED_LINEARS, Block, Int8Linear
-from .attention import TEXT, TOPK
-from .harness import Case, Contender, relative_error
+from .attention import LOW_BIT_IN_TORCH, TEXT, TOPK
+from .harness import Case, Contender, Missing, relative_error
 from .linear import TOKENS_480P, TOKENS_720P, compiled, dtype_of, name_of
 
 HEAD_DIM, EPS = 128, 1e-6
 FFN = {1536: 8960, 5120: 13824, 256: 512}
 CARD_SHAPES = ((TOKENS_480P, 1536), (TOKENS_480P, 5120), (TOKENS_720P, 5120))
-CPU_SHAPES = ((780, 1536),)  # half a latent frame at 832 x 480
+CPU_SHAPES = ((9360, 1536),)  # six latent frames at 832 x 480
+BLOCKS = {1536: 30, 5120: 40}  # of the models of this width
+TEACHER, STUDENT = 100, 4  # evaluations of a clip: 50 steps with guidance, 4 without
 QUICK_SHAPES = ((300, 256),)
 TRIED = 1430  # tokens on which the results are compared, ragged in blocks of 128 and of 64
 FLOAT, INT8 = {torch.float32: 1e-5, torch.bfloat16: 2e-2}, 4e-2  # largest errors of what a block adds
@@ -172,7 +174,8 @@ def block_case(device, length, dim, quick=False) -> Case:
     """A block of the model of this width."""
     o = _Operands(device, length, dim)
     name = name_of(o.dtype)
-    emulated = "" if why_not(device, "sla") is None else "int8 attention emulated in float32"
+    on_cpu = torch.device(device).type == "cpu"
+    emulated = "" if why_not(device, "sla") is None else LOW_BIT_IN_TORCH
 
     def eager(block, *arguments):
         return plain(block, *arguments, dense)
@@ -184,6 +187,8 @@ def block_case(device, length, dim, quick=False) -> Case:
         return lambda block, *arguments: block(*arguments, topk, precision)
 
     def compile_once():
+        if on_cpu:
+            raise Missing("on a CPU it compiles for longer than it runs")
         run = compiled(plain, quick)
         block = o.float_block()
         return lambda *arguments: run(block, *arguments, dense)
@@ -208,6 +213,33 @@ def block_case(device, length, dim, quick=False) -> Case:
     title = f"Wan block, {length} tokens, dim {dim}, ffn {o.ffn}"
     notes = [f"errors: of what the block adds, at {min(TRIED, length)} tokens; rates count dense attention's work"]
     return Case(title, shape, contenders, (base,), flop=flop, notes=notes)
+
+
+def derived(measured: dict) -> dict | None:
+    """A case more, computed from a measured one: all blocks of a clip, and what each part of the method takes off it.
+    None for a width that no model has, or where a rung was not measured."""
+    rows, blocks = {row["name"]: row for row in measured["rows"] if "ms" in row}, BLOCKS.get(measured["shape"]["dim"])
+    base = measured["baseline"]
+    rungs = [(base, base, TEACHER)]
+    for form in ("block", "row"):
+        dense, sparse = f"int8 {form}, turbo-core, dense", f"int8 {form}, turbo-core, SLA"
+        rungs += [
+            (f"turbo-core: + W8A8 in {form}s", dense, TEACHER),
+            (f"turbo-core: + W8A8 in {form}s + SLA", sparse, TEACHER),
+            (f"turbo-core: + W8A8 in {form}s + SLA + {STUDENT} steps", sparse, STUDENT),
+        ]
+    if blocks is None or not all(source in rows for _, source, _ in rungs):
+        return None
+    found = []
+    for name, source, evaluations in rungs:
+        row, times = rows[source], blocks * evaluations
+        told = {key: row[key] * times for key in ("ms", "p10", "p90")}
+        speedup = float(f"{rows[base]['ms'] * blocks * TEACHER / told['ms']:.3g}")
+        found.append({"name": name, "alone": False, "status": "ok", "note": "", "error": row["error"]} | told)
+        found[-1]["speedup"] = speedup
+    title = f"All blocks of a clip: {blocks}, {TEACHER} evaluations (50 steps with guidance) or {STUDENT}"
+    notes = ["computed from the times above, not run", "errors: of one block"]
+    return measured | {"name": title, "rows": found, "notes": notes, "clocks": {}, "flop": 0.0}
 
 
 def cases(device, sizes=None, quick=False):

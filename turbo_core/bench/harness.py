@@ -19,7 +19,7 @@ from ..errors import TurboError
 from ..selfcheck import answers
 
 REPEATS, SECONDS, FEWEST = 50, 2.0, 3  # of each contender: that many runs, or that long, but never fewer runs
-WARM_UP = 2  # runs after the first, which may compile
+WARM_UP, LONG = 2, 2.0  # runs after the first, which may compile; one of that many seconds warms up enough
 FLUSHED = 1 << 28  # bytes written before each run of a streaming case: more than any card's or CPU's last cache
 
 
@@ -185,8 +185,11 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
             said = "not finite" if row["error"] is None else f"{error:.2e}"
             return row | {"status": "wrong", "reason": f"relative error {said}, more than {contender.bound:.0e}"}, None
         for _ in range(WARM_UP):
+            start = time.perf_counter()
             function()
-        clock.synchronize()
+            clock.synchronize()
+            if time.perf_counter() - start > LONG:
+                break
     except Missing as reason:
         return row | {"status": "missing", "reason": str(reason)}, None
     except Exception as error:  # a compiler's, a driver's or a foreign library's: the others go on

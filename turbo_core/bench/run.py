@@ -93,8 +93,10 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECO
                 print(report["notes"][-1])
                 continue
             measured = timed(case, limits)
-            show(measured)
-            report["cases"].append(measured)
+            more = GROUPS[group][0].derived(measured) if hasattr(GROUPS[group][0], "derived") else None
+            for one in filter(None, (measured, more)):
+                show(one)
+                report["cases"].append(one)
             write(partial, json.dumps(report, indent=1).encode())
         report["limits_after"] = rates()[1]
         for path in save(report, folder, picture(report)):

@@ -11,6 +11,7 @@ from .blocks import covering_map, in_blocks, nan_unless_finite, top_map
 
 GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
 SLICE = 1 << 25  # elements of q computed at a time: heads are independent, and their copies stay small beside q
+BITE = 1 << 20  # the same on a CPU, in whose cache they stay
 _FP8_MAX = 448.0
 
 
@@ -108,6 +109,10 @@ def _has_cache(device) -> bool:
     return device.type == "cpu"
 
 
+def _elements(device) -> int:
+    return BITE if _has_cache(device) else SLICE
+
+
 def linear_branch(q, k, v, proj_weight, proj_bias, fold: bool = True):
     """Linear attention over all keys, softmax over channels as feature map, then the projection proj_l.
 
@@ -133,7 +138,7 @@ def sparse_linear_attention(q, k, v, proj_weight, proj_bias, topk, coverage, blo
     """Both branches, some heads at a time; arguments as of turbo_core.sla.sparse_linear_attention."""
     out = q.new_empty(q.shape)
     b, _, h, d = q.shape
-    step = max(1, SLICE // (b * max(q.shape[1], k.shape[1]) * d))
+    step = max(1, _elements(q.device) // (b * max(q.shape[1], k.shape[1]) * d))
     for start in range(0, h, step):
         heads = (slice(None), slice(None), slice(start, start + step))
         some = q[heads], k[heads], v[heads]
@@ -176,7 +181,7 @@ def normed(x, sums, weight, eps, cos, sin):
     b, length, h, d = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     squares = None if sums is None else sums.sum(0).view(b, length, 1, 1)
-    step = max(1, SLICE // (b * h * d))
+    step = max(1, _elements(x.device) // (b * h * d))
     for part in (slice(start, start + step) for start in range(0, length, step)):
         y = x[:, part].float()
         if weight is not None:
