@@ -5,6 +5,7 @@ demo   render a prompt with TinyWan, the small trained family: MP4 and contact s
 test   style check and tests; also in the real ComfyUI where one is found (COMFYUI_DIR, the one this pack lies in,
        or ~/ComfyUI)
 check  style check only
+page   only the tests in ComfyUI's page; installs Chromium where it may (Debian, as root), and says so where it cannot
 host   only the tests in the real ComfyUI; "host --newer" gives it the calls of newer ones (tests/host/newer.py)
 hostile   damaged and malicious files by the thousand, races and kills; results in benchmarks/results/cpu/
 soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
@@ -17,6 +18,7 @@ requirements). No GPU needed.
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +38,16 @@ HOST_SKIPS = ("torch", "torchvision", "torchaudio", "spandrel", "pyopengl", "com
 def main():
     if sys.version_info < (3, 10):  # noqa: UP036 (whoever runs this may have an older one)
         sys.exit("TurboWan needs Python 3.10 or newer, this is " + sys.version.split()[0])
-    verbs = {"demo": demo, "test": test, "check": check, "host": host, "soak": soak, "hostile": hostile, "bench": bench}
+    verbs = {
+        "demo": demo,
+        "test": test,
+        "check": check,
+        "host": host,
+        "page": page,
+        "soak": soak,
+        "hostile": hostile,
+        "bench": bench,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in verbs:
         sys.exit(__doc__)
     sys.exit(verbs[sys.argv[1]](sys.argv[2:]))
@@ -74,6 +85,9 @@ def test(arguments):
     else:
         host_environment()  # before two runs want it
         beside["tests/host"] = [sys.executable, __file__, "host", *arguments]
+        if not arguments:
+            beside["tests/page"] = [sys.executable, __file__, "page"]
+            pytest += ["--ignore=tests/page"]
         if not arguments:
             beside["tests/host, calls of newer hosts"] = [*beside["tests/host"], "--newer", "-m", "newer"]
     if not arguments:
@@ -127,6 +141,38 @@ def host(arguments):
     # pytest would forget the failures of one that runs beside it
     cache = "cache_dir=.pytest_cache/newer" if "--newer" in arguments else "cache_dir=.pytest_cache/host"
     return call(host_environment(), "-m", "pytest", "-q", "-o", cache, "tests/host", *arguments)
+
+
+def page(arguments):
+    if find_comfyui() is None:
+        return host(arguments)
+    python = host_environment()
+    if lack := page_lacks(python):
+        print(f"tests/page are skipped: {lack}", flush=True)
+        return 0
+    return call(python, "-m", "pytest", "-q", "-o", "cache_dir=.pytest_cache/page", "tests/page", *arguments)
+
+
+def page_lacks(python):
+    """None where Chromium and Playwright are there, or can be installed within two minutes; else what is lacking."""
+    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=15"]
+    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]  # as in tests/helpers/page.py
+    try:
+        if subprocess.run([python, "-c", "import playwright"], stderr=subprocess.DEVNULL).returncode:
+            pip = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--timeout", "15", "playwright"]
+            subprocess.run([python, *pip], check=True, timeout=60)
+        if not any(map(shutil.which, filter(None, names))):
+            if os.name == "nt" or os.geteuid() != 0 or not shutil.which("apt-get"):
+                return "no Chromium is there (Debian: apt-get install chromium; or set CHROMIUM to its path)"
+            wanted = ["install", "-y", "--no-install-recommends", "chromium"]
+            environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environ, "check": True}
+            subprocess.run([*apt, "update"], timeout=30, **quiet)
+            subprocess.run([*apt, *wanted, "--download-only"], timeout=60, **quiet)
+            subprocess.run([*apt, *wanted], **quiet)  # without the network: it does not hang
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"Chromium or Playwright could not be installed ({error})"
+    return None
 
 
 def soak(arguments):

@@ -55,10 +55,11 @@ class TurboWanExtension(ComfyExtension):
             files = [importlib.import_module(f".{name}", __package__) for name in FILES]
             from .host.files import register_tinywan
             from .host.schedule import register_scheduler
+            from .reports.advice import tell_guidance
             from .reports.faults import guarded
         except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
             raise ImportError(_cure(error)) from error
 
-        register_scheduler()
+        register_scheduler(tell_guidance)
         register_tinywan()
         return [guarded(node) for file in files for node in file.NODES]

@@ -9,7 +9,8 @@ from .host.inputs import check_choice, check_number, parse_blocks, wan_network
 from .host.kernels import prove_for
 from .host.override import MODES, with_settings
 from .host.settings import log_once
-from .reports.show import show
+from .reports.advice import of_percents
+from .reports.show import report, show
 
 SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
@@ -108,6 +109,7 @@ class SparseLowBitAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # its warning, when the host takes the node from its cache
         )
 
     @classmethod
@@ -128,7 +130,8 @@ class SparseLowBitAttention(io.ComfyNode):
         settings["dense_blocks"] = parse_blocks(dense_blocks, len(network.blocks))
         model = with_settings(model, mode, start_percent, end_percent, functools.partial(_tell, cls), **settings)
         prove_for(model)
-        return io.NodeOutput(model)
+        said = of_percents(start_percent, end_percent)
+        return io.NodeOutput(model, ui=report(*said) if said else None)
 
 
 def _tell(node, text):

@@ -1,10 +1,12 @@
 """TurboMerge: files in models/diffusion_models into a new one there, a finetune with TurboWan's acceleration."""
 
+import itertools
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..turbo_core.checkpoint.merging import merge
+from ..turbo_core.errors import TurboError
 from .host.files import (
     file_input,
     file_stem,
@@ -66,11 +68,22 @@ class TurboMerge(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         paths = model_file(finetune), model_file(base), [model_file(turbo)]
+        _check_different(finetune=finetune, base=base, turbo=turbo)
         target = new_model((filename or "").strip() or f"{file_stem(finetune)}_turbo_{format}", overwrite)
         done = merge(*paths, target, format, strength, progress_bar())
         remember(("TurboMerge", finetune, base, turbo, strength, format, filename), done.path)
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
         return io.NodeOutput(done.path, ui=written(done.path, done.bytes, *apart, *done.warnings))
+
+
+def _check_different(**files):
+    """Raise TurboError where two inputs are the same file: the sum would be one of the files again."""
+    for first, second in itertools.combinations(files, 2):
+        if files[first] == files[second]:
+            raise TurboError(
+                f"{first} and {second} are the same file, {files[first]}: choose the finetune, the original that it "
+                "and the accelerated model come from, and the accelerated model."
+            )
 
 
 NODES = [TurboMerge]

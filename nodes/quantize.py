@@ -7,7 +7,9 @@ from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .host.inputs import check_choice, network_of, parse_blocks, wan_network
 from .host.quantizing import matching_layers, quantize_patcher, wan_layers
+from .reports.advice import of_quantizing
 from .reports.memory import tell_memory
+from .reports.show import report
 
 FORMATS = {"block (TurboWan)": quantize_block, "row (ComfyUI native)": quantize_rows}
 LAYERS = {
@@ -55,6 +57,7 @@ class QuantizeW8A8(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            has_intermediate_output=True,  # its warning, when the host takes the node from its cache
         )
 
     @classmethod
@@ -72,7 +75,9 @@ class QuantizeW8A8(io.ComfyNode):
         else:
             network = wan_network(model, "QuantizeW8A8", "or name its linear layers in pattern")
             names = wan_layers(network, LAYERS[layers], parse_blocks(skip_blocks, len(network.blocks)))
-        return io.NodeOutput(tell_memory(quantize_patcher(model, FORMATS[format], names)))
+        said = of_quantizing(model, names)
+        quantized = tell_memory(quantize_patcher(model, FORMATS[format], names))
+        return io.NodeOutput(quantized, ui=report(*said) if said else None)
 
 
 NODES = [QuantizeW8A8]

@@ -4,9 +4,10 @@ import logging
 
 from comfy_api.latest import io
 
-from .host.inputs import check_choice, check_number, seed_input, sigma_max_input, steps_input, wan_network
+from .host.inputs import check_choice, check_image, check_number, seed_input, sigma_max_input, steps_input, wan_network
 from .host.run import MODES, experts_of, sample_experts
 from .host.schedule import sigmas_of
+from .reports.advice import of_sampling
 from .reports.show import report
 from .reports.stages import Stages
 
@@ -60,12 +61,15 @@ class TurboSampler(io.ComfyNode):
             wan_network(expert, "TurboSampler")
         check_choice("mode", mode, MODES)
         check_number("boundary", boundary, 0, 1)
-        experts = experts_of(model, model_low, sigmas_of(steps, sigma_max, model, sigmas), boundary)
+        sigmas = sigmas_of(steps, sigma_max, model, sigmas)
+        experts = experts_of(model, model_low, sigmas, boundary)
+        check_image(model, positive)
+        said = of_sampling(model, model_low, boundary, sigmas)
         stages = Stages(model.load_device)
         latent = sample_experts(experts, positive, latent_image, seed, mode == "ODE", stages)
         line = stages.line()
         logging.info("TurboSampler: %s", line)
-        return io.NodeOutput(latent, ui=report(line))
+        return io.NodeOutput(latent, ui=report(*said, line))
 
 
 NODES = [TurboSampler]

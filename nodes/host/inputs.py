@@ -101,6 +101,18 @@ def check_sigmas(sigmas):
         raise TurboError(f"sigmas must fall from at most 1 to at least 0, got {got}: use Turbo Scheduler.")
 
 
+def check_image(model, positive):
+    """Raise TurboError for an image-to-video MODEL, one with room for a picture, whose prompt comes without one."""
+    latent = model.get_model_object("latent_format").latent_channels
+    # a latent, a picture of as many channels, and a mask of 4; control models have other rooms
+    pictured = latent == 16 and model.model.diffusion_model.patch_embedding.in_channels == 2 * latent + 4
+    if pictured and not any("concat_latent_image" in more for _, more in positive or ()):
+        raise TurboError(
+            "This is an image-to-video model and got no picture: connect positive and latent of WanImageToVideo, or "
+            "take a text-to-video model."
+        )
+
+
 def check_positive(positive, model):
     """Raise TurboError unless the conditioning holds what a Wan MODEL takes: text of its width, latents of its VAE."""
     if not positive:

@@ -1,5 +1,7 @@
 """The rCM schedule in the host: `turbo_rcm` in its lists of schedulers, and sigmas that suit a MODEL."""
 
+import functools
+
 import comfy.samplers
 
 from ...turbo_core.errors import TurboError
@@ -33,7 +35,8 @@ def sigmas_of(steps, sigma_max, model, given=None):
     return rcm_sigmas(steps, sigma_max or default).float()
 
 
-def _scheduler(model_sampling, steps):
+def _scheduler(model_sampling, steps, tell):
+    tell(SCHEDULER)
     sigma_max = getattr(model_sampling, "rcm_sigma_max", None)
     if sigma_max is None:
         sigma_max = default_sigma_max(_TEXT_TO_VIDEO)
@@ -48,8 +51,9 @@ def _scheduler(model_sampling, steps):
         raise TurboError(f"{error} With denoise below 1, KSampler asks for steps / denoise.") from None
 
 
-def register_scheduler():
-    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them."""
-    comfy.samplers.SCHEDULER_HANDLERS[SCHEDULER] = comfy.samplers.SchedulerHandler(_scheduler)
+def register_scheduler(tell):
+    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them; tell(name) before each use."""
+    handler = functools.partial(_scheduler, tell=tell)
+    comfy.samplers.SCHEDULER_HANDLERS[SCHEDULER] = comfy.samplers.SchedulerHandler(handler)
     if SCHEDULER not in comfy.samplers.SCHEDULER_NAMES:
         comfy.samplers.SCHEDULER_NAMES.append(SCHEDULER)

@@ -70,6 +70,15 @@ class Lab:
     def positive(self, seed=7, **extra):
         return [[self.context(seed=seed), extra]]
 
+    def picture(self, model, latent):
+        """What an image-to-video model wants in its conditioning: the picture that the host takes in its absence."""
+        if model.model.diffusion_model.patch_embedding.in_channels != 36:
+            return {}
+        height, width = latent["samples"].shape[-2:]
+        frames = latent["samples"].shape[2] if latent["samples"].ndim == 5 else 1
+        empty = torch.zeros(1, 16, frames, height, width)
+        return {"concat_latent_image": model.get_model_object("latent_format").process_out(empty)}
+
     def latent(self, shape=SMALL, seed=None):
         """A LATENT: zeros, or noise-like where a seed is given."""
         return {"samples": torch.zeros(shape) if seed is None else _draw(*shape, seed=seed)}
@@ -100,7 +109,7 @@ class Lab:
         """Samples of TurboSampler."""
         latent = latent or self.latent()
         node = self.pack.nodes["TurboSampler"]
-        settings = {"positive": self.positive(), "sigma_max": 0.0, **settings}
+        settings = {"positive": self.positive(**self.picture(model, latent)), "sigma_max": 0.0, **settings}
         return node.execute(model, latent_image=latent, seed=seed, steps=steps, mode=mode, **settings)[0]["samples"]
 
     def custom(self, model, sampler, sigmas, latent=None, seed=3, noise=True):

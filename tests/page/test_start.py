@@ -1,5 +1,6 @@
 """The first ten minutes, walked: a new ComfyUI with this pack, its templates, the first of them, Run, a video."""
 
+import os
 import shutil
 import time
 
@@ -11,7 +12,8 @@ from tests.helpers.page import opened
 
 pytestmark = pytest.mark.page
 VIEW = {"width": 1600, "height": 1000}
-SECONDS = 60  # from the page that is open to the video; two CPU cores and nothing beside it
+SECONDS = 60  # from the page that is open to the video, on two CPU cores that do nothing else
+PATIENCE = 180  # on cores that do
 LEGIBLE = 11  # px of a node's title
 
 # the boxes of what ran, in px of the window; a video element lies on top of its node
@@ -63,6 +65,7 @@ def _open_first_template(page):
 def test_from_the_templates_to_a_video_without_a_shell(browser, fresh, request):
     page = opened(browser, fresh.url, "window.app?.vueAppReady", viewport=VIEW)  # no graph yet
     shots = request.config.getoption("--screenshots")
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count()
     began = time.monotonic()
     assert _open_first_template(page) == "00_start_here"
     page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'TurboSampler')", timeout=20_000)
@@ -71,7 +74,7 @@ def test_from_the_templates_to_a_video_without_a_shell(browser, fresh, request):
     titles = page.evaluate(TITLES)
     assert titles["size"] >= LEGIBLE
     page.get_by_test_id("queue-button").first.click()
-    page.wait_for_function(f"{VIDEO}", timeout=1000 * SECONDS)
+    page.wait_for_function(f"{VIDEO}", timeout=1000 * PATIENCE)
     took = time.monotonic() - began
     page.wait_for_timeout(500)
     seen = page.evaluate(VIDEO)
@@ -81,6 +84,7 @@ def test_from_the_templates_to_a_video_without_a_shell(browser, fresh, request):
     assert seen["width"] == 128 and seen["seconds"] == pytest.approx(33 / 16, abs=0.2)
     assert list((fresh.base / "output" / "video").glob("TurboWan*.mp4"))
     print(f"from the open page to the video: {took:.1f} s")
+    assert took < (PATIENCE if busy else SECONDS)
     page.close()
 
 

@@ -1,0 +1,82 @@
+"""Set-ups that run and do not do what was meant: a sentence each, for the node that can be changed."""
+
+import logging
+
+from comfy.quant_ops import QuantizedTensor
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..host.blocks import has_trained_sla
+from ..host.loading import SOURCE, file_name
+from ..host.weights import PREFIX, original_weight
+
+
+def of_sampling(model, low, boundary, sigmas) -> list[str]:
+    """On the MODELs of a Turbo Sampler; low: the second expert or None, sigmas [steps + 1]."""
+    said, names = [], (file_name(model), "" if low is None else file_name(low))
+    if low is not None and names[0] and names[0] == names[1]:
+        said.append(
+            f"Both experts are the file {names[0]}: the low-noise steps want the other one, with low in its name."
+        )
+    if low is None and sigmas[0] >= boundary > sigmas[-2]:
+        noise = next((n for n in ("high", "low") if n in names[0].lower()), None)
+        if noise is not None:
+            other, place = ("low", "model_low") if noise == "high" else ("high", "model, and this one to model_low")
+            said.append(
+                f"{names[0]} is the {noise}-noise expert of two and samples all steps alone, past the boundary "
+                f"{boundary:g}: connect the {other}-noise one to {place}."
+            )
+    if not _distilled(model):
+        said.append(
+            f"{names[0] or 'This model'} is not known to be distilled: in {len(sigmas) - 1} steps without guidance it "
+            "gives a blurred video. Take a TurboWan file, connect a few-step LoRA before this node, or sample with "
+            "KSampler in 20 to 50 steps and CFG 5."
+        )
+    return said
+
+
+def _distilled(model):
+    """False where nothing tells that a few steps are enough: neither the file nor a LoRA, which may bring it."""
+    source = model.get_attachment(SOURCE)
+    text = "" if source is None else f"{source.family} {source.path}".lower()
+    known = any(word in text for word in ("turbo", "rcm", "distill", "lightx2v", "lightning", "tinywan", "step"))
+    return has_trained_sla(model.model.diffusion_model) or known or bool(model.patches) or bool(model.injections)
+
+
+def of_percents(start, end) -> list[str]:
+    """On where sparse attention begins and ends."""
+    if start < end:
+        return []
+    return [
+        f"start_percent {start:g} is not below end_percent {end:g}: attention is dense in every step. Exchange the "
+        "two, or take 0 and 1."
+    ]
+
+
+def of_quantizing(model, layers) -> list[str]:
+    """On the layers, by name, that a MODEL is about to have as int8: those that are already."""
+    stored = {name: original_weight(model, f"{PREFIX}{name}.weight") for name in layers}
+    twice = [name for name, weight in stored.items() if isinstance(weight, QuantizedTensor)]
+    if not twice:
+        return []
+    return [
+        f"{len(twice)} of {len(layers)} layers are quantized already, {twice[0]} is one. In the same format they stay "
+        "as they are, from another one they are rounded twice: leave this node out, or load the unquantized file."
+    ]
+
+
+def tell_guidance(scheduler):
+    """Say on the KSampler that runs that CFG above 1 is not for models that need this scheduler."""
+    server, context = getattr(PromptServer, "instance", None), get_executing_context()
+    if server is None or context is None:
+        return
+    running = [item[2] for item in server.prompt_queue.get_current_queue_volatile()[0] if item[1] == context.prompt_id]
+    given = running[0].get(context.node_id, {}).get("inputs", {}) if running else {}
+    cfg = given.get("cfg")
+    if isinstance(cfg, (int, float)) and cfg > 1:
+        text = (
+            f"cfg {cfg:g} with {scheduler}: guidance is distilled into TurboWan models, and above 1 it burns the "
+            "colours and takes twice the time. Set cfg to 1."
+        )
+        logging.warning("TurboWan: %s", text)
+        server.send_progress_text(text, context.node_id)
