@@ -32,7 +32,7 @@ class Sequence:
         blocks = -(-length // BLOCK)
         if blocks < self.size:
             raise TurboError(
-                f"A clip of {length} tokens has {blocks} blocks of {BLOCK}, fewer than {self.size} processes: start "
+                f"A clip of {length} tokens has fewer blocks of {BLOCK} ({blocks}) than {self.size} processes: start "
                 "fewer (--nproc-per-node), or make it larger or longer."
             )
 
