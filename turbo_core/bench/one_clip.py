@@ -4,6 +4,7 @@ Ours is pipeline.generate. Beside it stands diffusers' WanPipeline with the same
 and the same file at the end; its text encoder is transformers'.
 """
 
+import gc
 import hashlib
 import json
 import sys
@@ -29,6 +30,7 @@ def main() -> None:
     """Read a job from standard input, make its clip and print the times as the last line."""
     job = json.load(sys.stdin)
     clock = Clock(job)
+    gc.freeze()  # as turbo-core generate does
     torch.set_num_threads(job["threads"])
     try:
         frames, latents = MAKERS[job["maker"]](job, clock)
