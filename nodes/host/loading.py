@@ -17,7 +17,7 @@ from ...turbo_core import checkpoint
 from ...turbo_core.checkpoint.names import looks_like
 from ...turbo_core.checkpoint.others.comfyui import attention_tensors
 from ...turbo_core.checkpoint.others.sharded import INDEX
-from ...turbo_core.errors import TurboError
+from ...turbo_core.errors import TurboError, shown
 from ...turbo_core.pipeline.text import check_encoder
 from .blocks import SLAWanBlock, watch_replaced
 from .files import read_tensors
@@ -69,7 +69,10 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     patcher = patcher_class(model, **devices, **_disk(patcher_class, sd))
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    try:
+        model.load_model_weights(sd, "", assign=patcher.is_dynamic())
+    except RuntimeError as error:
+        raise _misfit(description.path, error) from error
     if description.has_sla or quantized:
         prove_for(patcher)
     if description.has_sla:
@@ -91,7 +94,9 @@ def _config(sd, description, quantized):
     for key in [k for k in sd if k.endswith(".weight_scale")]:
         layer = key.removesuffix("_scale")
         sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
-    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=description.metadata)
+    # the host takes any word of `config` for an argument of its network; what of it counts is in the description
+    metadata = {name: value for name, value in description.metadata.items() if name != "config"}
+    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
         raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
     config.unet_config.update(num_heads=description.num_heads, text_dim=description.text_dim)
@@ -138,14 +143,24 @@ def _is_ours(description):
     return description.has_sla or not description.comfyui
 
 
+def _misfit(path, error) -> TurboError:
+    """Of sizes that Wan's models do not have, and the host's network therefore not: it says which at some length."""
+    return TurboError(
+        f"{path} does not fit ComfyUI's Wan ({shown(' '.join(str(error).split()), 200)}). Expected the sizes of a Wan "
+        "model: use another file, or update ComfyUI."
+    )
+
+
 def _load_as_the_host_does(path, description, dtype, disable_dynamic):
     """A stock file by the host's own loader, whatever it is quantized as."""
     options, kinds = {} if dtype is None else {"dtype": dtype}, ", ".join(sorted(set(description.foreign.values())))
     try:
         patcher = comfy.sd.load_diffusion_model(path, model_options=options, disable_dynamic=disable_dynamic)
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         if not kinds:
-            raise
+            if comfy.model_management.is_oom(error):
+                raise
+            raise _misfit(path, error) from error
         raise TurboError(
             f"{path} is quantized as {kinds}, which this ComfyUI does not load ({type(error).__name__}: {error}). "
             "Update ComfyUI, or use the bf16 version of this model."

@@ -2,6 +2,7 @@
 conversions of files, and wrong inputs between them."""
 
 import random
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ WRONG = {
     "gone": "not in list",
     "topk": "value_bigger_than_max",
     "experts": "model_low",
-    "channels": "channels",
+    "encoder": "not a umT5 encoder",
     "outside": "lies outside",
 }
 TEXT = "A red circle drifts slowly across a calm blue sea at sunset."
@@ -77,7 +78,8 @@ def _moment(draw, job):
 
 
 def put_wrong(models):
-    """Write the wrong files to the host's folder `models`: cut short, one that names code, one with a NaN."""
+    """Write the wrong files to the host's folder `models`: cut short, one that names code, one with a NaN, a VAE that
+    is said to be a text encoder."""
     folder = models / "diffusion_models"
     good = (folder / "TurboWan2.1-T2V-1.3B-480P.pth").read_bytes()
     (folder / "cut.pth").write_bytes(good[: len(good) // 2])
@@ -85,6 +87,7 @@ def put_wrong(models):
     state = torch.load(folder / "TurboWan2.1-T2V-1.3B-480P-quant.pth", weights_only=True)
     state["blocks.0.ffn.0.scale"].fill_(float("nan"))
     torch.save(state, folder / "nan.pth")
+    shutil.copy(models / "vae" / "wan_2.1_vae.safetensors", models / "text_encoders" / "vae.safetensors")
 
 
 def _node(kind, **inputs):
@@ -158,11 +161,11 @@ def prompt(job, output):
             **settings,
         )
         model = ["sparse", 0]
-    if job.kind == "channels":
-        graph["latent"] = _node("EmptyLatentImage", width=width, height=height, batch_size=1)
+    if job.kind == "encoder":
+        graph["clip"]["inputs"]["text_encoder"] = "vae.safetensors"
     if job.kind == "experts":  # of another family
         turbo["model_low"] = _turbo(graph, "TurboWan2.2-I2V-A14B-low-720P-quant.pth", False)
-    if job.kind in ("t2v_turbo", "batch", "channels", "experts"):
+    if job.kind in ("t2v_turbo", "batch", "encoder", "experts"):
         graph["sample"] = _node("TurboSampler", model=model, positive=positive, latent_image=latent, **turbo)
     else:
         graph["sample"] = _node(
