@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from turbo_core.errors import TurboError
+from turbo_core.tinywan import FILES
 
 
 @pytest.fixture(scope="module")
 def stock(comfy, pack):
     """TinyWan's VAE as the host loads it, in float32: its numbers are then told apart from rounding."""
-    path = pack.root / "models" / "tinywan" / "TinyWan2.1_VAE.safetensors"
+    path = pack.root / "models" / "tinywan" / FILES["vae"]
     if not path.is_file():
         pytest.skip("this copy comes without models/tinywan")
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)), dtype=torch.float32)

@@ -5,6 +5,7 @@ import torch
 
 from turbo_core.devices import OutOfMemory
 from turbo_core.vae import WanVAE, coding, decode_each, decode_video, encode_video
+from turbo_core.vae.memory import frames_of_a_piece
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,11 @@ def test_encoding_runs_full_alike(vae, monkeypatch):
 
     monkeypatch.setattr(WanVAE, "encode_piece", encode_piece)
     torch.testing.assert_close(encode_video(vae, video), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_pieces_follow_from_the_memory():
+    """The published width at 480p in bf16: one latent frame takes 3 GB, four take 5.8."""
+    wish = "decode", 832 * 480, 96, torch.bfloat16
+    assert [frames_of_a_piece(*wish, "cuda", free=n * 10**9) for n in (0, 4, 6, 7, 9, 80)] == [1, 1, 2, 3, 4, 4]
+    assert frames_of_a_piece(*wish, "cpu", free=80 * 10**9) == 1, "more was no faster there"
+    assert frames_of_a_piece("decode", 128 * 128, 8, torch.float32, "cpu") == 4

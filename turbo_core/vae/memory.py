@@ -1,5 +1,7 @@
 """How many latent frames go through the VAE together, by the memory there is."""
 
+import math
+
 import torch
 
 from ..devices import available_memory
@@ -8,6 +10,7 @@ MOST_FRAMES = 4  # of latents in one piece: more was no faster
 # Tensors of a pixel and a channel of base width: what the layers keep of the pieces before, and for each latent frame
 # the largest that are alive together. Counted at the published width, which tests/pipeline/test_plan.py does again.
 _TENSORS = {"decode": (27.5, 12.0), "encode": (17.5, 12.2)}
+_ENOUGH = {"cpu": 2**28}  # bytes: larger pieces were no faster there
 _SHARE = 0.7  # of free memory: allocators leave gaps, libraries take workspaces
 
 
@@ -18,11 +21,11 @@ def piece_bytes(work: str, pixels: int, frames: int, dim: int, dtype: torch.dtyp
 
 
 def frames_of_a_piece(work: str, pixels: int, dim: int, dtype: torch.dtype, device, free: int | None = None) -> int:
-    """Latent frames that fit: 1 to MOST_FRAMES. free: bytes, by default what the device has."""
-    free = free_memory(torch.device(device)) if free is None else free
-    if free is None:
-        return MOST_FRAMES
-    fitting = [n for n in range(1, MOST_FRAMES + 1) if piece_bytes(work, pixels, n, dim, dtype) <= _SHARE * free]
+    """Latent frames that fit and are of use: 1 to MOST_FRAMES. free: bytes, by default what the device has."""
+    device = torch.device(device)
+    free = free_memory(device) if free is None else free
+    room = min(math.inf if free is None else _SHARE * free, _ENOUGH.get(device.type, math.inf))
+    fitting = [n for n in range(1, MOST_FRAMES + 1) if piece_bytes(work, pixels, n, dim, dtype) <= room]
     return max(fitting, default=1)
 
 

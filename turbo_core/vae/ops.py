@@ -6,6 +6,8 @@ import platform
 import torch
 import torch.nn.functional as F
 
+from . import winograd
+
 _SLICE = {"cpu": 2**18}  # numbers of a slice that a norm works on: its float32 copies stay in a CPU's cache
 _LARGE_SLICE = 2**23
 _TINY = 1e-12  # the least length that a vector is divided by
@@ -13,9 +15,11 @@ _TINY = 1e-12  # the least length that a vector is divided by
 
 def conv(x, weight, bias, stride=1, padding=0):
     """torch's conv2d or conv3d, but on an x86 CPU always oneDNN's: for a batch of one torch takes a loop of its own for
-    small videos, which was up to six times slower."""
+    small videos, which was up to six times slower. A wide one of 3x3x3 goes by winograd.py."""
     if not _has_onednn(x.device.type, x.dtype) or torch.is_grad_enabled():
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, stride, padding)
+    if x.dtype == torch.float32 and stride == 1 and winograd.pays(x, weight):
+        return winograd.conv(x, weight, bias)
     stride, padding = (v if isinstance(v, tuple) else (v,) * (x.ndim - 2) for v in (stride, padding))
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * (x.ndim - 2), 1)
 
