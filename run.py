@@ -8,7 +8,8 @@ check  style check only
 page   only the tests in ComfyUI's page; installs Chromium where it may (Debian, as root), and says so where it cannot
 host   only the tests in the real ComfyUI; "host --newer" gives it the calls of newer ones (tests/host/newer.py)
 hostile   damaged and malicious files by the thousand, races and kills; results in benchmarks/results/cpu/
-soak   200 runs in one ComfyUI: failures, memory, equal outputs; results in benchmarks/results/cpu/
+soak   200 runs in one ComfyUI, "soak --runs 1000" the long form: failures, memory, equal outputs; results in
+       benchmarks/results/cpu/
 bench  times and errors of all that this machine can run, results in benchmarks/results/; "bench --check" first holds
        every kernel to an oracle: the one command for a borrowed card; "bench --help" tells the rest
 
