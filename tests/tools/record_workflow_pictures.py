@@ -1,5 +1,7 @@
 """Draws the workflows as ComfyUI's page shows them: a picture beside each JSON, and all of them in docs/workflows.jpg.
 
+Those that need no downloads are run, and their picture is four moments of the video.
+
     python -m tests.tools.record_workflow_pictures http://127.0.0.1:8188 [00_start_here ...]
 
 Needs a running ComfyUI with this pack and the files that tests/helpers/comfyui.py puts there, Chromium, Playwright and
@@ -9,8 +11,11 @@ Pillow. Needed when a workflow's face changes.
 import io
 import json
 import sys
+import urllib.parse
 from pathlib import Path
 
+from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
 from tests.helpers.page import browsing, opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,18 +42,49 @@ SHOW = """async ([workflow, view]) => {
 
 
 def record(url: str, workflows: list[Path]) -> None:
-    """Photograph some workflows; the notes left of the graph are not shown."""
+    """Photograph some workflows; their notes are not shown."""
     from PIL import Image
 
+    run = [path for path in workflows if path.stem in workflow_api.COMES_ALONG]
+    for path in run:  # before Playwright has a loop of its own
+        moments(_result(url, path)).save(path.with_suffix(".jpg"), quality=85)
+    workflows = [path for path in workflows if path not in run]
     with browsing() as browser:
         page = opened(browser, url, viewport=VIEW, device_scale_factor=2)
         for path in workflows:
             workflow = json.loads(path.read_text(encoding="utf-8"))
-            workflow["nodes"] = [n for n in workflow["nodes"] if n["type"] != "MarkdownNote" or n["pos"][0] >= 0]
+            workflow["nodes"] = [n for n in workflow["nodes"] if n["type"] != "MarkdownNote"]
             box = page.evaluate(SHOW, [workflow, VIEW])
             image = Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")
             image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.LANCZOS)
             image.save(path.with_suffix(".jpg"), quality=80)
+
+
+def _result(url, path):
+    """Frames, as Pillow images, of the video that a workflow makes on this server."""
+    import av
+
+    server = host.Server(url, None, None, None)
+    prompt = workflow_api.to_api(workflow_api.load(path.stem), workflow_api.recorded_object_info())
+    run = host.run(server, prompt)
+    files = [f for m in run.messages if m["type"] == "executed" for f in (m["data"]["output"] or {}).get("images", ())]
+    status, video = host.get(server, "/view?" + urllib.parse.urlencode(files[-1]))
+    assert status == 200, f"{path.stem}: {run.status} {run.error}"
+    with av.open(io.BytesIO(video)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
+
+
+def moments(frames, size=300, count=4):
+    """Some frames of a video side by side, first to last, and what made them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    sheet = Image.new("RGB", (count * (size + GAP) - GAP, size + TITLE), (24, 24, 26))
+    for i in range(count):
+        frame = frames[i * (len(frames) - 1) // (count - 1)].resize((size, size), Image.BICUBIC)
+        sheet.paste(frame, (i * (size + GAP), 0))
+    label = f"TinyWan, which comes with the pack: four of {len(frames)} frames, 4 steps"
+    ImageDraw.Draw(sheet).text((4, size + 4), label, fill=(225, 225, 225), font=ImageFont.load_default(18))
+    return sheet
 
 
 def contact_sheet() -> None:
