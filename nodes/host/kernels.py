@@ -1,8 +1,9 @@
 """The moment at which a node brings our code to a MODEL: its kernels are proved, the host's compiler is reckoned with.
 
 Newer hosts record what a block allocates at one step and replay that at the next. Nothing that is made in a block of
-ours outlives it, and what a block allocates is the same at every step, but where sparse attention goes by coverage: a
-test traces both. Who does something else inside of a block, a probe for one, does it in outside_graph().
+ours outlives it, and what a block allocates is the same at every step, but where sparse attention goes by coverage or
+torch does its int8: a test traces both. Who does something else inside of a block, a probe for one, does it in
+outside_graph().
 """
 
 import contextlib

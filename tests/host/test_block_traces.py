@@ -22,24 +22,25 @@ class Trace(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.made = [], {}
+        self.sizes, self.made = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.made:
+                if storage._cdata not in known:  # neither a view nor written in place
+                    known.add(storage._cdata)
                     self.sizes.append(storage.nbytes())
-                    self.made[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.made.pop, storage._cdata, None)
+                    self.made.append(weakref.ref(storage))
         return result
 
     def alive_beside(self, out):
         """Sizes of what is left, without what was returned."""
         returned = {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
-        return [size for key, size in self.made.items() if key not in returned]
+        left = [storage for storage in (ref() for ref in self.made) if storage is not None]
+        return [storage.nbytes() for storage in left if storage._cdata not in returned]
 
 
 @pytest.fixture
@@ -93,7 +94,8 @@ def test_nothing_outlives_its_block_and_every_step_is_like_the_first(lab, traced
     blocks = len(traces) // STEPS
     assert blocks == 2 and len(traces) == STEPS * blocks
     assert left == [[]] * len(traces) and all(traces)
-    if settings is None or "selection" not in settings:  # by coverage, how much is kept follows the video
+    # by coverage, and in int8 as torch emulates it, sizes follow the video
+    if not {"selection", "precision"} & set(settings or ()):
         assert traces[blocks : 2 * blocks] == traces[2 * blocks :] == traces[:blocks]
 
 

@@ -1,5 +1,7 @@
 """Kinds of video in the real ComfyUI: first and last frame, context windows, parts in a chain, batches, tiles."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -93,7 +95,7 @@ def test_first_frame_alone_is_what_turbo_core_feeds_the_model(lab, vae, experts,
         pixels = (video.movedim(1, -1)[0] + 1) / 2
         return experts[0].model.process_latent_in(vae.encode(pixels))
 
-    monkeypatch.setattr(pipeline, "encode_video", encode)
+    monkeypatch.setattr(importlib.import_module("turbo_core.pipeline.sampling"), "encode_video", encode)
     seen = []
     lab.turbo(_watched(experts[0], seen), steps=1, **between(1, None))
     ours = pipeline.encode_image(None, _picture(1)[0].movedim(-1, 0) * 2 - 1, FRAMES)
