@@ -10,7 +10,7 @@ from tests.helpers.oracles import assert_near, product
 from tests.helpers.tensors import gaussian
 from turbo_core import int8
 from turbo_core.diagnostics import doctor
-from turbo_core.int8 import fast, formats, operations, reference
+from turbo_core.int8 import fast, formats, operations, products, reference
 from turbo_core.kernels import norm
 from turbo_core.wan import RMSNorm
 
@@ -28,7 +28,7 @@ def test_int8_linear_takes_the_kernels_and_no_float_copy_of_the_weight(fmt, dtyp
     x = gaussian(2, 400, 60).to(dtype).transpose(1, 2)[..., ::2]  # [2, 60, 200], no stride is 1
     w, bias = quantized(fmt, 130, 200, 1), gaussian(130, seed=2).to(dtype)
     with monkeypatch.context() as patch:
-        for module in (formats, reference):
+        for module in (formats, products):
             patch.setattr(module, "dequantize_block", lambda *_: pytest.fail("a float copy of the weight"))
         patch.setattr(reference, "int8_linear", lambda *_: pytest.fail("the torch path"))
         y = int8.int8_linear(x, *w, bias)
