@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(not tinywan.FOLDER.is_dir(), reason="this copy c
 
 
 def test_every_file_lies_where_its_loader_looks(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     assert main(["tinywan", str(tmp_path)]) == 0
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert files == [
@@ -24,6 +25,15 @@ def test_every_file_lies_where_its_loader_looks(tmp_path):
     for file in files:
         copy = tmp_path / file
         assert copy.read_bytes() == (tinywan.FOLDER / file).read_bytes()
+
+
+def test_a_folder_that_holds_no_models_is_taken_by_force_only(tmp_path, capsys):
+    """A person's home folder got three folders of weights."""
+    (tmp_path / "Documents").mkdir()
+    assert main(["tinywan", str(tmp_path)]) == 2
+    assert "expected folders such as diffusion_models" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["Documents"]
+    assert main(["tinywan", str(tmp_path), "--force"]) == 0 and (tmp_path / "vae").is_dir()
 
 
 def test_bad_input_names_the_cure(tmp_path, monkeypatch):

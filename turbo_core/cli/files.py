@@ -34,6 +34,7 @@ def add_verbs(verbs, common) -> None:
 
     command = verbs.add_parser("tinywan", parents=[common], help="TinyWan, a small trained family, into a ComfyUI")
     command.add_argument("models", type=Path, metavar="MODELS", help="ComfyUI's models folder")
+    command.add_argument("--force", action="store_true", help="copy into any folder, one that holds no models too")
     command.set_defaults(run=run_tinywan)
 
 
@@ -128,7 +129,15 @@ def _warn(warnings: list[str]) -> None:
 
 
 def run_tinywan(arguments) -> None:
+    from ..errors import TurboError
     from ..files import human_bytes
     from ..tinywan import install
 
+    kinds = "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras"
+    models = arguments.models
+    if models.is_dir() and not arguments.force and not any((models / kind).is_dir() for kind in kinds):
+        raise TurboError(
+            f"{models} is no models folder of a ComfyUI: expected folders such as diffusion_models or vae in it. Give "
+            "that folder, or --force to copy there anyway."
+        )
     install(arguments.models, lambda path: print(f"{path}: {human_bytes(path.stat().st_size)}"))
