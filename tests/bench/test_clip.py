@@ -151,3 +151,16 @@ def test_a_clip_in_a_process_of_its_own(tmp_path, clock):
     assert torch.load(tmp_path / "kept.pt").shape == (1, 16, 2, 4, 4) and (tmp_path / "clip.mp4").stat().st_size > 500
     failed = clip._child(JOB | wish | {"dit": "gone", "vae": "", "text": "", "output": "", "kept": ""})
     assert "gone does not exist" in failed["failed"]
+
+
+def test_the_figures_in_the_docs_are_those_of_the_committed_run():
+    root = FOLDER.parents[1]
+    folder = root / "benchmarks" / "results" / "cpu"
+    report = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
+    assert (folder / "clip.md").read_text(encoding="utf-8") == clip.markdown(report)
+    told = (root / "docs" / "testing.md").read_text(encoding="utf-8")
+    for row in report["rows"]:
+        before = sum(row["seconds"][stage] for stage in ("start", "load", "text"))
+        spent = f"{before:.2f} s | {row['seconds']['sampling']:.2f} s | {row['seconds']['decode']:.2f} s"
+        memory = f"{row['peak']['process'] / 1e6:.0f} MB"
+        assert f"| {row['name']} | {spent} | {row['total']:.2f} s | {memory} |" in told, row["name"]

@@ -51,10 +51,14 @@ class Way(NamedTuple):
     twin: str | None = None
 
 
-FAST, FEW, GUIDED = "turbo-core, 4 steps, SLA 0.15, W8A8", "turbo-core, 4 steps", "turbo-core's network, 50 steps"
+FAST, FEW, GUIDED = (
+    "turbo-core, 4 steps, SLA 0.15, W8A8",
+    "turbo-core, 4 steps",
+    "turbo-core, teacher, 50 steps, diffusers' VAE",
+)
 WAYS = (
-    Way("diffusers, teacher, 50 steps", "theirs", "teacher", 50, 3.0, twin=f"{GUIDED}, teacher, diffusers' VAE"),
-    Way(f"{GUIDED}, teacher, diffusers' VAE", "guided", "teacher", 50, 3.0),
+    Way("diffusers, teacher, 50 steps", "theirs", "teacher", 50, 3.0, twin=GUIDED),
+    Way(GUIDED, "guided", "teacher", 50, 3.0),
     Way("diffusers, 4 steps", "theirs", "student", 4, twin=FEW),
     Way(FEW, "ours", "student", 4),
     Way(FAST, "ours", "turbo", 4, topk=0.15, format="int8_block"),
