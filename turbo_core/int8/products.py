@@ -47,7 +47,12 @@ def tile(w_q):
     rows, columns = TILE
     parts = -(-n // columns)
     even = -(-n // (parts * BLOCK)) * BLOCK if n else 1
-    return min(rows * torch.get_num_threads(), slice_rows(max(even, k), SLICE)), even
+    return min(rows * threads(), slice_rows(max(even, k), SLICE)), even
+
+
+def threads() -> int:
+    """Of torch on this CPU; 1 while torch.compile traces, which cannot ask."""
+    return 1 if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
 def has_cache(device) -> bool:

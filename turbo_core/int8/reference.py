@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..dispatch import learning
 from .formats import BLOCK, block_scale_shape, in_blocks, is_row_scale
-from .products import SLICE, Room, has_cache, products, slice_rows
+from .products import SLICE, Room, has_cache, products, slice_rows, threads
 
 BITE = 1 << 18  # elements of x that each thread of a CPU computes at a time, 1 MB in float32
 _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantize to zeros
@@ -172,7 +172,7 @@ def _spans(columns):
 
 def _slices(x):
     """Slices of the rows of x, whole int8 blocks of 128: their float32 copies stay small beside x."""
-    step = slice_rows(x.shape[1], BITE * torch.get_num_threads() if has_cache(x.device) else SLICE)
+    step = slice_rows(x.shape[1], BITE * threads() if has_cache(x.device) else SLICE)
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 

@@ -59,7 +59,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     """
     b, length, h, d = q.shape
     keys, dtype = k.shape[1], q.dtype
-    by_rows = _has_cache(q.device) and not learning(q, k, v)
+    by_rows = _has_cache(q.device) and not learning(q, k, v) and not torch.compiler.is_compiling()
     attend = _attend
     if precision == "int8":
         q, k, v = q.float(), k.float(), v.float()
