@@ -91,7 +91,7 @@ def test_another_first_or_last_frame_is_another_video(lab, experts, between, oth
 def test_first_frame_alone_is_what_turbo_core_feeds_the_model(lab, vae, experts, between, monkeypatch):
     from turbo_core import pipeline
 
-    def encode(_, video):  # turbo_core's own VAE needs diffusers, which a host need not have
+    def encode(_, video):  # by the host's VAE, whose numbers are the ones to meet
         pixels = (video.movedim(1, -1)[0] + 1) / 2
         return experts[0].model.process_latent_in(vae.encode(pixels))
 
