@@ -1,5 +1,6 @@
 """Files as the host's MODEL and CLIP: any TurboWan or Wan model, umT5 in any size."""
 
+import json
 import logging
 import os
 
@@ -89,13 +90,25 @@ def _disk(patcher_class, sd):
     return {"fast_disk": ask(sd)} if ask is not None and "fast_disk" in names_in(patcher_class.__init__) else {}
 
 
+def _kind(metadata):
+    """The words of a file by which the host tells kinds of Wan apart: not all can be read off the weights."""
+    known = [
+        k.unet_config.items() for k in comfy.supported_models.models if "wan" in str(k.unet_config.get("image_model"))
+    ]
+    try:
+        said = json.loads(metadata.get("config", "{}"))["transformer"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {name: value for name, value in said if any((name, value) in items for items in known)}
+
+
 def _config(sd, description, quantized):
     """The host's configuration of this model, with our block class. Completes sd with the names of int8 formats."""
     for key in [k for k in sd if k.endswith(".weight_scale")]:
         layer = key.removesuffix("_scale")
         sd.setdefault(layer.removesuffix("weight") + "comfy_quant", quant_entry(sd[layer], sd[key]))
     # the host takes any word of `config` for an argument of its network; what of it counts is in the description
-    metadata = {name: value for name, value in description.metadata.items() if name != "config"}
+    metadata = description.metadata | {"config": json.dumps({"transformer": _kind(description.metadata)})}
     config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
         raise TurboError(f"{description.path}: ComfyUI does not recognize this Wan variant. Update ComfyUI.")
