@@ -77,6 +77,7 @@ class Disk:
 
     def __init__(self):
         self._places = []  # (address of the first byte, of the byte past the last, source)
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def add(self, source: Source, address: int) -> None:
         self._places.append((address, address + len(source), source))
@@ -93,17 +94,18 @@ class Disk:
         address = tensor.data_ptr()
         return next(((source, address - a) for a, end, source in self._places if a <= address < end), None)
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+    def read(self, tensor: torch.Tensor, again: bool = False) -> torch.Tensor:
         """A copy of a tensor that lies in a mapping, in memory, by reading the file; any other one as it is.
 
-        Raises TurboError where the file has become shorter.
+        again: in memory that the next such call takes again, which needs no new pages. Raises TurboError where the file
+        has become shorter.
         """
         found = self.source_of(tensor)
         if found is None:
             return tensor
         source, start = found
         count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
-        numbers = torch.empty(count, dtype=tensor.dtype)
+        numbers = self._again(count, tensor.dtype) if again else torch.empty(count, dtype=tensor.dtype)
         try:
             source.fill(numbers.view(torch.uint8).numpy(), start)
         except Shorter as error:
@@ -112,3 +114,9 @@ class Disk:
                 "stays as it is."
             ) from error
         return numbers.as_strided(tensor.shape, tensor.stride())
+
+    def _again(self, count, dtype):
+        size = count * dtype.itemsize
+        if len(self._room) < size:
+            self._room = torch.empty(size, dtype=torch.uint8)
+        return self._room[:size].view(dtype)

@@ -67,7 +67,7 @@ def rewritten(source, tensors: dict, disk: Disk, plan: Plan, stored: dict[str, s
     NaN or infinity, or does not fit into float16, and where the source is cut short meanwhile.
     """
     for name, kind in plan.items():
-        weight, scale = disk.read(tensors[name]), tensors.get(f"{name}_scale")
+        weight, scale = disk.read(tensors[name], again=True), tensors.get(f"{name}_scale")
         if scale is not None:
             scale = disk.read(scale)
             check_scale_values(f"{name}_scale", scale, source)
