@@ -68,8 +68,8 @@ class TurboMerge(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         paths = model_file(finetune), model_file(base), [model_file(turbo)]
-        _check_different(finetune=finetune, base=base, turbo=turbo)
         target = new_model((filename or "").strip() or f"{file_stem(finetune)}_turbo_{format}", overwrite)
+        _check_different(finetune=finetune, base=base, turbo=turbo)
         done = merge(*paths, target, format, strength, progress_bar())
         remember(("TurboMerge", finetune, base, turbo, strength, format, filename), done.path)
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
