@@ -57,6 +57,18 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+@contextmanager
+def own_stream(device: torch.device):
+    """On a card what is computed inside goes beside other work, and is done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 def release(device: torch.device) -> None:
     """Give back the memory of tensors that are gone."""
     gc.collect()

@@ -89,6 +89,8 @@ def test_lines_of_json_with_seeds_and_images(tmp_path):
         ({"prompt": "a", "name": ".hidden"}, "plain name"),
         ({"prompt": "a", "name": "con.mp4"}, "plain name"),
         ({"prompt": "a", "name": "a\x1bb"}, "plain name"),
+        ({"prompt": "a", "name": "x" * 230}, "too long a name"),
+        ({"prompt": "a", "name": "ä" * 105, "seeds": "98765432109, 3"}, "too long a name"),
         ({"prompt": "x" * 100_000}, "100,000 letters"),
     ],
 )
@@ -101,12 +103,15 @@ def test_a_bad_line_is_told_by_its_number_and_the_others_stay(tmp_path, row, mes
 
 
 def test_the_same_name_and_the_same_video_twice_name_the_first_line(tmp_path):
-    rows = [{"prompt": "a", "name": "x"}, {"prompt": "b", "name": "X.mp4"}, {"prompt": "c"}, {"prompt": "c"}]
+    # the third would have its settings in the x.json of the first
+    rows = [{"prompt": "a", "name": "x"}, {"prompt": "b", "name": "X.mp4"}, {"prompt": "b", "name": "x.mov"}]
+    rows += [{"prompt": "c"}, {"prompt": "c"}]
     found, faults = read(tmp_path, "\n".join(map(json.dumps, rows)))
     assert len(found) == 2
-    assert [(fault.line, "as line 1" in fault.error, "as line 3" in fault.error) for fault in faults] == [
+    assert [(fault.line, "as line 1" in fault.error, "as line 4" in fault.error) for fault in faults] == [
         (2, True, False),
-        (4, False, True),
+        (3, True, False),
+        (5, False, True),
     ]
 
 
@@ -130,6 +135,10 @@ def test_csv_cells_without_a_column_and_open_quotes(tmp_path):
     found, faults = read(tmp_path, 'prompt,seed\na,1,2\nb,2\n"open', "jobs.csv")
     assert [job.clip.prompt for job in found] == ["b"]
     assert [fault.line for fault in faults] == [2, 4]
+    # the second half of a cell is no prompt, and that later rows are left out is said
+    found, faults = read(tmp_path, 'prompt,seed\na,1\n"he says "no"\nand leaves",2\nb,3', "jobs.csv")
+    assert [job.clip.prompt for job in found] == ["a"]
+    assert [fault.line for fault in faults] == [3] and "from here on are not read" in faults[0].error
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -146,6 +155,33 @@ def test_an_id_follows_from_all_that_the_video_depends_on(tmp_path):
     assert first != [job.id for job in read(tmp_path, "\n".join(lines), models="n")[0]]
     (tmp_path / "frame.png").write_bytes(b"y")
     assert first != [job.id for job in read(tmp_path, "\n".join(lines), models="m")[0]]
+
+
+def test_thousands_of_prompts_that_begin_alike_have_names_of_their_own(tmp_path):
+    """Six letters of the id, as once, made two of so many the same."""
+    start = "a cinematic shot of a wide green field in the morning light, "
+    found, faults = read(tmp_path, "\n".join(f"{start}{number}" for number in range(20_000)), "jobs.txt")
+    assert len(found) == 20_000 and not faults
+
+
+def test_a_picture_without_the_right_to_read_it_is_its_own_lines_fault(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "frame.png").write_bytes(b"x")
+    monkeypatch.setattr(jobs, "digest", denied)
+    found, faults = read(tmp_path, '{"prompt": "a", "image": "frame.png"}\n{"prompt": "b"}')
+    assert [job.line for job in found] == [2] and "Permission denied" in faults[0].error
+
+
+def test_a_picture_that_changed_anywhere_is_another(tmp_path):
+    raw = bytearray(8 << 20)
+    ids = []
+    for value in (0, 1):
+        raw[3 << 20] = value
+        (tmp_path / "frame.bmp").write_bytes(raw)
+        ids.append(read(tmp_path, '{"prompt": "a", "image": "frame.bmp"}')[0][0].id)
+    assert ids[0] != ids[1]
 
 
 def test_models_are_told_apart_by_their_bytes_not_their_names(tmp_path):

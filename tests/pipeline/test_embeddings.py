@@ -85,6 +85,16 @@ def test_a_disk_that_takes_nothing_costs_the_entry_and_not_the_video(tiny, tmp_p
     assert not list(tmp_path.glob("*.embedding"))
 
 
+def test_a_folder_that_may_only_be_read_serves_all_the_same(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    store = Store(tmp_path)
+    store.write("whose", "a", torch.ones(4, 64))
+    monkeypatch.setattr(embeddings.os, "utime", denied)
+    assert torch.equal(store.read("whose", "a"), torch.ones(4, 64))
+
+
 def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TurboError, match="Choose another folder"):

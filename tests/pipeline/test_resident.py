@@ -9,7 +9,7 @@ from PIL import Image
 from tests.helpers.opens import counted_opens
 from turbo_core import pipeline
 from turbo_core.errors import TurboError
-from turbo_core.pipeline import Clip, Pipeline, experts, residence, resident, sampling
+from turbo_core.pipeline import Clip, Pipeline, embeddings, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
 
 SMALL = {"size": (32, 32), "frames": 5}
@@ -211,3 +211,106 @@ def test_an_interrupt_ends_the_thread_too(tiny):
     with pytest.raises(KeyboardInterrupt), t2v(tiny, memory=ALL, progress=progress) as pipe:
         list(pipe.map(CLIPS))
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_a_second_group_begins_with_the_high_noise_expert_again(tiny, monkeypatch):
+    """After a hand-over the module in memory is the low-noise expert, whatever clip asks next."""
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(2)]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    opened = experts.opened
+    with i2v(tiny) as pipe:
+        # on a CPU a model lies in its mapped file, which must then be a private copy
+        monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
+        pipe.experts.files, pipe.experts.in_place = {}, True
+        made = [result for clip in clips for result in pipe.map([clip])]
+    assert all(same(one, other) for one, other in zip(made, expected, strict=True))
+
+
+def test_results_keep_the_order_of_the_clips_whatever_room_each_has(tiny, monkeypatch):
+    """A clip with no room for decoding beside it waits for the one before, which is first in order and in memory."""
+    clips = [Clip("a", seed, steps=1, **SMALL) for seed in range(5)]
+    rooms = [Stay(True, True, True), Stay(), Stay(True, True, True), Stay(True, True), Stay(True, True, True)]
+    monkeypatch.setattr(resident, "what_stays", lambda model, ready, *_: rooms[ready.clip.seed])
+    decode, advance, decoding, beside = resident.decode_frames, resident.Trajectory.advance, threading.Event(), []
+
+    def slow(*arguments):
+        decoding.set()
+        threading.Event().wait(0.2)
+        try:
+            return decode(*arguments)
+        finally:
+            decoding.clear()
+
+    def sampled(self, *arguments):
+        beside.append(decoding.is_set())
+        return advance(self, *arguments)
+
+    monkeypatch.setattr(resident, "decode_frames", slow)
+    monkeypatch.setattr(resident.Trajectory, "advance", sampled)
+    with t2v(tiny, memory=ALL) as pipe:
+        assert [result.settings["seed"] for result in pipe.map(clips)] == [0, 1, 2, 3, 4]
+    assert not beside[1] and not beside[3]
+
+
+def test_a_clip_that_is_done_leaves_neither_picture_nor_latents_behind(tiny, monkeypatch):
+    """A window of 256 clips lives as long as its last one: with photographs that would be gigabytes."""
+    works, seen, make = [], [], resident.Work
+
+    def kept(*arguments):
+        works.append(make(*arguments))
+        return works[-1]
+
+    monkeypatch.setattr(resident, "Work", kept)
+    clips = [Clip("a", seed, tiny / "image.png", steps=1, **SMALL) for seed in range(4)]
+    with i2v(tiny, memory=ALL) as pipe:
+        for clip, _ in zip(clips, pipe.map(clips), strict=True):
+            work = works[clip.seed]
+            seen.append((work.ready, work.embedding, work.trajectory, work.latents))
+    assert seen == [(None,) * 4] * 4
+
+
+def test_a_fault_of_decoding_leaves_the_experts_to_the_clip_that_is_sampled(tiny, monkeypatch):
+    """Decoding has a thread of its own: what it freed would be gone in the middle of another clip's step."""
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(3)]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True, overlap=True))
+    freed, failures, decode = [], [], resident.decode_frames
+
+    def spoiled(*arguments):
+        if not failures:
+            raise TurboError("no picture")
+        return decode(*arguments)
+
+    monkeypatch.setattr(resident, "decode_frames", spoiled)
+    with i2v(tiny) as pipe:
+        opened = [experts.opened(file.path, writable=True) for file in pipe.experts.descriptions]
+        pipe.experts.files, pipe.experts.in_place = dict(enumerate(opened)), True
+        del opened
+        free = pipe.experts.free
+        monkeypatch.setattr(pipe.experts, "free", lambda: (freed.append(threading.current_thread().name), free()))
+        made = list(pipe.map(clips, failed=lambda *failure: failures.append(failure)))
+        assert not [name for name in freed if name.startswith("decode")]
+    assert len(failures) == 1 and all(same(one, other) for one, other in zip(made, expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_encoder_comes_back_only_where_it_fits_beside_the_models(tiny, fits, monkeypatch):
+    """A second window, or a second call, reads it while the diffusion model is there."""
+    there, load = [], embeddings.load_text_encoder
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(True, True))
+    with t2v(tiny) as pipe:
+        pipe("a", steps=1, **SMALL)
+        pipe.embeddings.free()
+        size = pipe.embeddings._size() + pipe._vae_bytes() + sum(pipe.experts.bytes)
+        pipe.memory = size if fits else size - 1
+
+        def loading(path, tokenizer, device, dtype):
+            if device != "meta":
+                there.append(len(pipe.experts.models))
+            return load(path, tokenizer, device, dtype)
+
+        monkeypatch.setattr(embeddings, "load_text_encoder", loading)
+        second = pipe("b", steps=1, **SMALL)
+    assert there == [int(fits)]
+    assert same(second, alone(t2v(tiny), Clip("b", steps=1, **SMALL)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError, shown
+from ..files import digest
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
 from ..pipeline.video import VIDEO_SUFFIXES
@@ -21,6 +22,7 @@ COLUMNS = (
     "ode", "tiled",
 )  # fmt: skip
 MOST_BYTES, MOST_JOBS, MOST_LETTERS = 1 << 28, 1_000_000, 10_000
+MOST_NAME = 220  # bytes; with what is beside a file while it is written and signed, less than a disk takes
 _PART = 1 << 20
 
 
@@ -57,9 +59,10 @@ def read_jobs(path, defaults: Clip, models: str = "") -> tuple[list[Job], list[F
             for job in _jobs_of(line, found, defaults, path.parent, models):
                 if len(jobs) == MOST_JOBS:
                     raise TurboError(f"more than {MOST_JOBS:,} videos. Expected fewer: split the file.")
-                first = names.setdefault(job.name.lower(), job)
+                stem = Path(job.name).stem  # settings lie beside a video under its name, whatever its suffix
+                first = names.setdefault(stem.lower(), job)
                 if first is not job:
-                    what = "the same video" if first.id == job.id else f"the same name {shown(job.name)}"
+                    what = "the same video" if first.id == job.id else f"the same name {shown(stem)}"
                     raise TurboError(f"{what} as line {first.line}. Expected another seed or name.")
                 jobs.append(job)
         except TurboError as error:
@@ -142,7 +145,11 @@ def _csv_rows(text: str, path: Path):
             else:
                 yield rows.line_num, {name: cell.strip() for name, cell in zip(names, row) if cell.strip()}
     except csv.Error as error:
-        yield rows.line_num, TurboError(f"not CSV ({shown(error)}). Expected quotes in pairs.")
+        # where the next row begins is not known: parts of a cell would become prompts
+        yield (
+            rows.line_num,
+            TurboError(f"not CSV ({shown(error)}). Expected quotes in pairs; lines from here on are not read."),
+        )
 
 
 def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) -> Iterator[Job]:
@@ -162,14 +169,20 @@ def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) ->
         if not os.path.isfile(settings["image"]):
             raise TurboError(f"image {shown(settings['image'])} is not a file. Check the path.")
     name = _file_name(row["name"]) if "name" in row else None
-    seeds = _seeds(row, defaults.seed)
+    seeds, picture = _seeds(row, defaults.seed), settings.get("image")
+    try:
+        shows = None if picture is None else digest([picture])
+    except OSError as error:
+        raise TurboError(f"image {shown(picture)} cannot be read ({error.strerror}). Check its rights.") from error
     for seed in seeds:
         clip = dataclasses.replace(defaults, **settings, seed=seed)
-        id = _id(clip, models)
+        id = _id(clip, models, shows)
         if name is None:
-            own = f"{_slug(prompt)}-seed{seed}-{id[:6]}.mp4"
+            own = f"{_slug(prompt)}-seed{seed}-{id[:12]}.mp4"  # of a million that begin alike no two are the same
         else:
             own = name if len(seeds) == 1 else f"{Path(name).stem}-{seed}{Path(name).suffix}"
+        if len(os.fsencode(own)) > MOST_NAME:
+            raise TurboError(f"{shown(own)} is too long a name. Expected at most {MOST_NAME} bytes: shorten it.")
         yield Job(line, own, id, clip)
 
 
@@ -250,8 +263,8 @@ def _slug(prompt: str) -> str:
     return words.encode()[:48].decode(errors="ignore").strip("-") or "video"
 
 
-def _id(clip: Clip, models: str) -> str:
+def _id(clip: Clip, models: str, shows: str | None) -> str:
     told = {key: str(value) for key, value in vars(clip).items()} | {"models": models}
-    if clip.image is not None:
-        told["image"] = digest_of_models([clip.image])
+    if shows is not None:
+        told["image"] = shows  # what is in the file, not where it lies
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 
 from ..errors import TurboError
@@ -40,6 +41,8 @@ def make_by_workers(
                 if not worker.chunk and todo:
                     # large at first, so that prompts are encoded together; small at the end, so that none waits
                     count = max(1, len(todo) // (2 * len(devices)))
+                    if deaths[todo[0].name]:
+                        count = 1  # alone, so that a second death is its own
                     worker.give([todo.popleft() for _ in range(count)])
             busy = [worker for worker in workers if worker.chunk]
             if not busy:
@@ -89,7 +92,8 @@ class _Worker:
 
     def give(self, jobs):
         self.chunk, self.begun = {job.name: job for job in jobs}, set()
-        self.connection.send(jobs)
+        with suppress(OSError):  # it died while it had nothing to do, which its silence tells
+            self.connection.send(jobs)
 
     def heard(self, outcome):
         if outcome.state == "begun":

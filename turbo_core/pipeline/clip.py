@@ -83,6 +83,10 @@ class Work:
         self.failed = False
         self.seconds, self.step_seconds = {}, []
 
+    def let_go(self):
+        """Forget all that is large: a list of clips outlives each of them."""
+        self.ready = self.embedding = self.trajectory = self.latents = None
+
     @contextmanager
     def stage(self, name: str, total: int = 1, begins: bool = True, ends: bool = True):
         """Times a stage, summed when it comes in parts, and reports its start and end."""

@@ -30,12 +30,17 @@ class Embeddings:
         self.store = None if folder is None else Store(folder)
         self.encoder = self._whose = None
 
-    def of(self, prompts, stage) -> dict[str, torch.Tensor]:
-        """{prompt: [tokens, text_dim] on the CPU}, the padding left out. stage: context manager of a name."""
+    def of(self, prompts, stage, room=None) -> dict[str, torch.Tensor]:
+        """{prompt: [tokens, text_dim] on the CPU}, the padding left out.
+
+        stage: context manager of a name. room: callable (size), before the encoder is read, which takes size() bytes.
+        """
         whose, found = self._key() if self.store else None, {}
         for prompt in dict.fromkeys(prompts):
             kept = self.store.read(whose, clean_prompt(prompt)) if self.store else None
             if kept is None:
+                if self.encoder is None and room is not None:
+                    room(self._size)
                 with stage("text encoder"):
                     found[prompt] = self._encode(prompt)
                 if self.store:
@@ -51,10 +56,14 @@ class Embeddings:
         own = int((padded != 0).any(1).sum())
         return padded[:own].clone()
 
+    def _size(self):
+        model, _ = load_text_encoder(self.path, self.tokenizer, "meta", self.dtype)
+        return sum(p.nbytes for p in model.parameters())
+
     def _key(self):
         """Tells apart all that a prompt's embedding depends on."""
         if self._whose is None:
-            files = [Path(self.path), *([] if self.tokenizer is None else _files(Path(self.tokenizer)))]
+            files = [Path(self.path), *tokenizer_files(self.tokenizer)]
             parts = [_VERSION, *map(self.store.digest, files), self.dtype, self.device.type, torch.__version__]
             self._whose = "\0".join(map(str, parts))
         return self._whose
@@ -93,7 +102,8 @@ class Store:
             checksum, body = raw[:32], raw[32:]
             if hashlib.sha256(body).digest() != checksum:
                 return None
-            os.utime(place)  # used last
+            with suppress(OSError):  # another person's folder may be read, and no more
+                os.utime(place)  # used last
             return load(body)["embedding"]
         except (OSError, ValueError, KeyError, safetensors.SafetensorError):
             return None
@@ -143,10 +153,13 @@ class Store:
             total -= size
 
 
-def _files(tokenizer: Path) -> list[Path]:
-    if tokenizer.is_dir():
-        return [file for name in ("spiece.model", "tokenizer.json") if (file := tokenizer / name).is_file()]
-    return [tokenizer]
+def tokenizer_files(tokenizer) -> list[Path]:
+    """What is read of a tokenizer: a path, its folder, or None for that within the encoder."""
+    if tokenizer is None:
+        return []
+    if os.path.isdir(tokenizer):
+        return [file for name in ("spiece.model", "tokenizer.json") if (file := Path(tokenizer) / name).is_file()]
+    return [Path(tokenizer)]
 
 
 def cache_folder() -> Path:

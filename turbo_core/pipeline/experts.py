@@ -30,7 +30,7 @@ class Experts:
         stage: context manager of a name, entered while a file is read. keep: the other model may stay. leaves: model 0
         is wanted for the last time before model 1.
         """
-        if self.handover is not None and wanted not in self.models:
+        if wanted == 1 and self.handover is not None and wanted not in self.models:
             self.models = {wanted: self.models.popitem()[1]}  # the same module, other weights
         if wanted not in self.models:
             if not keep or self.handover is not None:
@@ -51,6 +51,11 @@ class Experts:
                 else:
                     self.files[1] = file
         return model
+
+    def leave_room(self, size, memory: int):
+        """Let go of the models unless size() more bytes fit beside them into memory."""
+        if self.models and sum(self.bytes[which] for which in self.models) + size() > memory:
+            self.free()
 
     def free(self):
         """Let go of the models, and end a hand-over."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..devices import OutOfMemory, memory_told, peak_memory, pick_device, release, reset_peak_memory
+from ..devices import OutOfMemory, memory_told, own_stream, peak_memory, pick_device, release, reset_peak_memory
 from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
@@ -119,6 +119,9 @@ class Pipeline:
         pending = None
         for stay, group in self._groups(works, failed):
             done = []
+            if pending is not None and not stay.overlap:  # nor may it be decoded beside these
+                yield from pending.result()
+                pending = None
             for work in self._sampled(group, stay, failed):
                 if stay.overlap:
                     if pending is not None:
@@ -166,7 +169,7 @@ class Pipeline:
         found = {}
         with self._memory_told():
             if self.team.first:
-                found = self.embeddings.of([work.clip.prompt for work in kept], first.stage)
+                found = self.embeddings.of([work.clip.prompt for work in kept], first.stage, self._leave_room)
         for work in kept:
             work.embedding = self.team.from_first(lambda prompt=work.clip.prompt: found[prompt])
         width = first.embedding.shape[-1]
@@ -207,6 +210,9 @@ class Pipeline:
         # processes that decode together do one thing at a time, in the same order
         return found if self.team.size == 1 else found._replace(overlap=False)
 
+    def _leave_room(self, size):
+        self.experts.leave_room(size, self.memory - self._vae_bytes())
+
     def _vae_bytes(self):
         return 0 if self.vae is None else sum(p.nbytes for p in self.vae.parameters())
 
@@ -243,13 +249,16 @@ class Pipeline:
         if ready.picture is not None:
             with work.stage("encode image"), self._vae_alone:
                 y = self.team.from_first(lambda: self._encoded_image(ready, stay))
-        clip = ready.clip
+        clip, context = ready.clip, padded(work.embedding).to(self.device)
+        work.ready, work.embedding = ready._replace(picture=None), None
         return Trajectory(
-            padded(work.embedding).to(self.device), ready.shape, ready.sigmas, y=y, seed=clip.seed, topk=ready.topk,
+            context, ready.shape, ready.sigmas, y=y, seed=clip.seed, topk=ready.topk,
             precision=clip.precision, ode=clip.ode, device=self.device, noise_device=clip.noise_device,
         )  # fmt: skip
 
     def _encoded_image(self, ready, stay):
+        if not stay.dit:  # an earlier, smaller clip may have left them
+            self.experts.free()
         image = prepare_image(ready.picture, *ready.size)
         y = encode_image(self.vae.to(self.device), image, ready.clip.frames).to(self.dtype)
         if not stay.dit:
@@ -276,10 +285,10 @@ class Pipeline:
     def _finished(self, work, write, failed) -> list[Result]:
         """The finished clip, in a list that is empty where it failed; runs beside sampling where both fit."""
         result = None
-        with self._failing(work, failed):
+        with self._failing(work, failed, sampling=False):
             clip, ready = work.clip, work.ready
             steps = work.latents.shape[2]
-            with work.stage("decode", steps, ends=False), self._vae_alone, self._own_stream():
+            with work.stage("decode", steps, ends=False), self._vae_alone, own_stream(self.device):
                 frames = decode_frames(
                     self.vae.to(self.device), work.latents.to(self.device), clip.tiled,
                     lambda done, total: self.progress("decode", done, total), self.team,
@@ -290,6 +299,7 @@ class Pipeline:
                 with work.stage("write"):
                     write(clip, made)
             result = made
+            work.let_go()
         return [] if result is None else [result]
 
     def _settings(self, ready: Ready) -> dict:
@@ -305,15 +315,15 @@ class Pipeline:
         }  # fmt: skip
 
     @contextmanager
-    def _failing(self, work, failed):
-        """A fault of this clip goes to `failed`; a hand-over that was under way leaves no usable model."""
+    def _failing(self, work, failed, sampling=True):
+        """A fault of this clip goes to `failed`; when sampling, a hand-over under way leaves no usable model."""
         try:
             with self._memory_told():
                 yield
         except TurboError as error:
             work.failed = True
-            work.trajectory = work.latents = None
-            if self.experts.handover is not None:
+            work.let_go()
+            if sampling and self.experts.handover is not None:
                 self.experts.free()
             failed(work.clip, error)
 
@@ -328,17 +338,6 @@ class Pipeline:
                 logging.warning("TurboWan: memory ran out; from now on no model stays that is not at work.")
                 self.memory = 0
             raise
-
-    @contextmanager
-    def _own_stream(self):
-        """On a card what is decoded beside sampling goes its own way, and is done at the end."""
-        if self.device.type != "cuda":
-            yield
-            return
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
 
 
 def _raise(clip, error):
