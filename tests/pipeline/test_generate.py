@@ -146,9 +146,9 @@ def test_a_file_is_let_go_before_the_next_expert_is_read(tiny, monkeypatch):
     """On a CPU int8 weights lie in the mapped file, and its pages count as memory of the process."""
     mapped, alive, map_file, weights = {}, [], read._map, experts.weights
 
-    def remembered(path, writable):
-        mapping = map_file(path, writable)
-        mapped[path.name] = weakref.ref(mapping)
+    def remembered(source, writable):
+        mapping = map_file(source, writable)
+        mapped[source.path.name] = weakref.ref(mapping)
         return mapping
 
     def seen(file):
