@@ -36,7 +36,7 @@ class Alone:
 
 
 class Team:
-    """The processes of one clip, one device each. The first one reads the text, decodes, writes and prints.
+    """The processes of one clip, one device each. The first one reads the text, writes and prints.
 
     A context manager: when one process fails, one line says which and why, and all of them end with exit code 2.
     """

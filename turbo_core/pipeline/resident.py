@@ -37,7 +37,7 @@ class Pipeline:
     may take; default what is free when the pipeline is made; 0 keeps nothing that is not at work. cache: folder in
     which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a second
     thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the same
-    with their pipelines on its device, only the first one decodes and writes, and the first failure ends it all.
+    with their pipelines on its device, only the first one has the frames and writes, and the first failure ends it all.
     Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
     """
 
