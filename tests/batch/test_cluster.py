@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.batch.test_batch import FILES
+from turbo_core.batch import cluster
 from turbo_core.batch.cluster import make_by_ray
 from turbo_core.batch.jobs import Job
 from turbo_core.errors import TurboError
@@ -54,6 +55,17 @@ def test_an_actor_that_is_killed_loses_nothing_and_nothing_is_made_twice(tiny, t
     assert all(outcome.state == "done" for outcome in told)
     assert all(read_made(tmp_path / job.name)["id"] == job.id for job in jobs)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.slow
+def test_as_many_actors_as_the_cluster_takes_share_blocks_of_several_jobs(tiny, tmp_path, monkeypatch):
+    """A block for each job would have the text encoder read for each."""
+    seen, blocks, told = [], cluster._blocks, []
+    monkeypatch.setattr(cluster, "_blocks", lambda *counts: seen.append((counts, blocks(*counts))) or seen[-1][1])
+    make_by_ray(None, None, settings(tiny), listed(8), tmp_path, told.append)
+    assert seen == [((8, os.cpu_count()), min(8, 2 * os.cpu_count()))]
+    assert [blocks(10_000, actors) for actors in (0, 64, 6_000)] == [1_250, 1_250, 10_000]
+    assert Counter(outcome.state for outcome in told) == {"done": 8}
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
 
 def make_by_ray(
     address: str | None,
-    actors: int,
+    actors: int | None,
     settings: dict,
     jobs: list[Job],
     folder,
@@ -34,8 +34,9 @@ def make_by_ray(
 ) -> None:
     """Make all jobs on a Ray cluster; address None: a cluster of this machine alone.
 
-    actors: pipelines at work at most, each on a GPU of its own, or on a CPU where settings name the CPU. options: of
-    making.make. Raises TurboError where Ray is missing or not reached, and where an actor finds the models at fault.
+    actors: pipelines at work at most, default as many as the cluster takes, each on a GPU of its own, or on a CPU where
+    settings name the CPU. options: of making.make. Raises TurboError where Ray is missing or not reached, and where an
+    actor finds the models at fault.
     """
     ray = _ray()
     _check_reached(address)
@@ -53,11 +54,12 @@ def make_by_ray(
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
         constants = {"settings": settings, "folder": str(Path(folder).resolve()), "options": options}
         rows = [{"job": pickle.dumps(numbered)} for numbered in enumerate(jobs)]
-        blocks = min(len(jobs), max(-(-len(jobs) // _BLOCK), 2 * actors))  # so that every actor has work
+        there = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 0))
+        blocks = _blocks(len(jobs), actors or there)
         outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _Maker,
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors or len(jobs)),
             fn_constructor_kwargs=constants | {"version": __version__},
             **each,
         )
@@ -68,6 +70,11 @@ def make_by_ray(
             tell(Outcome(jobs[found.pop("number")], **found))
     finally:
         ray.shutdown()
+
+
+def _blocks(jobs: int, actors: int) -> int:
+    """Few, for the prompts of each are encoded together, and so many that every actor has work."""
+    return min(jobs, max(-(-jobs // _BLOCK), 2 * actors))
 
 
 class _Maker:

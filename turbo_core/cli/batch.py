@@ -92,8 +92,7 @@ def _make(arguments, settings, todo, manifest, tally, team):
         devices = _devices(arguments)
         if arguments.ray is not None:
             address = None if arguments.ray == "local" else arguments.ray
-            actors = _count(arguments) or len(todo)
-            make_by_ray(address, actors, settings, todo, arguments.output, tell, **options)
+            make_by_ray(address, _count(arguments), settings, todo, arguments.output, tell, **options)
         elif len(devices) == 1:
             with Pipeline(**settings, progress=progress, team=team) as pipe:
                 make(pipe, todo, arguments.output, tell, **options)
