@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from turbo_core import pipeline
+from turbo_core import checkpoint, pipeline
 from turbo_core.batch import Manifest, jobs, making, read_jobs, workers
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
@@ -288,4 +288,22 @@ def test_another_type_or_tokenizer_makes_other_videos(tiny, tmp_path, more):
         more = ["--tokenizer", tmp_path]
     for settings in ([], more, more):
         assert main(command(tiny, prompts, out, *settings)) == 0
+    assert sorted(made(out).values()) == [1, 1]
+
+
+def test_another_model_in_the_same_folder_makes_other_videos(tiny, tmp_path):
+    """A folder has no size of its own, and the index of two models of one kind is the same."""
+    out, prompts, folder = tmp_path / "out", tmp_path / "prompts.txt", tmp_path / "model"
+    prompts.write_text("a red circle")
+    folder.mkdir()
+    state = {name: t.contiguous() for name, t in checkpoint.load(tiny / FILES[0])[0].items()}
+    for scale in (1, 1, 2):
+        state["head.head.weight"] = state["head.head.weight"] * scale
+        names = sorted(state)
+        halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+        for file, part in halves.items():
+            safetensors.torch.save_file({name: state[name] for name in part}, folder / file)
+        index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert main(command(tiny, prompts, out, "--dit", folder)) == 0
     assert sorted(made(out).values()) == [1, 1]

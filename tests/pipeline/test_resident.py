@@ -5,10 +5,12 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.helpers.opens import counted_opens
-from turbo_core import pipeline
+from turbo_core import checkpoint, pipeline
 from turbo_core.errors import TurboError
+from turbo_core.parallel import Alone
 from turbo_core.pipeline import Clip, Pipeline, embeddings, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
 
@@ -314,3 +316,17 @@ def test_the_encoder_comes_back_only_where_it_fits_beside_the_models(tiny, fits,
         second = pipe("b", steps=1, **SMALL)
     assert there == [int(fits)]
     assert same(second, alone(t2v(tiny), Clip("b", steps=1, **SMALL)))
+
+
+def test_the_processes_of_a_team_compare_the_files_of_a_folder(tiny, tmp_path):
+    """A model may be a folder of shards, which is no file to read from."""
+
+    class Asked(Alone):
+        def agree(self, facts):
+            told.update(facts())
+
+    told = {}
+    state = {name: t.contiguous() for name, t in checkpoint.load(tiny / "TinyWan2.1-T2V.pth")[0].items()}
+    save_file(state, tmp_path / "model.safetensors")
+    Pipeline(tmp_path, tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors", device="cpu", team=Asked())
+    assert f"the file {tmp_path / 'model.safetensors'}" in told

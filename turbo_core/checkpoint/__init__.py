@@ -8,8 +8,9 @@ from .converting import Converted, Progress, convert, quantize
 from .describe import Description
 from .loading import WORLD, Opened, inspect, load, opened, weights
 from .merging import Merged, merge
+from .others.sharded import files_of
 
 __all__ = [
-    "WORLD", "Converted", "Description", "Merged", "Opened", "Progress", "convert", "inspect", "load", "merge",
-    "opened", "quantize", "weights",
+    "WORLD", "Converted", "Description", "Merged", "Opened", "Progress", "convert", "files_of", "inspect", "load",
+    "merge", "opened", "quantize", "weights",
 ]  # fmt: skip

@@ -48,12 +48,13 @@ def _follow(arguments, team) -> int:
 def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
     from ..batch.jobs import digest_of_models
+    from ..checkpoint import files_of
     from ..pipeline.embeddings import tokenizer_files
 
     settings = _settings(arguments)
     signer_of(arguments)  # a wrong certificate is told now
-    paths = [path for path in (arguments.dit, arguments.dit_low, arguments.vae, arguments.text_encoder) if path]
-    paths += tokenizer_files(arguments.tokenizer)
+    paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
+    paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer)]
     models = digest_of_models(paths) + (arguments.dtype or "")
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
     if arguments.check:

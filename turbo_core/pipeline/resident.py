@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..checkpoint import files_of
 from ..devices import OutOfMemory, memory_told, own_stream, peak_memory, pick_device, release, reset_peak_memory
 from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
@@ -60,7 +61,8 @@ class Pipeline:
         self.device = pick_device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence)
-        self.team.agree(lambda: program_facts(self.device, [dit] if dit_low is None else [dit, dit_low]))
+        models = [dit] if dit_low is None else [dit, dit_low]
+        self.team.agree(lambda: program_facts(self.device, [file for path in models for file in files_of(path)]))
         self.model, self.has_low = self.experts.descriptions[0], dit_low is not None
         self.memory = free_memory(self.device) if memory is None else memory
         self.progress = progress or (lambda stage, done, total: None)
