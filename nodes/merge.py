@@ -5,6 +5,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..turbo_core.checkpoint.formats import FORMATS
 from ..turbo_core.checkpoint.merging import merge
 from ..turbo_core.errors import TurboError
 from .host.files import (
@@ -69,7 +70,8 @@ class TurboMerge(io.ComfyNode):
         check_number("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         paths = model_file(finetune), model_file(base), [model_file(turbo)]
         target = new_model((filename or "").strip() or f"{file_stem(finetune)}_turbo_{format}", overwrite)
-        _check_different(finetune=finetune, base=base, turbo=turbo)
+        if format in FORMATS:  # else merge names those there are
+            _check_different(finetune=finetune, base=base, turbo=turbo)
         done = merge(*paths, target, format, strength, progress_bar())
         remember(("TurboMerge", finetune, base, turbo, strength, format, filename), done.path)
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]

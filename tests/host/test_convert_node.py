@@ -167,7 +167,8 @@ def test_schemas_offer_every_format(pack):
 @pytest.mark.parametrize("node", ("TurboConvert", "TurboMerge"))
 def test_a_file_that_is_deleted_is_made_again(models, pack, node):
     """The host keeps a node's results while its inputs are the same: they are not the same without the file."""
-    files = {"finetune": STOCK, "base": STOCK, "turbo": "TinyWan2.1-T2V.pth", "strength": 1.0}
+    shutil.copy(models / "unet" / STOCK, models / "unet" / "finetune.safetensors")
+    files = {"finetune": "finetune.safetensors", "base": STOCK, "turbo": "TinyWan2.1-T2V.pth", "strength": 1.0}
     inputs = {"source": "TinyWan2.1-T2V.pth"} if node == "TurboConvert" else files
     inputs |= {"format": "bf16", "filename": "mine again", "overwrite": False}
     node = pack.nodes[node]

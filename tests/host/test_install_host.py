@@ -84,6 +84,7 @@ def test_the_package_is_whole(server, object_info, pack):
     ours = {name for name, node in object_info.items() if workflow_api.is_ours(node)}
     assert {object_info[name]["python_module"] for name in ours} == {f"custom_nodes.{FOLDER}"}
     assert ours == set(pack.nodes)
+    # a folder named example or examples would hide that of the workflows from the host
     assert sorted(host.get_json(server, "/workflow_templates")[FOLDER]) == workflow_api.names()
     for name in workflow_api.names():
         assert host.get(server, f"/api/workflow_templates/{FOLDER}/{name}.jpg")[0] == 200, name

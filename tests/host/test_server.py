@@ -306,12 +306,12 @@ def test_templates_thumbnails_and_help_are_where_the_page_looks_for_them(server,
 
 
 def _queue(server, folder, prompts, **changes):
-    """examples/queue_prompts.py as a person runs it, on the API file of a workflow; (what it says, its exit code)."""
+    """queue_prompts.py as a person runs it, on the API file of a workflow; (what it says, its exit code)."""
     stored = json.loads((workflow_api.API / "turbowan_t2v_ksampler.json").read_text("utf-8"))
     workflow, lines = folder / "workflow.json", folder / "prompts.txt"
     workflow.write_text(json.dumps(workflow_api.for_tiny_models(stored, **changes)), "utf-8")
     lines.write_text("\n".join(prompts), "utf-8")
-    script = host.PACK / "examples" / "queue_prompts.py"
+    script = host.PACK / "workflows" / "api" / "queue_prompts.py"
     command = [sys.executable, script, workflow, lines, "-o", folder / "clips", "--server", server.url]
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)

@@ -92,15 +92,17 @@ def test_guidance_above_one_with_our_scheduler_is_told_on_the_ksampler(lab, monk
     import types
 
     node, said = _table()["cfg above 1 with the scheduler turbo_rcm"]
-    advice, sent = lab.pack.part("nodes.reports.advice"), []
+    # of two copies of the pack in this process the last one offers the scheduler
+    handler = lab.comfy.samplers.SCHEDULER_HANDLERS["turbo_rcm"].handler
+    names, sent = handler.keywords["tell"].__globals__, []
     prompt = {"5": {"inputs": {"cfg": 5.0}}, "6": {"inputs": {"cfg": 1.0}}, "7": {"inputs": {"cfg": ["1", 0]}}}
     queue = types.SimpleNamespace(get_current_queue_volatile=lambda: ([(0, "run", prompt)], []))
     server = types.SimpleNamespace(prompt_queue=queue, send_progress_text=lambda *told: sent.append(told))
-    monkeypatch.setattr(advice, "PromptServer", types.SimpleNamespace(instance=server))
+    monkeypatch.setitem(names, "PromptServer", types.SimpleNamespace(instance=server))
     sampling = lab.load().get_model_object("model_sampling")
     for number in ("5", "6", "7", "8"):
         context = types.SimpleNamespace(prompt_id="run", node_id=number)
-        monkeypatch.setattr(advice, "get_executing_context", lambda context=context: context)
+        monkeypatch.setitem(names, "get_executing_context", lambda context=context: context)
         lab.comfy.samplers.calculate_sigmas(sampling, "turbo_rcm", 4)
     ((text, number),) = sent
     assert number == "5" and said in text and node == "KSampler"

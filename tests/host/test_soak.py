@@ -21,8 +21,9 @@ def base(tiny, tmp_path_factory):
 
 
 def test_two_dozen_runs_neither_fail_nor_differ_nor_keep_their_models(base):
-    # a large I2V once raises what the allocator keeps, by more than the models that are looked for
-    small = lambda job, stop: stop is None or job.kind == "i2v_experts"  # noqa: E731
+    # a large I2V, or a large video decoded, once raises what the allocator keeps, by more than the models looked for;
+    # one that is stopped after some seconds may be decoded
+    small = lambda job, stop: not isinstance(stop, int) or job.kind == "i2v_experts"  # noqa: E731
     jobs = [
         (replace(job, size=SMALL) if small(job, stop) else job, stop) for job, stop in schedule(26, seed=5, every=3)
     ]

@@ -104,7 +104,7 @@ def test_nothing_runs_at_installation():
 
 def test_the_shipped_package_has_all_that_runs_and_little_else():
     files = shipped()
-    code = {f for f in git("ls-files") if re.match(r"(nodes|turbo_core|kernels|web|workflows|locales|examples)/", f)}
+    code = {f for f in git("ls-files") if re.match(r"(nodes|turbo_core|kernels|web|workflows|locales)/", f)}
     assert len(code) > 60 and any(f.startswith("web/docs/") for f in code)
     roots = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"}
     family = {f"models/tinywan/{name}" for name in ["README.md", *FILES.values(), *PAIR.values()]}
@@ -131,7 +131,7 @@ def test_no_links_and_no_shell_scripts():
 
 def test_text_files_are_opened_with_their_encoding():
     """Else Windows takes the code page of its language."""
-    for file in git("ls-files", "run.py", "__init__.py", "nodes", "turbo_core", "kernels", "benchmarks", "examples"):
+    for file in git("ls-files", "run.py", "__init__.py", "nodes", "turbo_core", "kernels", "benchmarks"):
         if not file.endswith(".py") or not (ROOT / file).exists():
             continue
         for call in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):

@@ -1,6 +1,6 @@
 """Make a clip of each prompt in a running ComfyUI, from a script: nothing but Python's standard library.
 
-    python examples/queue_prompts.py workflows/api/NAME.json prompts.txt -o clips --server http://127.0.0.1:8188
+    python workflows/api/queue_prompts.py workflows/api/NAME.json prompts.txt -o clips --server http://127.0.0.1:8188
 
 prompts.txt has a prompt a line. Any workflow in ComfyUI's API form will do, of workflows/api or your own (Workflow >
 Export (API)), whose sampler takes its prompt from a text node. Clip 3 is 0003_0.mp4 and has the seed 3.
