@@ -256,7 +256,7 @@ if __name__ == "__main__":
     files = dict(zip(("dit", "vae", "text_encoder"), {[str(tiny / name) for name in FILES]!r}))
     listed = [jobs.Job(n, f"{{n}}.mp4", str(n), Clip(f"p{{n}}", n, size=(32, 32), frames=5, steps=1)) for n in range(6)]
     told = []
-    workers.make_by_workers(["cpu"], files, listed, {str(tmp_path)!r}, told.append, lambda job: False)
+    workers.make_by_workers(["cpu"], files, listed, {str(tmp_path)!r}, told.append)
     print(sorted((o.job.name, o.state, (o.error or "")[:22]) for o in told if o.state != "begun"))
 """
     (tmp_path / "deadly.py").write_text(script)

@@ -7,16 +7,13 @@ jobs may be tried as often as Ray likes. Files and the output folder must be the
 import json
 import logging
 import os
-import pickle
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from .. import __version__
 from ..errors import TurboError, shown
-from ..pipeline import Pipeline
-from ..pipeline.video import read_made
+from ..pipeline import Clip, Pipeline
 from .jobs import Job
 from .making import Outcome, make
 
@@ -53,7 +50,7 @@ def make_by_ray(
         on_cpu = settings.get("device") == "cpu"
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
         constants = {"settings": settings, "folder": str(Path(folder).resolve()), "options": options}
-        rows = [{"job": pickle.dumps(numbered)} for numbered in enumerate(jobs)]
+        rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in enumerate(jobs)]
         there = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 0))
         blocks = _blocks(len(jobs), actors or there)
         outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
@@ -96,7 +93,8 @@ class _Maker:
         told = []
         if self.fatal is None:
             try:
-                self._make([pickle.loads(raw) for raw in block["job"]], told)
+                rows = (json.loads(row) for row in block["job"])
+                self._make([(number, Job(*job, Clip.of_plain(clip))) for number, *job, clip in rows], told)
             except TurboError as error:
                 self.fatal = str(error)
         if self.fatal is not None:
@@ -107,11 +105,8 @@ class _Maker:
         number = {job.name: index for index, job in numbered}
         missing = []
         for index, job in numbered:
-            place, found = self.folder / job.name, None
-            with suppress(TurboError):
-                found = read_made(place)
-            if found and found.get("id") == job.id:
-                told.append({"number": index, "state": "done", "bytes": place.stat().st_size})
+            if job.is_in(self.folder):
+                told.append({"number": index, "state": "done", "bytes": (self.folder / job.name).stat().st_size})
             else:
                 missing.append(job)
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..errors import TurboError, shown
 from ..files import digest
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
-from ..pipeline.video import VIDEO_SUFFIXES
+from ..pipeline.video import VIDEO_SUFFIXES, read_made
 
 COLUMNS = (
     "prompt", "name", "seed", "seeds", "image", "size", "adaptive", "frames", "steps", "sigma_max", "topk", "precision",
@@ -33,6 +34,12 @@ class Job(NamedTuple):
     name: str
     id: str
     clip: Clip
+
+    def is_in(self, folder) -> bool:
+        """True where the folder's video of this name says of itself that it is this job's."""
+        with suppress(TurboError):
+            return (read_made(Path(folder) / self.name) or {}).get("id") == self.id
+        return False
 
 
 class Fault(NamedTuple):

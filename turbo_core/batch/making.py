@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,14 +62,14 @@ def make(
     clips, alone = [job.clip for job in jobs], pipe.team.size == 1
     if not alone:
         clips = [clip for clip in clips if _fits(pipe, clip, failed)]
-        pipe.team.told(lambda: [asdict(clip) | {"image": clip.image and str(clip.image)} for clip in clips])
+        pipe.team.told(lambda: [clip.plain() for clip in clips])
     for _ in pipe.map(clips, write, failed if alone else None, lambda clip: tell(Outcome(of[id(clip)], "begun"))):
         pass
 
 
 def follow(pipe: Pipeline) -> None:
     """What the other processes of a team do while the first one makes jobs."""
-    for _ in pipe.map([Clip(**fields | {"size": tuple(fields["size"])}) for fields in pipe.team.told(None)]):
+    for _ in pipe.map([Clip.of_plain(fields) for fields in pipe.team.told(None)]):
         pass
 
 

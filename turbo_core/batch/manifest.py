@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import TurboError
 from ..files import alone
-from ..pipeline.video import read_made
+from ..pipeline.video import check_place
 from .jobs import Job
 
 NAME = "batch.jsonl"
@@ -22,12 +22,7 @@ class Manifest:
         """Raises TurboError where the folder cannot be made, or another batch writes to it."""
         self.folder = Path(folder)
         self.path = self.folder / NAME
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TurboError(f"Could not make the folder {folder} ({error}). Choose another one.") from error
-        if not os.access(self.folder, os.W_OK):
-            raise TurboError(f"There is no right to write to the folder {folder}. Choose another one.")
+        check_place(self.path)
         self._held, self._turn = ExitStack(), threading.Lock()
         self.known = {}  # name -> its last record
 
@@ -35,9 +30,8 @@ class Manifest:
         self._held.enter_context(alone(self.path))
         with suppress(FileNotFoundError), open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with suppress(
-                    ValueError, TypeError, KeyError, RecursionError
-                ):  # the last line of a process that was killed
+                # the last line of a process that was killed
+                with suppress(ValueError, TypeError, KeyError, RecursionError):
                     record = json.loads(line)
                     self.known[record["name"]] = record
         self._file = self._held.enter_context(open(self.path, "a", encoding="utf-8"))
@@ -53,16 +47,10 @@ class Manifest:
         known = self.known.get(job.name, {})
         if known.get("state") == "done" and known.get("id") == job.id:
             return known.get("bytes") == _size(self.folder / job.name)
-        if not self.is_there(job):
+        if not job.is_in(self.folder):
             return False
         self.record(job, "done", bytes=_size(self.folder / job.name))
         return True
-
-    def is_there(self, job: Job) -> bool:
-        """True where the video says of itself that it is this job's."""
-        with suppress(TurboError):
-            return (read_made(self.folder / job.name) or {}).get("id") == job.id
-        return False
 
     def record(self, job: Job, state: str, **more) -> None:
         """Add an event: state is begun, done or failed. It is on the disk when this returns."""

@@ -22,13 +22,12 @@ _DEATHS = 2
 
 
 def make_by_workers(
-    devices: list, settings: dict, jobs: list[Job], folder, tell: Callable[[Outcome], None], is_there, **options
+    devices: list, settings: dict, jobs: list[Job], folder, tell: Callable[[Outcome], None], **options
 ) -> None:
     """Make all jobs by a process on each of `devices`, which may be there twice; settings: of Pipeline, without its
     device.
 
-    is_there: callable (job), asked about the jobs of a process that died. options: of make. Raises TurboError where a
-    process finds the models at fault, or dies before it begins a job.
+    options: of make. Raises TurboError where a process finds the models at fault, or dies before it begins a job.
     """
     todo, deaths, idle_deaths = deque(jobs), Counter(), 0
     workers = []
@@ -62,7 +61,7 @@ def make_by_workers(
                         ) from None
                     deaths.update(worker.begun)
                     for job in reversed(worker.chunk.values()):
-                        if is_there(job):
+                        if job.is_in(folder):
                             tell(Outcome(job, "done", bytes=os.path.getsize(os.path.join(folder, job.name))))
                         elif deaths[job.name] == _DEATHS:
                             tell(Outcome(job, "failed", error=f"its process died {_DEATHS} times (exit code {code})."))

@@ -99,7 +99,7 @@ def _make(arguments, settings, todo, manifest, tally, team):
                 make(pipe, todo, arguments.output, tell, **options)
         else:
             shared = {name: value for name, value in settings.items() if name != "device"}
-            make_by_workers(devices, shared, todo, arguments.output, tell, manifest.is_there, **options)
+            make_by_workers(devices, shared, todo, arguments.output, tell, **options)
 
 
 def _settings(arguments) -> dict:

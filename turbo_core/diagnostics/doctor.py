@@ -92,7 +92,7 @@ def _paths():
         ("int8 activations", _kernels(device, "quantize", "PyTorch")),
         ("norms", _kernels(device, "norm", "PyTorch, in float32")),
         ("int8 Wan block", "fused, kernel to kernel" if fused.pays(device) else "layer by layer"),
-        ("sparse attention", _kernels(device, "sla", "PyTorch, block by block; int8 precision is emulated")),
+        ("sparse attention", _kernels(device, "sla", "PyTorch, block by block")),
         ("dense attention", "torch scaled_dot_product_attention"),
         ("text encoder", f"PyTorch on {device}"),
         ("VAE", f"PyTorch on {device}"),

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,15 @@ class Clip:
     boundary: float = 0.9
     noise_device: str = "cpu"
     tiled: bool = False
+
+    def plain(self) -> dict:
+        """The fields as JSON takes them."""
+        return asdict(self) | {"image": None if self.image is None else str(self.image)}
+
+    @classmethod
+    def of_plain(cls, fields: dict) -> "Clip":
+        """The clip of which `plain` gave these fields."""
+        return cls(**fields | {"size": tuple(fields["size"])})
 
 
 class Ready(NamedTuple):
