@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.helpers.manifests import times_done
 from turbo_core import checkpoint, pipeline
 from turbo_core.batch import Manifest, jobs, making, read_jobs, workers
 from turbo_core.cli import main
@@ -209,14 +210,8 @@ def test_killed_at_any_moment_it_is_resumed_to_the_end(tiny, tmp_path):
 
 
 def made_twice(out):
-    done = Counter()
-    for line in (out / "batch.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        done[record["name"]] += record["state"] == "done"
-    return [name for name, count in done.items() if count != 1]
+    """Videos that the manifest has not exactly once."""
+    return [name for name, count in times_done(out).items() if count != 1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")

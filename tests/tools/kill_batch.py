@@ -12,9 +12,9 @@ import random
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
+from tests.helpers.manifests import times_done
 from tests.tools.measure_batch import ROOT, command, frames, prompts
 
 VIDEOS = 40
@@ -49,13 +49,7 @@ def main(kills: int, seed: int) -> None:
 
 
 def looked_at(out: Path) -> dict:
-    done = Counter()
-    for line in (out / "batch.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        done[record["name"]] += record["state"] == "done"
+    done = times_done(out)
     videos = list(out.glob("*.mp4"))
     return {
         "videos": len(videos),
