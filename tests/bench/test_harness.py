@@ -54,16 +54,35 @@ def test_summary_is_the_median_with_its_tenths():
     assert harness.summary([0.005])["p90"] == 5.0
 
 
-def test_contenders_take_turns_and_each_round_begins_with_another():
+def test_contenders_take_turns_forth_and_back_and_each_round_begins_with_another():
     clock = Script()
     times = harness.interleave([lasting(n, [1e-3]) for n in "abc"], clock, repeats=4, seconds=10)
-    assert clock.order == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert clock.order == [["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"], ["a", "c", "b"]]
     assert [len(t) for t in times] == [4, 4, 4] and clock.flushed == 0
+
+
+def test_two_that_take_minutes_run_forth_and_back_once():
+    clock = Script()
+    harness.interleave([lasting(n, [60.0]) for n in "ab"], clock)
+    assert clock.order == [["a", "b"], ["b", "a"]]
+
+
+def test_who_takes_part_is_told_before_the_rounds():
+    clock, told = Script(), []
+    everyone = [contender("base"), Contender("absent", missing, lambda result: 0.0, 1.0)]
+    harness.measure(
+        Case("case", {}, everyone, ("base",)),
+        clock,
+        {},
+        1,
+        seen=lambda row: told.append(row | {"at": len(clock.order)}),
+    )
+    assert [(row["name"], row["status"], row["at"]) for row in told] == [("base", "ok", 0), ("absent", "missing", 0)]
 
 
 def test_a_slow_contender_leaves_early_but_not_before_its_fewest_runs():
     clock = Script()
-    functions = [lasting("slow", [5.0]), lasting("long", [0.5]), lasting("fast", [0.001])]
+    functions = [lasting("slow", [1.5]), lasting("long", [0.5]), lasting("fast", [0.001])]
     times = harness.interleave(functions, clock, flush=True, repeats=50, seconds=2.0)
     assert [len(t) for t in times] == [harness.FEWEST, 4, 50]
     assert clock.flushed == sum(len(t) for t in times)
@@ -171,9 +190,12 @@ def test_the_error_measure_refuses_what_is_not_finite_or_of_another_shape():
     assert harness.relative_error(torch.tensor([3.0]), want) == float("inf")
 
 
-@pytest.mark.parametrize(("long", "runs"), [(1e9, 1 + harness.WARM_UP), (0.0, 2)])
-def test_what_runs_long_is_warmed_up_once(long, runs, monkeypatch):
+@pytest.mark.parametrize(
+    ("long", "device", "runs"), [(1e9, "cpu", 1 + harness.WARM_UP), (-1.0, "cpu", 1), (-1.0, "mps", 2)]
+)
+def test_what_runs_long_is_warmed_up_once(long, device, runs, monkeypatch):
     monkeypatch.setattr(harness, "LONG", long)
-    ran = []
-    row, _ = harness.admit(Contender("x", lambda: lambda: ran.append(1), lambda result: 0.0, 1e-2), Script())
+    ran, clock = [], Script()
+    clock.device, clock.synchronize = torch.device(device), lambda: None
+    row, _ = harness.admit(Contender("x", lambda: lambda: ran.append(1), lambda result: 0.0, 1e-2), clock)
     assert row["status"] == "ok" and len(ran) == runs

@@ -20,6 +20,7 @@ from ..selfcheck import answers
 
 REPEATS, SECONDS, FEWEST = 50, 2.0, 3  # of each contender: that many runs, or that long, but never fewer runs
 WARM_UP, LONG = 2, 2.0  # runs after the first, which may compile; one of that many seconds warms up enough
+FEWEST_LONG = 2  # of a contender that takes LONG: forth and back
 FLUSHED = 1 << 28  # bytes written before each run of a streaming case: more than any card's or CPU's last cache
 
 
@@ -184,7 +185,9 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
         if contender.bound is not None and not error <= contender.bound:
             said = "not finite" if row["error"] is None else f"{error:.2e}"
             return row | {"status": "wrong", "reason": f"relative error {said}, more than {contender.bound:.0e}"}, None
-        for _ in range(WARM_UP):
+        # on a CPU, where no clock rises and no tuner tries launches, a first run that long is enough
+        warm = clock.device.type == "cpu" and row["first_s"] > LONG
+        for _ in range(0 if warm else WARM_UP):
             start = time.perf_counter()
             function()
             clock.synchronize()
@@ -203,21 +206,26 @@ def admit(contender: Contender, clock) -> tuple[dict, Callable | None]:
 
 
 def interleave(functions: list, clock, flush=False, repeats=REPEATS, seconds=SECONDS, tick=None) -> list[list[float]]:
-    """Seconds of every run of each function. They take turns, each round beginning with another one.
+    """Seconds of every run of each function. They take turns, forth and back (A B B A), each round beginning with
+    another one.
 
-    A function is done after `repeats` runs or `seconds`, whichever comes first, but never before FEWEST runs.
-    tick: called with (rounds done, repeats) after each round.
+    A function is done after `repeats` runs or `seconds`, whichever comes first, but never before FEWEST runs, or
+    FEWEST_LONG where one takes more than LONG seconds. tick: called with (rounds done, repeats) after each round.
     """
     times = [[] for _ in functions]
     running = list(range(len(functions)))
     rounds = 0
+
+    def goes_on(taken):
+        few = min(FEWEST_LONG if taken[0] > LONG else FEWEST, repeats)
+        return len(taken) < repeats and (len(taken) < few or sum(taken) < seconds)
+
     while running:
-        turn = rounds % len(running)
-        order = running[turn:] + running[:turn]
+        turn = rounds // 2 % len(running)
+        order = (running[turn:] + running[:turn])[:: -1 if rounds % 2 else 1]
         for i, elapsed in zip(order, clock.round([functions[i] for i in order], flush)):
             times[i].append(elapsed)
-        few = min(FEWEST, repeats)
-        running = [i for i in running if len(times[i]) < repeats and (len(times[i]) < few or sum(times[i]) < seconds)]
+        running = [i for i in running if goes_on(times[i])]
         rounds += 1
         if tick:
             tick(min(rounds, repeats), repeats)
@@ -245,15 +253,19 @@ def rates(flop: float, bytes: float, milliseconds: float, limits: dict) -> dict:
     return found
 
 
-def measure(case: Case, clock, limits: dict, repeats=REPEATS, seconds=SECONDS, tick=None, watch=None) -> dict:
+def measure(case: Case, clock, limits: dict, repeats=REPEATS, seconds=SECONDS, tick=None, watch=None, seen=None):
     """Admit every contender, time those that are right, compare them: the case as a dict for JSON.
 
     limits: {"tflops", "gb_s"} of the machine. watch: context manager whose value, a list, takes what the card says of
-    its clocks meanwhile.
+    its clocks meanwhile. seen: called with the row of each contender after its first run.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else the shapes of earlier cases make the compiled contenders dynamic ones
-    admitted = [admit(contender, clock) for contender in case.contenders]
+    admitted = []
+    for contender in case.contenders:
+        admitted.append(admit(contender, clock))
+        if seen:
+            seen(admitted[-1][0])
     ready = [i for i, (_, function) in enumerate(admitted) if function]
     with watch or contextlib.nullcontext({}) as clocks:
         functions = [admitted[i][1] for i in ready]

@@ -58,10 +58,16 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECO
         if status:
             status(f"{case.name}: first runs")
         tick = status and (lambda done, total: status(f"{case.name}: round {done} of {total}"))
-        measured = harness.measure(case, clock, limits, repeats, seconds, tick, machine.watch(device))
+        measured = harness.measure(case, clock, limits, repeats, seconds, tick, machine.watch(device), report_long)
         if status:
             status("")
         return measured
+
+    def report_long(row):
+        """A line at once for what takes long: the table of its case comes minutes later."""
+        if row.get("first_s", 0) > harness.LONG:
+            error = "" if row.get("error") is None else f", error {row['error']:.1e}"
+            print(f"  {row['name']}: first run {row['first_s']:.1f} s{error}", flush=True)
 
     def rates():
         measured = timed(machine.limits_case(device, quick), {})
