@@ -5,13 +5,16 @@ import functools
 from comfy_api.latest import io
 
 from ..turbo_core.sla import PRECISIONS
+from .host.blocks import has_trained_sla
 from .host.inputs import check_choice, check_number, parse_blocks, wan_network
-from .host.kernels import prove_for
+from .host.kernels import fitting_precision, prove_for
 from .host.override import MODES, with_settings
 from .host.settings import log_once
 from .reports.advice import of_percents
 from .reports.show import report, show
 
+AUTO = "auto"
+TRAINED_TOPK = 0.15  # what TurboWan's authors recommend
 SELECTIONS = ("top-k", "cumulative score")
 MAX_TOKENS = 1 << 20
 
@@ -32,18 +35,20 @@ class SparseLowBitAttention(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Wan MODEL, TurboWan or stock."),
                 io.Float.Input(
                     "topk",
-                    default=0.1,
+                    default=0.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Fraction of key blocks each query block attends to. TurboWan was trained at 0.1, its "
-                    "authors recommend 0.15; stock models want 0.3 and more.",
+                    tooltip="Fraction of key blocks that each query block attends to. 0 is auto: 0.15 where the model "
+                    "was trained for it, as TurboWan's authors recommend, and as many as reach coverage on stock "
+                    "models. TurboWan was trained at 0.1; stock models want 0.3 and more.",
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
-                    tooltip="bf16: SLA. int8: SageSLA, int8 scores and fp8 values. Without the Triton kernels (Turbo "
-                    "Doctor tells) int8 is emulated: slower, and with more memory than bf16.",
+                    options=[AUTO, *PRECISIONS],
+                    tooltip="bf16: SLA. int8: SageSLA, int8 scores and fp8 values. auto: int8 where the Triton kernels "
+                    "compute (Turbo Doctor tells), else bf16. Without the kernels int8 takes as much time as bf16 on "
+                    "a CPU with int8 products, more on any other, and rounds all the same.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -122,11 +127,17 @@ class SparseLowBitAttention(io.ComfyNode):
         for name, value in shares.items():
             check_number(name, value, 0, 1)
         check_number("min_tokens", min_tokens, 0, MAX_TOKENS)
-        check_choice("precision", precision, PRECISIONS)
+        check_choice("precision", precision, (AUTO, *PRECISIONS))
         check_choice("mode", mode, MODES)
         check_choice("selection", selection, SELECTIONS)
+        if precision == AUTO:
+            precision = fitting_precision(model.load_device)
+        by_score = selection == SELECTIONS[1]
+        if topk == 0:
+            by_score = by_score or mode != "auto" or not has_trained_sla(network)
+            topk = TRAINED_TOPK
         settings = {"topk": topk, "precision": precision, "min_tokens": min_tokens, "verbose": verbose}
-        settings["coverage"] = None if selection == SELECTIONS[0] else coverage
+        settings["coverage"] = coverage if by_score else None
         settings["dense_blocks"] = parse_blocks(dense_blocks, len(network.blocks))
         model = with_settings(model, mode, start_percent, end_percent, functools.partial(_tell, cls), **settings)
         prove_for(model)

@@ -12,6 +12,7 @@ import os
 from comfy.cli_args import args
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ...turbo_core.dispatch import why_not
 from ...turbo_core.selfcheck import prove, was_full
 from .ops import part_of_host
 
@@ -29,6 +30,12 @@ def prove_for(patcher):
     if hasattr(args, _OPTION):
         patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _heed_switch)
+
+
+def fitting_precision(device) -> str:
+    """Precision of sparse attention that serves best on a device: int8 where the kernels compute, else bf16."""
+    prove(device)
+    return "int8" if why_not(device, "sla") is None else "bf16"
 
 
 def _prove_copy(_, copy):

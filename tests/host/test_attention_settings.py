@@ -45,6 +45,26 @@ def test_blocks_by_cumulative_score(lab, name):
     assert torch.equal(lab.denoise(lab.attention(base, 0.1, coverage=0.2)), lab.denoise(lab.attention(base, 0.1)))
 
 
+def test_auto_is_what_the_model_was_trained_for_and_what_computes_fast_here(lab, monkeypatch):
+    """0.15 with a trained branch, coverage without one; int8 only where its kernels are proved."""
+
+    def set_to(model, *given, **settings):
+        options = lab.attention(model, *given, **settings).model_options["transformer_options"]
+        return options[lab.pack.settings.OPTIONS]
+
+    trained, stock = lab.load(T2V), lab.load(STOCK)
+    assert set_to(trained, 0, "auto") == set_to(trained, 0.15, "bf16")
+    by_score = {"selection": "cumulative score", "coverage": 0.6}
+    for model, mode in ((stock, "auto"), (trained, "sparse only")):
+        given = set_to(model, 0, "auto", mode=mode, coverage=0.6)
+        assert given | {"topk": 0.3} == set_to(model, 0.3, "bf16", mode=mode, **by_score)
+    assert set_to(trained, 0, "auto", **by_score)["coverage"] == 0.6
+    part = lab.pack.part("turbo_core.dispatch")
+    monkeypatch.setitem(part._verdicts, (torch.device("cpu"), "sla"), None)
+    assert set_to(trained, 0.1, "auto")["precision"] == "int8"
+    assert set_to(trained, 0.1, "bf16")["precision"] == "bf16"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_percent_window_of_steps(lab, sparse_calls, name):
     """start and end percent are those of the host: sampling progress, turned to sigmas by the model's own rule."""

@@ -35,7 +35,7 @@ NOTHING = [
         {
             "model": "connect one",
             "topk": "from 0 to 1",
-            "precision": "one of bf16, int8",
+            "precision": "one of auto, bf16, int8",
             "mode": "one of auto",
             "start_percent": "from 0 to 1",
             "end_percent": "from 0 to 1",
