@@ -25,6 +25,22 @@ def test_it_is_the_convolution(shape, bias, monkeypatch):
     assert (found - want).norm() < 4 * (plain - want).norm() + 1e-7 * want.norm()
 
 
+def test_rows_that_have_their_neighbours_beside_them_get_no_zeros(monkeypatch):
+    # a process that decodes some rows of a video of the published width: it crashed there
+    if not ops._has_onednn("cpu", torch.float32):
+        pytest.skip("this CPU's convolutions are not oneDNN's")
+    monkeypatch.setattr(winograd, "_SLAB", 1)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 3, 52, 60, generator=random).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(64, 64, 3, 3, 3, generator=random)
+    assert winograd.pays(x, weight)
+    with torch.no_grad():
+        found = ops.conv(x, weight, None, padding=(0, 0, 1))
+    want = F.conv3d(x, weight, padding=(0, 0, 1))
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found, want, atol=2e-3, rtol=1e-5)
+
+
 def test_what_is_narrow_small_odd_or_no_3x3x3_is_left_to_the_plain_one():
     x = torch.empty(1, 64, 4, 64, 64, device="meta").to(memory_format=torch.channels_last_3d)
     weight = torch.empty(64, 64, 3, 3, 3, device="meta")

@@ -19,7 +19,7 @@ def conv(x, weight, bias, stride=1, padding=0):
     if not _has_onednn(x.device.type, x.dtype) or torch.is_grad_enabled():
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, stride, padding)
     if x.dtype == torch.float32 and stride == 1 and winograd.pays(x, weight):
-        return winograd.conv(x, weight, bias)
+        return winograd.conv(x, weight, bias, padding[1])
     stride, padding = (v if isinstance(v, tuple) else (v,) * (x.ndim - 2) for v in (stride, padding))
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * (x.ndim - 2), 1)
 

@@ -17,26 +17,29 @@ def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x[:, 0].numel() >= PIXELS and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def conv(x, weight, bias):
+def conv(x, weight, bias, above=1):
     """The convolution of x [B, C, T + 2, H, W], channels innermost in memory, by [N, C, 3, 3, 3]: [B, N, T, H, W], with
-    zeros around each frame and none in time."""
+    zeros around each frame and none in time. above 0: H - 2 rows, of an x that has its neighbours above and below."""
     b, c, frames, height, width = x.shape
     first, middle, last = weight.unbind(4)
     kernels = [first, (first + middle + last) / 2, (first - middle + last) / 2, last]
     kernels = [kernel.unsqueeze(4) for kernel in kernels]
     rows = min(height, max(8, _SLAB // (8 * b * c * frames * width)))
+    first_row, last_row = 1 - above, height - 1 + above
     out = torch.empty(
-        (b, weight.shape[0], frames - 2, height, width), dtype=x.dtype, memory_format=torch.channels_last_3d
+        (b, weight.shape[0], frames - 2, last_row - first_row, width),
+        dtype=x.dtype,
+        memory_format=torch.channels_last_3d,
     )
     pairs = x.permute(0, 2, 3, 4, 1).unflatten(3, (-1, 2))
     even, odd = pairs[..., 0, :], pairs[..., 1, :]
     room = even.new_empty(4, b, frames, rows + 2, width // 2, c)  # for all slabs: new memory costs as much as the sums
-    for start in range(0, height, rows):
-        stop = min(start + rows, height)
+    for start in range(first_row, last_row, rows):
+        stop = min(start + rows, last_row)
         parts = _transformed(even, odd, start, stop, room[:, :, :, : stop - start + 2])
         shifts = None, bias, None, None  # the second product is in both outputs
         found = [_product(*given) for given in zip(parts, kernels, shifts)]
-        places = out[:, :, :, start:stop].permute(0, 2, 3, 4, 1).unflatten(3, (-1, 2))
+        places = out[:, :, :, start - first_row : stop - first_row].permute(0, 2, 3, 4, 1).unflatten(3, (-1, 2))
         torch.add(found[1], found[2], out=places[..., 0, :]).add_(found[0])
         torch.sub(found[1], found[2], out=places[..., 1, :]).sub_(found[3])
     return out
