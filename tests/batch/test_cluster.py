@@ -6,9 +6,12 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.batch.test_batch import FILES
 from turbo_core.batch import cluster
@@ -70,12 +73,16 @@ def test_as_many_actors_as_the_cluster_takes_share_blocks_of_several_jobs(tiny, 
 
 @pytest.mark.slow
 def test_faults_of_jobs_and_of_models_come_back(tiny, tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"blocks.0.self_attn.q.lora_{part}.weight": torch.ones(256, 256) for part in "AB"}, lora)
     jobs, told = listed(3), []
+    jobs[0] = jobs[0]._replace(clip=replace(jobs[0].clip, lora=[f"{lora}:0.5"]))
     jobs[1] = jobs[1]._replace(clip=Clip("x", frames=6, size=(32, 32)))
     make_by_ray(None, 1, settings(tiny), jobs, tmp_path, told.append)
     assert sorted((outcome.job.name, outcome.state) for outcome in told) == [
         ("0.mp4", "done"), ("1.mp4", "failed"), ("2.mp4", "done"),
     ]  # fmt: skip
+    assert read_made(tmp_path / "0.mp4")["lora"][0]["strength"] == 0.5
     assert "nearest is 5" in next(outcome.error for outcome in told if outcome.error)
     with pytest.raises(TurboError, match=r"tiny_umt5\.safetensors"):
         make_by_ray(None, 1, settings(tiny, dit=str(tiny / FILES[2])), jobs, tmp_path, told.append)

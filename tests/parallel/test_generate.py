@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.helpers.ranks import needs_torchrun, run_ranks
 from tests.helpers.tiny_dits import TINY, save_pickle, tiny_state_dict
@@ -94,9 +96,13 @@ def test_processes_that_would_all_make_the_same_clip(tiny, tmp_path, monkeypatch
 
 
 def test_a_batch_made_together(tiny, tmp_path):
-    """A job that does not fit is told, the others are made, and made once."""
+    """A job that does not fit is told, the others are made, and made once; one has a LoRA."""
     jobs, files = tmp_path / "jobs.csv", [tmp_path / "one", tmp_path / "two"]
-    jobs.write_text(f"prompt,image\na red cat,\na bird,{tiny / 'image.png'}\na blue dog,\n", "utf-8")
+    shapes = {"lora_A": (4, 256), "lora_B": (512, 4)}
+    lora = {f"blocks.0.ffn.0.{part}.weight": torch.full(shape, 0.05) for part, shape in shapes.items()}
+    save_file(lora, tmp_path / "lora.safetensors")
+    lines = "prompt,image,lora\na red cat,,\na bird,{},\na blue dog,,lora.safetensors:0.5\n"
+    jobs.write_text(lines.format(tiny / "image.png"), "utf-8")
     given = command(tiny, tmp_path / "unused.mp4", "--dense", "--no-cache")
     settings = given[1 : given.index("--prompt")] + ["--no-metadata", "--dense", "--no-cache"]
     assert main(["batch", str(jobs), "-o", str(files[0]), *settings]) == 1

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -14,17 +15,19 @@ from typing import NamedTuple
 
 from ..errors import TurboError, shown
 from ..files import digest
+from ..lora import Lora, as_loras
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
 from ..pipeline.video import VIDEO_SUFFIXES, read_made
 
 COLUMNS = (
     "prompt", "name", "seed", "seeds", "image", "size", "adaptive", "frames", "steps", "sigma_max", "topk", "precision",
-    "ode", "tiled",
+    "ode", "tiled", "lora", "lora_low",
 )  # fmt: skip
 MOST_BYTES, MOST_JOBS, MOST_LETTERS = 1 << 28, 1_000_000, 10_000
 MOST_NAME = 220  # bytes; with what is beside a file while it is written and signed, less than a disk takes
 _PART = 1 << 20
+_LORAS = "lora", "lora_low"
 
 
 class Job(NamedTuple):
@@ -54,16 +57,19 @@ def read_jobs(path, defaults: Clip, models: str = "") -> tuple[list[Job], list[F
 
     *.jsonl (or .ndjson): an object a line; *.csv: a first row of column names, commas or semicolons; anything else: a
     prompt a line, empty lines and those that begin with # left out. Columns are COLUMNS, what is left out comes from
-    `defaults`; seeds is "0-9" or "1,5,8" and makes as many videos. Paths of images count from the file's folder.
+    `defaults`; seeds is "0-9" or "1,5,8" and makes as many videos; lora is FILE:STRENGTH, several with | between them
+    or as a list. Paths of images and LoRAs count from the file's folder.
     models: digest of the models, part of each job's id. Raises TurboError where the file cannot be read at all.
     """
     path = Path(path)
-    text, jobs, faults, names = _text(path), [], [], {}
+    text, jobs, faults, names, contents = _text(path), [], [], {}, functools.cache(_contents)
+    for file, _ in (*defaults.lora, *defaults.lora_low):
+        contents(file)  # one that is not there is no fault of each line
     for line, found in _rows(text, path):
         try:
             if isinstance(found, TurboError):
                 raise found
-            for job in _jobs_of(line, found, defaults, path.parent, models):
+            for job in _jobs_of(line, found, defaults, path.parent, models, contents):
                 if len(jobs) == MOST_JOBS:
                     raise TurboError(f"more than {MOST_JOBS:,} videos. Expected fewer: split the file.")
                 stem = Path(job.name).stem  # settings lie beside a video under its name, whatever its suffix
@@ -77,6 +83,12 @@ def read_jobs(path, defaults: Clip, models: str = "") -> tuple[list[Job], list[F
     if not jobs and not faults:
         raise TurboError(f"{path} holds no jobs. Expected a prompt a line, CSV or lines of JSON.")
     return jobs, faults
+
+
+def by_lora(jobs: list[Job]) -> list[Job]:
+    """The jobs with those of the same LoRAs one after the other, in the order in which these first appear."""
+    order = {}
+    return sorted(jobs, key=lambda job: order.setdefault(job.clip.loras, len(order)))
 
 
 def digest_of_models(paths) -> str:
@@ -159,7 +171,7 @@ def _csv_rows(text: str, path: Path):
         )
 
 
-def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) -> Iterator[Job]:
+def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str, contents) -> Iterator[Job]:
     unknown = [key for key in row if key not in COLUMNS]
     if unknown:
         raise TurboError(f"unknown column {shown(unknown[0])}. Expected some of {', '.join(COLUMNS)}.")
@@ -170,7 +182,9 @@ def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) ->
         raise TurboError(
             f"a prompt of {len(prompt):,} letters. Expected at most {MOST_LETTERS:,}: umT5 reads 512 tokens."
         )
-    settings = {key: _value(key, value) for key, value in row.items() if key not in ("name", "seed", "seeds", "image")}
+    apart = "name", "seed", "seeds", "image", *_LORAS
+    settings = {key: _value(key, value) for key, value in row.items() if key not in apart}
+    settings |= {key: _loras(key, row[key], folder) for key in _LORAS if key in row}
     if "image" in row:
         settings["image"] = folder / _string("image", row["image"])
         if not os.path.isfile(settings["image"]):
@@ -183,7 +197,7 @@ def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str) ->
         raise TurboError(f"image {shown(picture)} cannot be read ({error.strerror}). Check its rights.") from error
     for seed in seeds:
         clip = dataclasses.replace(defaults, **settings, seed=seed)
-        id = _id(clip, models, shows)
+        id = _id(clip, models, shows, contents)
         if name is None:
             own = f"{_slug(prompt)}-seed{seed}-{id[:12]}.mp4"  # of a million that begin alike no two are the same
         else:
@@ -270,8 +284,26 @@ def _slug(prompt: str) -> str:
     return words.encode()[:48].decode(errors="ignore").strip("-") or "video"
 
 
-def _id(clip: Clip, models: str, shows: str | None) -> str:
-    told = {key: str(value) for key, value in vars(clip).items()} | {"models": models}
+def _loras(key, value, folder: Path) -> tuple[Lora, ...]:
+    parts = value if isinstance(value, list) else _string(key, value).split("|")
+    parts = [_string(key, part).strip() for part in parts]
+    return as_loras(str(folder / part) for part in parts if part)
+
+
+def _contents(file: Path) -> str:
+    if not os.path.isfile(file):
+        raise TurboError(f"LoRA {shown(file)} is not a file. Check the path.")
+    try:
+        return digest([file])
+    except OSError as error:
+        raise TurboError(f"LoRA {shown(file)} cannot be read ({error.strerror}). Check its rights.") from error
+
+
+def _id(clip: Clip, models: str, shows: str | None, contents) -> str:
+    told = {key: str(value) for key, value in vars(clip).items() if key not in _LORAS} | {"models": models}
+    for key in _LORAS:
+        if getattr(clip, key):  # a video without any has the name that it had before there were LoRAs
+            told[key] = [[contents(file), strength] for file, strength in getattr(clip, key)]
     if shows is not None:
         told["image"] = shows  # what is in the file, not where it lies
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -47,7 +47,7 @@ def _follow(arguments, team) -> int:
 
 def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
-    from ..batch.jobs import digest_of_models
+    from ..batch.jobs import by_lora, digest_of_models
     from ..checkpoint import files_of
     from ..pipeline.embeddings import tokenizer_files
 
@@ -62,7 +62,7 @@ def _run(arguments, team) -> int:
         return _check(arguments.jobs, settings, jobs, faults)
     _tell_faults(arguments.jobs, faults)
     with Manifest(arguments.output) as manifest:
-        todo = [job for job in jobs if not manifest.is_done(job)]
+        todo = by_lora([job for job in jobs if not manifest.is_done(job)])
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.", file=sys.stderr)
         tally = _Tally(arguments.jobs, manifest)

@@ -60,6 +60,9 @@ def add_settings(command) -> None:
     add("--boundary", type=float, default=0.9, help="sigma of the hand-over between experts; default %(default)s")
     add("--noise-device", default="cpu", help="cpu (default) gives the same video on every machine")
     add("--tiled", action="store_true", help="decode in tiles: less memory")
+    lora = {"action": "append", "default": [], "metavar": "FILE[:STRENGTH]"}
+    add("--lora", **lora, help="a LoRA for --dit; strength default 1; may be given again")
+    add("--lora-low", **lora, help="the same for --dit-low")
 
 
 def models_of(arguments) -> dict:
@@ -85,6 +88,7 @@ def clip_of(arguments, prompt: str = "", image=None):
 
     names = (
         "seed", "adaptive", "frames", "steps", "sigma_max", "precision", "ode", "boundary", "noise_device", "tiled",
+        "lora", "lora_low",
     )  # fmt: skip
     topk = None if arguments.dense else "auto" if arguments.topk is None else arguments.topk
     settings = {name: getattr(arguments, name) for name in names}

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import Description
 from ..errors import TurboError
+from ..lora import Lora, as_loras
 from ..schedule import default_sigma_max, rcm_sigmas
 from ..vae import LATENT_CHANNELS
 from ..wan import PATCH
@@ -27,7 +28,8 @@ class Clip:
     blocks for sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint was trained so and
     dense elsewhere. precision: of sparse attention, "bf16" or "int8". boundary: sigma from which on the low-noise
     expert works. noise_device: where noise is drawn; "cpu" gives the same video on every machine, "cuda" the noise of
-    the reference. tiled: decode in tiles.
+    the reference. tiled: decode in tiles. lora: files of LoRAs with their strengths, "style.safetensors:0.8" or
+    (path, 0.8), of the only or the high-noise model; lora_low: those of the low-noise expert.
     """
 
     prompt: str
@@ -44,10 +46,22 @@ class Clip:
     boundary: float = 0.9
     noise_device: str = "cpu"
     tiled: bool = False
+    lora: tuple[Lora, ...] = ()
+    lora_low: tuple[Lora, ...] = ()
+
+    def __post_init__(self):
+        for name in ("lora", "lora_low"):
+            object.__setattr__(self, name, as_loras(getattr(self, name)))
+
+    @property
+    def loras(self) -> tuple[tuple[Lora, ...], tuple[Lora, ...]]:
+        """Of both models."""
+        return self.lora, self.lora_low
 
     def plain(self) -> dict:
         """The fields as JSON takes them."""
-        return asdict(self) | {"image": None if self.image is None else str(self.image)}
+        loras = {name: [[str(file), by] for file, by in getattr(self, name)] for name in ("lora", "lora_low")}
+        return asdict(self) | loras | {"image": None if self.image is None else str(self.image)}
 
     @classmethod
     def of_plain(cls, fields: dict) -> "Clip":
@@ -122,6 +136,8 @@ def check_clip(clip: Clip, model: Description, has_low: bool) -> Ready:
     if not 0 <= clip.seed < 1 << 64:
         raise TurboError(f"seed is a number from 0 to 2^64 - 1, got {clip.seed}.")
     check_task(model, clip.image)
+    if clip.lora_low and not has_low:
+        raise TurboError(f"--lora-low is for the low-noise expert of a pair, {model.path} is one model: use --lora.")
     sigmas = rcm_sigmas(clip.steps, default_sigma_max(model.in_dim) if clip.sigma_max is None else clip.sigma_max)
     topk = check_sampling(model, has_low, sigmas, clip.boundary, clip.topk, clip.precision)
     picture = None if clip.image is None else read_image(clip.image)
@@ -131,3 +147,14 @@ def check_clip(clip: Clip, model: Description, has_low: bool) -> Ready:
     shape = (1, LATENT_CHANNELS, *sizes.latent_shape(width, height, clip.frames))
     high = sum(sigma >= clip.boundary for sigma in sigmas[:-1].tolist()) if has_low else clip.steps
     return Ready(clip, sigmas, topk, shape, (width, height), picture, high)
+
+
+def settings_of(ready: Ready, model: Description, has_low: bool) -> dict:
+    """What a video is made by, as it is kept with it; what the machine adds is the pipeline's."""
+    clip = ready.clip
+    return {
+        "prompt": clip.prompt, "model": model.family, "size": "{}x{}".format(*ready.size), "frames": clip.frames,
+        "steps": clip.steps, "sigmas": [round(sigma, 6) for sigma in ready.sigmas.tolist()],
+        "rule": "ode" if clip.ode else "sde", "seed": clip.seed, "topk": ready.topk, "precision": clip.precision,
+        "boundary": clip.boundary if has_low else None, "weights": model.format,
+    }  # fmt: skip

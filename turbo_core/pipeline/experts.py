@@ -3,6 +3,7 @@
 from ..checkpoint import Opened, opened, weights
 from ..devices import release
 from ..errors import TurboError
+from ..lora import Library, put_on
 from ..wan import WanModel
 from .handover import Handover, can_follow
 
@@ -18,20 +19,23 @@ class Experts:
         """files: of the only model, or of the high- and the low-noise expert; the caller must not keep them, for a file
         stays mapped as long as it is referred to. sequence: see WanModel.sequence."""
         self.descriptions = [file.description for file in files]
+        self.library = Library(files)
         self.bytes = [_bytes(file, dtype) for file in files]  # in memory, each
         self.files = dict(enumerate(files))
         self.device, self.dtype, self.sequence = device, dtype, sequence
         self.in_place = device.type != "cpu"
         self.models, self.handover = {}, None
+        self._loras, self._changed = {}, {}  # of the models: what is on them, which float parameters hold some of it
 
-    def at(self, wanted: int, stage, keep: bool = False, leaves: bool = False) -> WanModel:
+    def at(self, wanted: int, stage, keep: bool = False, leaves: bool = False, loras=((), ())) -> WanModel:
         """Model 0, the only or the high-noise one, or model 1, for one evaluation.
 
         stage: context manager of a name, entered while a file is read. keep: the other model may stay. leaves: model 0
-        is wanted for the last time before model 1.
+        is wanted for the last time before model 1. loras: those of both models, see turbo_core.lora.
         """
         if wanted == 1 and self.handover is not None and wanted not in self.models:
             self.models = {wanted: self.models.popitem()[1]}  # the same module, other weights
+            self._loras, self._changed = {wanted: None}, {}
         if wanted not in self.models:
             if not keep or self.handover is not None:
                 self.free()
@@ -42,6 +46,9 @@ class Experts:
                 self.models[wanted] = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
                 self.models[wanted].sequence = self.sequence
         model = self.models[wanted]
+        if self._loras.get(wanted, ()) != loras[wanted]:
+            with stage("load LoRA"):
+                self._put_on(wanted, loras[wanted])
         if leaves and self.in_place and not keep and self.handover is None:
             with stage("load DiT"):
                 file = self._opened(1)
@@ -51,6 +58,26 @@ class Experts:
                 else:
                     self.files[1] = file
         return model
+
+    def _put_on(self, which, loras):
+        try:
+            self._changed[which] = put_on(
+                self.models[which],
+                self.library.acting(loras, which),
+                self._changed.get(which, frozenset()),
+                lambda names: self._originals(which, names),
+                all_original=self.handover is not None,  # whose copies may not have arrived
+            )
+        except BaseException:
+            self.free()
+            raise
+        self._loras[which] = loras
+
+    def _originals(self, which, names):
+        file = self._opened(which)
+        for name in names:
+            tensors = {one: file.tensors[one] for one in (name, f"{name}_scale") if one in file.tensors}
+            yield name, weights(file._replace(tensors=tensors), self.device)[name]
 
     def leave_room(self, size, memory: int):
         """Let go of the models unless size() more bytes fit beside them into memory."""
@@ -63,6 +90,7 @@ class Experts:
             self.handover.cancel()
         self.handover = None
         self.models.clear()
+        self._loras, self._changed = {}, {}
         release(self.device)
 
     def _opened(self, which: int) -> Opened:

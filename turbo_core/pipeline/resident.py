@@ -19,7 +19,7 @@ from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
 from ..vae import load_vae
-from .clip import Clip, Ready, Result, Work, check_clip, check_prompt
+from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, settings_of
 from .embeddings import Embeddings, padded
 from .experts import Experts
 from .inputs import open_models
@@ -87,6 +87,7 @@ class Pipeline:
         """Hold a clip to the models before anything computes. Raises TurboError, which names the cure."""
         ready = check_clip(clip, self.model, self.has_low)
         self.team.check(self.model.num_heads, ready.tokens)
+        self._expert_bytes(clip)  # a LoRA file that does not fit is found by its header
         return ready
 
     def __call__(self, prompt: str, **settings) -> Result:
@@ -208,9 +209,13 @@ class Pipeline:
     def stay(self, ready: Ready) -> Stay:
         """What may be in memory together while this clip is made."""
         rest = self.memory - self._vae_bytes() - self.embeddings.bytes()
-        found = what_stays(self.model, ready, self.experts.bytes, rest, self.dtype)
+        found = what_stays(self.model, ready, self._expert_bytes(ready.clip), rest, self.dtype)
         # processes that decode together do one thing at a time, in the same order
         return found if self.team.size == 1 else found._replace(overlap=False)
+
+    def _expert_bytes(self, clip):
+        library, count = self.experts.library, enumerate(self.experts.bytes)
+        return [size + library.bytes(clip.loras[which], which, self.dtype.itemsize) for which, size in count]
 
     def _leave_room(self, size):
         self.experts.leave_room(size, self.memory - self._vae_bytes())
@@ -234,7 +239,7 @@ class Pipeline:
                 continue
             with self._failing(work, failed):
                 self._advanced(work, stay, work.ready.clip.steps, leaves=len(group) == 1)
-                work.seconds["sampling"] -= work.seconds.get("load DiT", 0.0)
+                work.seconds["sampling"] -= sum(work.seconds.get(name, 0.0) for name in ("load DiT", "load LoRA"))
                 work.latents, work.trajectory = work.trajectory.latents().cpu(), None
                 if not torch.isfinite(work.latents).all():
                     raise TurboError(
@@ -276,7 +281,8 @@ class Pipeline:
 
         def model_at(sigma):
             low = self.has_low and sigma < ready.clip.boundary
-            return self.experts.at(int(low), work.stage, stay.experts, leaves and sigma == last_high)
+            leaving = leaves and sigma == last_high
+            return self.experts.at(int(low), work.stage, stay.experts, leaving, ready.clip.loras)
 
         with work.stage("sampling", steps, begins=work.trajectory.done == 0, ends=until == steps):
             work.trajectory.advance(
@@ -305,15 +311,11 @@ class Pipeline:
         return [] if result is None else [result]
 
     def _settings(self, ready: Ready) -> dict:
-        clip = ready.clip
-        return {
-            "prompt": clip.prompt, "model": self.model.family, "size": "{}x{}".format(*ready.size),
-            "frames": clip.frames, "steps": clip.steps,
-            "sigmas": [round(sigma, 6) for sigma in ready.sigmas.tolist()], "rule": "ode" if clip.ode else "sde",
-            "seed": clip.seed, "topk": ready.topk, "precision": clip.precision,
-            "boundary": clip.boundary if self.has_low else None, "weights": self.model.format,
-            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-            "noise_device": str(clip.noise_device), "processes": self.team.size if self.team.size > 1 else None,
+        clip, told = ready.clip, self.experts.library.told
+        return settings_of(ready, self.model, self.has_low) | {
+            "lora": told(clip.lora), "lora_low": told(clip.lora_low), "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."), "noise_device": str(clip.noise_device),
+            "processes": self.team.size if self.team.size > 1 else None,
         }  # fmt: skip
 
     @contextmanager

@@ -143,9 +143,9 @@ class Block(nn.Module):
         return torch.addcmul(x, y, gate2.to(x.dtype))
 
     def is_int8(self) -> bool:
-        """True where the ten linears are int8 in one format."""
+        """True where the ten linears are int8 in one format, and nothing is added beside them."""
         layers = [self.get_submodule(name) for name in QUANTIZED_LINEARS]
-        return all(isinstance(layer, Int8Linear) for layer in layers) and (
+        return all(isinstance(layer, Int8Linear) and not layer.beside for layer in layers) and (
             len({is_row_scale(layer.weight, layer.weight_scale) for layer in layers}) == 1
         )
 

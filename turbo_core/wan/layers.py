@@ -36,16 +36,24 @@ def by_slices(function, x):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 with block or row scales, see turbo_core.int8."""
+    """A linear layer whose weight is int8 with block or row scales, see turbo_core.int8.
+
+    beside: pairs of float matrices (down [R, K], up [N, R] or None) whose product with x is added, see turbo_core.lora.
+    """
 
     def __init__(self, weight, weight_scale, bias=None):
         super().__init__()
         self.register_buffer("weight", weight.contiguous())  # as the kernels read them
         self.register_buffer("weight_scale", weight_scale.contiguous())
         self.register_buffer("bias", bias)
+        self.beside = ()
 
     def forward(self, x):
-        return int8_linear(x, self.weight, self.weight_scale, self.bias)
+        y = int8_linear(x, self.weight, self.weight_scale, self.bias)
+        for down, up in self.beside:
+            inner = F.linear(x, down.to(x.dtype))
+            y += inner if up is None else F.linear(inner, up.to(x.dtype))
+        return y
 
 
 class RMSNorm(nn.Module):
