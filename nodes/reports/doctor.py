@@ -20,7 +20,7 @@ def examined(model=None) -> str:
     sections = {"machine": findings["machine"], "ComfyUI": host_facts(), "TurboWan": paths}
     if model is not None:
         sections["this model"] = model_facts(model)
-    sections["libraries"] = findings["libraries"]
+    sections |= {name: findings[name] for name in ("libraries", "on this card")}
     width = max(len(item) for rows in sections.values() for item, _ in rows)
     return "\n\n".join(
         "\n".join([title, *(f"  {item:<{width}}  {finding}" for item, finding in rows)])

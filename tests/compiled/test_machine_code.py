@@ -23,7 +23,9 @@ def test_the_table_is_what_the_record_says():
 
 
 def test_the_page_of_steps_is_what_the_record_says():
-    assert forecast_steps.PAGE.read_text("utf-8") == forecast_steps.page(), "python -m tests.tools.forecast_steps"
+    cure = "python -m tests.tools.forecast_steps"
+    assert forecast_steps.PAGE.read_text("utf-8") == forecast_steps.page(), cure
+    assert forecast_steps.STEPS.read_text("utf-8") == forecast_steps.steps_file(), cure
 
 
 def test_a_step_takes_no_less_than_the_roofline_and_twice_the_tokens_take_twice_as_long_and_more():

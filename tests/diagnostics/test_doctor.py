@@ -3,7 +3,7 @@
 import torch
 
 from turbo_core import dispatch, selfcheck
-from turbo_core.diagnostics import doctor
+from turbo_core.diagnostics import cards, doctor
 
 
 def test_the_doctor_says_which_path_and_why(monkeypatch):
@@ -21,7 +21,10 @@ def test_the_doctor_tries_the_kernels_of_a_card(card, monkeypatch):
     monkeypatch.setattr(doctor, "pick_device", lambda: card)
     for family in dispatch.FAMILIES:
         monkeypatch.setitem(selfcheck.CHECKS, family, lambda device: None)
-    found = dict(doctor.examine()["paths"])
+    monkeypatch.setattr(doctor, "here", lambda device: cards.on_card("NVIDIA GeForce RTX 4090", 23.6))
+    sections = doctor.examine()
+    assert list(sections)[-1] == "on this card" and sections["on this card"][-1][0] == "attention"
+    found = dict(sections["paths"])
     assert {found[name] for name in ("int8 linear", "norms", "sparse attention")} == {"Triton kernels"}
     assert found["int8 Wan block"].startswith("fused")
 

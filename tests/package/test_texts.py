@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from turbo_core.cli import main
+from turbo_core.diagnostics import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for where in ("*.md", "[bdmtw]*/**/*.md") for p in ROOT.glob(where))  # no environment begins so
@@ -85,30 +86,12 @@ def test_every_node_is_in_the_readme_by_its_title():
         assert f"| **{node['display_name']}** |" in README
 
 
-@pytest.mark.parametrize(
-    "name, model, size",
-    [
-        ("T2V 1.3B", "t2v-1.3b", "832x480"),
-        ("T2V 14B", "t2v-14b", "832x480"),
-        ("T2V 14B", "t2v-14b", "1280x720"),
-        ("I2V A14B", "i2v-a14b", "832x480"),
-        ("I2V A14B", "i2v-a14b", "1280x720"),
-    ],
-)
-def test_which_file_for_which_card_is_what_plan_forecasts(name, model, size, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")  # a sentence on one line
-    assert main(["plan", "--model", model, "--size", size]) == 0
-    said = capsys.readouterr().out
-    assert "does not fit" not in said
-    sampling = re.findall(r"sampling\W+([\d.]+) \+ ([\d.]+) GiB\W+(.*)", said)
-    cells = []
-    for *_, verdict in sampling:
-        kept = re.search(r"([\d.]+) of", verdict)
-        experts = re.search(r"with (one expert|both experts)", verdict)
-        cells.append(kept[1] if kept else experts[1] if experts else "all")
-    weights, activations, _ = sampling[0]
-    assert f"| {name} | {size} | {weights} + {activations} GiB | {' | '.join(cells)} |" in README
-    assert "tiled VAE needed" not in said
+def test_which_file_for_which_card_is_what_doctor_says():
+    """One source for README, the note of the first workflow and Turbo Doctor."""
+    note = (ROOT / "workflows" / "00_start_here.json").read_text(encoding="utf-8")
+    for table in (cards.table(), cards.settings()):
+        assert table in README, "README lacks a table of turbo_core.diagnostics.cards"
+    assert json.dumps(cards.settings())[1:-1] in note
 
 
 def test_the_quality_table_is_of_the_report():

@@ -2,7 +2,8 @@
 
     python -m tests.tools.forecast_steps
 
-Writes docs/forecast.md from benchmarks/results/forecast/kernels.json. Products and attention: the model's cycles, whole
+Writes docs/forecast.md, and what Turbo Doctor says of a card to turbo_core/diagnostics/steps.py, from
+benchmarks/results/forecast/kernels.json. Products and attention: the model's cycles, whole
 waves of tiles. What streams: bytes by the share of the memory's rate that copies reach. Nothing of it is measured.
 """
 
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 from tests.helpers.machine_code import recorded
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "forecast.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, STEPS = ROOT / "docs" / "forecast.md", ROOT / "turbo_core" / "diagnostics" / "steps.py"
 
 
 class Card(NamedTuple):
@@ -35,6 +37,17 @@ CARDS = {
     "RTX 4090": Card(89, 128, 2.52e9, 1008e9 * 0.90, 82e12),
     "H200": Card(90, 132, 1.83e9, 4800e9 * 0.85, 495e12),
 }
+# further cards for Turbo Doctor and README, by their data sheets
+MORE = {
+    "RTX 4060": Card(89, 24, 2.46e9, 272e9 * 0.90, 15e12),
+    "RTX 4060 Ti": Card(89, 34, 2.535e9, 288e9 * 0.90, 22e12),
+    "RTX 4070": Card(89, 46, 2.475e9, 504e9 * 0.90, 29e12),
+    "RTX 4080": Card(89, 76, 2.505e9, 717e9 * 0.90, 48e12),
+    "RTX 5060 Ti": Card(120, 36, 2.572e9, 448e9 * 0.84, 23e12),
+    "RTX 5070": Card(120, 48, 2.512e9, 672e9 * 0.84, 30e12),
+    "RTX 5070 Ti": Card(120, 70, 2.452e9, 896e9 * 0.84, 44e12),
+    "RTX 5080": Card(120, 84, 2.617e9, 960e9 * 0.84, 56e12),
+}
 MODELS = {"1.3B, 480p": Model(32760, 1536, 8960, 30), "14B, 720p": Model(75600, 5120, 13824, 40)}
 # seconds a step at the data sheets' peaks, all products in int8 and attention at top-k 0.1
 ROOFLINE = {
@@ -43,6 +56,12 @@ ROOFLINE = {
 }  # fmt: skip
 # TurboDiffusion's own figures on a 5090, three steps: 1.9 s and 24 s
 PUBLISHED = {("1.3B, 480p", "RTX 5090"): 1.9 / 3, ("14B, 720p", "RTX 5090"): 24 / 3}
+# as turbo_core.diagnostics.cards calls them; the second expert of A14B is as large as the first
+VIDEOS = {
+    ("t2v-1.3b", "832x480"): MODELS["1.3B, 480p"],
+    ("t2v-14b", "832x480"): MODELS["14B, 720p"]._replace(tokens=32760),
+    ("t2v-14b", "1280x720"): MODELS["14B, 720p"],
+}
 TEXT = 128  # keys of a prompt whose padding is one key
 TOP_K = 0.1
 
@@ -118,8 +137,28 @@ TAIL = """
 """
 
 
+def steps_file() -> str:
+    """The module with seconds of a step as the record makes them."""
+    record, rows = recorded()["now"], []
+    for title, card in (CARDS | MORE).items():
+        steps = {video: float(f"{step(record, card, model):.3g}") for video, model in VIDEOS.items()}
+        rows += [f'    ("{title}", "{model}", "{size}"): {seconds},\n' for (model, size), seconds in steps.items()]
+    return STEPS_HEAD + "".join(rows) + "}\n"
+
+
+STEPS_HEAD = '''"""Seconds of one step that a model of the kernels forecasts, see docs/forecast.md. None was measured.
+
+Written by tests/tools/forecast_steps.py. Files with int8 blocks, 81 frames, SageSLA at top-k 0.1, all weights on the
+card.
+"""
+
+SECONDS = {  # (card, model of turbo_core.pipeline.plan, size)
+'''
+
+
 def main():
     PAGE.write_text(page(), "utf-8")
+    STEPS.write_text(steps_file(), "utf-8")
 
 
 if __name__ == "__main__":

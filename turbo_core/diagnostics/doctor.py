@@ -14,6 +14,7 @@ from ..files import human_bytes
 from ..int8 import kitchen
 from ..selfcheck import prove
 from ..wan import fused
+from .cards import here
 
 # import name, distributions that carry it, what it is for
 LIBRARIES = (
@@ -31,8 +32,9 @@ PIPELINE = ("av", "sentencepiece", "PIL")
 
 
 def examine() -> dict[str, list[tuple[str, str]]]:
-    """{section: [(item, finding)]} for "machine", "libraries" and "paths"; on a card it tries the kernels."""
-    return {"machine": _machine(), "libraries": _libraries(), "paths": _paths()}
+    """{section: [(item, finding)]}: "machine", "libraries", "paths", "on this card", where it tries the kernels."""
+    paths = _paths()
+    return {"machine": _machine(), "libraries": _libraries(), "paths": paths, "on this card": here(pick_device())}
 
 
 def _machine():

@@ -48,13 +48,15 @@ class Model(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """weights and activations in bytes; fits: "resident", "offload", "tiled" or "no"; verdict: a plain sentence."""
+    """weights, activations and kept, what of the weights stays on the card, in bytes; fits: "resident", "offload",
+    "tiled" or "no"; verdict: a plain sentence."""
 
     name: str
     weights: int
     activations: int
     fits: str
     verdict: str
+    kept: int
 
 
 _14B = Sizes(5120, 16, 16, 13824, 4096, 256, 128)
@@ -229,24 +231,28 @@ def _weights_stage(name, room, weights, activations, block, experts):
     everything = weights * experts + activations
     kept = room - activations - 2 * block  # the block at work and the one that is fetched meanwhile
     if everything <= room:
-        fits = "resident"
+        fits, stays = "resident", weights * experts
         verdict = "fits" if experts == 1 else "fits with both experts on the card"
     elif weights + activations <= room:
-        fits, verdict = "resident", "fits with one expert on the card; the other waits in main memory"
+        fits, stays = "resident", weights
+        verdict = "fits with one expert on the card; the other waits in main memory"
     elif kept >= 0:
         share = f"{kept / GIB:.1f} of {weights / GIB:.1f} GiB of weights"
-        fits, verdict = "offload", f"fits with offload: {share} stay on the card, the rest is fetched in turn"
+        fits, stays = "offload", kept
+        verdict = f"fits with offload: {share} stay on the card, the rest is fetched in turn"
     else:
-        fits, verdict = "no", f"does not fit, {-kept / GIB:.1f} GiB too much: choose a smaller size or fewer frames"
-    return Stage(name, weights * experts, activations, fits, verdict)
+        fits, stays = "no", 0
+        verdict = f"does not fit, {-kept / GIB:.1f} GiB too much: choose a smaller size or fewer frames"
+    return Stage(name, weights * experts, activations, fits, verdict, stays)
 
 
 def _vae_stage(name, room, width, height, work):
     weights = 254_000_000  # 127 million, bf16
     whole = vae_peak(width, height, work)
     if weights + whole <= room:
-        return Stage(name, weights, whole, "resident", "fits in one piece")
+        return Stage(name, weights, whole, "resident", "fits in one piece", weights)
     tiled = vae_peak(width, height, work, tiled=True)
     if weights + tiled <= room:
-        return Stage(name, weights, tiled, "tiled", f"tiled VAE needed: in one piece it is {whole / GIB:.1f} GiB")
-    return Stage(name, weights, tiled, "no", "does not fit even in tiles: a larger card is needed")
+        verdict = f"tiled VAE needed: in one piece it is {whole / GIB:.1f} GiB"
+        return Stage(name, weights, tiled, "tiled", verdict, weights)
+    return Stage(name, weights, tiled, "no", "does not fit even in tiles: a larger card is needed", 0)
