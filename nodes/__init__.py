@@ -53,6 +53,7 @@ class TurboWanExtension(ComfyExtension):
         _check_host()
         try:
             files = [importlib.import_module(f".{name}", __package__) for name in FILES]
+            from .checks.graph import watch_requests
             from .host.files import register_tinywan
             from .host.schedule import register_scheduler
             from .reports.advice import tell_guidance
@@ -62,4 +63,5 @@ class TurboWanExtension(ComfyExtension):
 
         register_scheduler(tell_guidance)
         register_tinywan()
+        watch_requests()
         return [guarded(node) for file in files for node in file.NODES]

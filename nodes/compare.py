@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..turbo_core.diagnostics.compare import picture, table
 from ..turbo_core.errors import TurboError
+from .checks.red import comparing, red
 from .host.inputs import check_choice, check_number, seed_input, steps_input, wan_network
 from .host.run import MODES
 from .host.schedule import sigmas_of
@@ -16,9 +17,12 @@ MIN_TOKENS, MAX_TOKENS = 16, 8192
 TITLE = "Turbo Compare: B against A, both on A's states"
 
 
-def _check_alike(model_a, model_b):
-    networks = [wan_network(model, "TurboCompare") for model in (model_a, model_b)]
-    a, b = ((n.dim, n.num_heads, len(n.blocks), n.patch_embedding.in_channels) for n in networks)
+def _sizes(model):
+    network = wan_network(model, "TurboCompare")
+    return network.dim, network.num_heads, len(network.blocks), network.patch_embedding.in_channels
+
+
+def _check_alike(a, b):
     if a != b:
         raise TurboError(
             "TurboCompare needs two MODELs of one family, got (dim, heads, blocks, channels) "
@@ -80,10 +84,14 @@ class TurboCompare(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_b=None):
+        return red(comparing, cls.hidden.unique_id, _check_alike)
+
+    @classmethod
     def execute(
         cls, model_a, model_b, positive, latent_image, seed, steps, mode="SDE", tokens=512, sigmas=None
     ) -> io.NodeOutput:
-        _check_alike(model_a, model_b)
+        _check_alike(_sizes(model_a), _sizes(model_b))
         sigmas = sigmas_of(steps, 0.0, model_a, sigmas)
         check_choice("mode", mode, MODES)
         check_number("tokens", tokens, MIN_TOKENS, MAX_TOKENS)

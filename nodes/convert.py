@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..turbo_core import checkpoint
+from .checks.red import conversion, red
 from .host.files import (
     file_input,
     file_stem,
@@ -35,8 +36,13 @@ class TurboConvert(io.ComfyNode):
                 overwrite_input(),
             ],
             outputs=[io.String.Output("path", tooltip="Where the new file lies.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, source=None):
+        return red(conversion, source, cls.hidden.unique_id)
 
     @classmethod
     def fingerprint_inputs(cls, source=None, format=None, filename="", **inputs):

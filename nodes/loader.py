@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .checks.red import model, red
 from .host.files import file_input, model_file
 from .host.inputs import check_choice
 from .host.loading import DTYPES, load_turbo_model
@@ -31,6 +32,10 @@ class TurboLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return red(model, model_name)
 
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:

@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
+from .checks.red import lora, red
 from .host.files import file_input, model_file, read_tensors
 from .host.inputs import check_number, network_of
 from .reports.lora_facts import Examined
@@ -38,6 +39,10 @@ class TurboLoraReport(io.ComfyNode):
             outputs=[io.String.Output(display_name="report"), io.Model.Output(tooltip="The model with this LoRA.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None):
+        return red(lora, lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..turbo_core.checkpoint.formats import FORMATS
 from ..turbo_core.checkpoint.merging import merge
 from ..turbo_core.errors import TurboError
+from .checks.red import merging, red
 from .host.files import (
     file_input,
     file_stem,
@@ -53,8 +54,13 @@ class TurboMerge(io.ComfyNode):
                 overwrite_input(),
             ],
             outputs=[io.String.Output("path", tooltip="Where the new file lies.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, turbo=None):
+        return red(merging, turbo, cls.hidden.unique_id, _check_different)
 
     @classmethod
     def fingerprint_inputs(

@@ -4,6 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
+from .checks.red import red, sampling
 from .host.inputs import check_choice, check_image, check_number, seed_input, sigma_max_input, steps_input, wan_network
 from .host.run import MODES, experts_of, sample_experts
 from .host.schedule import sigmas_of
@@ -49,8 +50,13 @@ class TurboSampler(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Takes the place of steps and sigma_max."),
             ],
             outputs=[io.Latent.Output()],
+            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,  # its report, when the host takes the node from its cache
         )
+
+    @classmethod
+    def validate_inputs(cls, model=None):
+        return red(sampling, cls.hidden.unique_id)
 
     @classmethod
     def execute(

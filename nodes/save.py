@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .checks.red import output, red
 from .host.files import new_output
 from .host.inputs import wan_network
 from .host.saving import save_model
@@ -31,6 +32,10 @@ class TurboSave(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return red(output, filename_prefix)
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix=None, **inputs):

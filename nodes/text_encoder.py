@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from .checks.red import red
+from .checks.red import text_encoder as check
 from .host.files import file_input, model_file
 from .host.loading import load_text_encoder
 
@@ -19,6 +21,10 @@ class TurboTextEncoderLoader(io.ComfyNode):
             inputs=[file_input("text_encoder", "A umT5 file in models/text_encoders.", "text_encoders")],
             outputs=[io.Clip.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder=None):
+        return red(check, text_encoder)
 
     @classmethod
     def execute(cls, text_encoder) -> io.NodeOutput:

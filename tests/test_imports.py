@@ -79,8 +79,8 @@ def place(module):
         floor = next((n for n, names in enumerate(FLOORS) if inner in names.split()), None)
         assert floor is not None, f"{module} has no place in FLOORS"
         return 1 + floor, "ground" if floor == 0 else inner
-    nodes = {"host": 0, "reports": 1, "": 3}  # then the nodes, then the __init__ that lists them
-    return 1 + len(FLOORS) + nodes.get(inner, 2), inner if inner in nodes else module
+    nodes = {"host": 0, "reports": 1, "checks": 2, "": 4}  # then the nodes, then the __init__ that lists them
+    return 1 + len(FLOORS) + nodes.get(inner, 3), inner if inner in nodes else module
 
 
 def upward(pack):

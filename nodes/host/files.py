@@ -113,6 +113,14 @@ def overwrite_input():
 
 def new_model(filename, overwrite):
     """Path of a new file below the folder named diffusion_models. Raises TurboError for any other place."""
+    target = place_of_model(filename)
+    if target.exists() and not overwrite:
+        raise TurboError(f"{target} exists already. Choose another filename, or switch overwrite on.")
+    return target
+
+
+def place_of_model(filename):
+    """Where a new model of this name would lie, whatever is there. Raises TurboError for a place that is not ours."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(MODELS)]
     folder = next((f for f in folders if f.name == MODELS), folders[0])
     check_name(filename)
@@ -121,19 +129,23 @@ def new_model(filename, overwrite):
     target = Path(os.path.normpath(folder / filename))  # links are followed: models lie on other disks
     if not target.is_relative_to(os.path.normpath(folder)):
         raise _outside(filename, folder)
-    if target.exists() and not overwrite:
-        raise TurboError(f"{target} exists already. Choose another filename, or switch overwrite on.")
     return target
 
 
 def new_output(prefix):
     """Path of a new numbered file below the host's output folder. Raises TurboError for any other place."""
+    prefix = check_output(prefix)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def check_output(prefix):
+    """A prefix without space around it. Raises TurboError for one that is not below the host's output folder."""
     output, prefix = folder_paths.get_output_directory(), (prefix or "").strip()
     check_name(prefix)
     if not folder_paths.is_within_directory(output, os.path.join(output, os.path.normpath(prefix))):
         raise _outside(prefix, output)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
-    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+    return prefix
 
 
 def _outside(name, folder):
@@ -158,6 +170,16 @@ def check_name(name):
             raise TurboError(f"{name!r}: {part!r} ends in a dot or a space, which Windows drops: leave it out.")
         if len(os.fsencode(part)) > _LONGEST:
             raise TurboError(f"{name[:40]!r}... is too long, more than {_LONGEST} bytes: choose a shorter name.")
+
+
+def as_listed(text):
+    """A text that calls files of the host's folders as the page lists them: without the folder they lie in."""
+    kinds = (folders for folders, _ in folder_paths.folder_names_and_paths.values())
+    folders = {os.path.normpath(folder) for listed in kinds for folder in listed}
+    folders |= {folder_paths.get_output_directory(), folder_paths.get_input_directory()}
+    for folder in sorted(folders, key=len, reverse=True):  # the inner one first
+        text = text.replace(os.path.join(folder, ""), "")
+    return text
 
 
 def progress_bar():

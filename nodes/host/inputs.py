@@ -107,10 +107,15 @@ def check_image(model, positive):
     # a latent, a picture of as many channels, and a mask of 4; control models have other rooms
     pictured = latent == 16 and model.model.diffusion_model.patch_embedding.in_channels == 2 * latent + 4
     if pictured and not any("concat_latent_image" in more for _, more in positive or ()):
-        raise TurboError(
-            "This is an image-to-video model and got no picture: connect positive and latent of WanImageToVideo, or "
-            "take a text-to-video model."
-        )
+        raise no_picture()
+
+
+def no_picture(file="This"):
+    """The TurboError of an image-to-video model whose prompt comes without a picture."""
+    return TurboError(
+        f"{file} is an image-to-video model and got no picture: connect positive and latent of WanImageToVideo, or "
+        "take a text-to-video model."
+    )
 
 
 def check_positive(positive, model):
@@ -118,18 +123,37 @@ def check_positive(positive, model):
     if not positive:
         raise TurboError("positive holds no prompt: connect a CLIP Text Encode node, or what WanImageToVideo gives.")
     network = model.model.diffusion_model
-    expected = network.text_dim
     room = network.patch_embedding.in_channels - model.get_model_object("latent_format").latent_channels
     for text, more in positive:
-        if text.shape[-1] != expected:
-            raise TurboError(
-                f"positive comes from another text encoder: this model takes text of width {expected}, got "
-                f"{text.shape[-1]}. Encode it with Wan's umT5 (Turbo Text Encoder Loader, CLIPLoader with type wan)."
-            )
+        check_text(text.shape[-1], network.text_dim)
         image = more.get("concat_latent_image")
         # some control models have room for two or three latents of 16 channels; the VAE of the 5B model makes 48
         if image is not None and (image.shape[1] % 16 or room < image.shape[1] == 48):
             check_channels("the start image in positive", image.shape[1], model)
+
+
+def check_text(width, expected):
+    """Raise TurboError unless text has the width that a model takes."""
+    if width != expected:
+        raise TurboError(
+            f"positive comes from another text encoder: this model takes text of width {expected}, got {width}. "
+            "Encode it with Wan's umT5 (Turbo Text Encoder Loader, CLIPLoader with type wan)."
+        )
+
+
+def check_experts(ours, theirs, high, low):
+    """Raise TurboError when two models cannot be the high and the low expert of one family.
+
+    ours, theirs: {name: value} of their sizes; high, low: names of their files, empty where there is none.
+    """
+    if ours != theirs:
+        differ = ", ".join(f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name])
+        raise TurboError(
+            f"model ({high or 'high-noise'}) and model_low ({low or 'low-noise'}) are of different "
+            f"families ({differ}): connect the two experts of the same Wan 2.2 A14B model."
+        )
+    if "low" in high.lower() and "high" not in high.lower() and "high" in low.lower():
+        raise TurboError(f"the experts look swapped: model is {high}, model_low is {low}: exchange the two.")
 
 
 def check_latent(latent):

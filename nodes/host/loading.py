@@ -137,7 +137,7 @@ def _as_distilled(network, x, timestep, *args, **kwargs):
 def load_turbo_model(path, dtype=None, disable_dynamic=False):
     """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
     description = checkpoint.inspect(path)
-    if _is_ours(description):
+    if is_ours(description):
         sd, description = checkpoint.load(path)
         patcher = build_patcher(sd | attention_tensors(description.attention), description, dtype, disable_dynamic)
         if description.has_sla:
@@ -151,7 +151,7 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
     return patcher
 
 
-def _is_ours(description):
+def is_ours(description):
     """True for what the host's own loader does not read, or reads without proj_l or scales."""
     return description.has_sla or not description.comfyui
 
@@ -188,18 +188,23 @@ def _load_as_the_host_does(path, description, dtype, disable_dynamic):
     return patcher
 
 
-def load_text_encoder(path):
-    """A CLIP from a umT5 file of any size, all of whose weights are there in shapes that fit together."""
-    sd, _ = read_tensors(path)
-    missing = [name for name in _OF_UMT5 if name not in sd]
+def text_encoder_sizes(tensors, path, contents=True):
+    """check_encoder of a umT5 file as the host has them. Raises TurboError for any other."""
+    missing = [name for name in _OF_UMT5 if name not in tensors]
     if missing:  # the host would take it for another kind, and start that with random weights
-        kind = looks_like(sd) or "something else"
+        kind = looks_like(tensors) or "something else"
         kind = "umT5 in another layout" if "umT5" in kind else kind
         raise TurboError(
             f"{path} is not a umT5 encoder as ComfyUI has them ({missing[0]} is missing), it is {kind}. Use ComfyUI's "
             "repack, umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors."
         )
-    sizes = check_encoder(sd, path)
+    return check_encoder(tensors, path, contents)
+
+
+def load_text_encoder(path):
+    """A CLIP from a umT5 file of any size, all of whose weights are there in shapes that fit together."""
+    sd, _ = read_tensors(path)
+    sizes = text_encoder_sizes(sd, path)
     return comfy.sd.load_text_encoder_state_dicts(
         [sd],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),

@@ -7,9 +7,8 @@ import comfy.utils
 import latent_preview
 from comfy.k_diffusion.sampling import default_noise_sampler
 
-from ...turbo_core.errors import TurboError
 from ...turbo_core.sampler import sample_rcm
-from .inputs import MAX_SEED, check_channels, check_latent, check_number, check_positive
+from .inputs import MAX_SEED, check_channels, check_experts, check_latent, check_number, check_positive
 from .loading import file_name
 
 MODES = ("SDE", "ODE")  # how a run goes from step to step
@@ -102,26 +101,11 @@ def experts_of(high, low, sigmas, boundary):
     """
     if low is None:
         return [(high, sigmas)]
-    _check_experts(high, low)
+    check_experts(_facts(high), _facts(low), file_name(high), file_name(low))
     steps = sigmas[:-1].tolist()
     first_low = next((i for i, sigma in enumerate(steps) if sigma < boundary), len(steps))
     parts = [(high, sigmas[: first_low + 1]), (low, sigmas[first_low:])]
     return [(model, part) for model, part in parts if len(part) > 1]
-
-
-def _check_experts(high, low):
-    """Raise TurboError when the two MODELs cannot be the high and low expert of one family."""
-    ours, theirs = _facts(high), _facts(low)
-    files = file_name(high), file_name(low)
-    if ours != theirs:
-        differ = ", ".join(f"{name} {ours[name]} / {theirs[name]}" for name in ours if ours[name] != theirs[name])
-        raise TurboError(
-            f"model ({files[0] or 'high-noise'}) and model_low ({files[1] or 'low-noise'}) are of different "
-            f"families ({differ}): connect the two experts of the same Wan 2.2 A14B model."
-        )
-    names = [file.lower() for file in files]
-    if "low" in names[0] and "high" not in names[0] and "high" in names[1]:
-        raise TurboError(f"the experts look swapped: model is {files[0]}, model_low is {files[1]}: exchange the two.")
 
 
 def _facts(model):

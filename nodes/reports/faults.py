@@ -5,6 +5,7 @@ import functools
 import comfy.model_management
 
 from ...turbo_core.errors import TurboError, shown
+from ..host.files import as_listed
 
 ISSUES = "https://github.com/comfyui-turbowan/ComfyUI-TurboWan/issues"
 
@@ -28,7 +29,7 @@ def guarded(node):
         try:
             return execute(cls, *args, **kwargs)
         except TurboError as error:
-            raise Told(str(error)).with_traceback(error.__traceback__) from error.__cause__
+            raise Told(as_listed(str(error))).with_traceback(error.__traceback__) from error.__cause__
         except Exception as error:
             if comfy.model_management.is_oom(error):
                 raise

@@ -22,6 +22,7 @@ from tests.helpers.good_inputs import good_inputs
 from tests.helpers.lab import HIGH, STOCK, T2V, TINY_SHAPE, Lab, small_flux
 from tests.helpers.tiny_family import make_tiny
 from tests.host import newer
+from tests.host.serving import object_info, server, small  # noqa: F401  (fixtures)
 
 HERE = Path(__file__).resolve().parent
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -16,10 +15,9 @@ from safetensors.torch import load_file
 
 from tests.helpers import comfyui as host
 from tests.helpers import workflow_api
-from tests.helpers.comfyui import find_comfyui
+from tests.host import serving
 
 pytestmark = pytest.mark.host
-COPIES = ("ComfyUI-TurboWan", "TurboWan-second-copy")
 SAMPLERS = {"KSampler", "TurboSampler"}
 OURS = {
     "TurboLoader",
@@ -29,57 +27,6 @@ OURS = {
     "TurboSampler",
     "TurboTextEncoderLoader",
 }
-
-
-@pytest.fixture(scope="session")
-def server(tiny, tmp_path_factory):
-    """One server for all tests, with two copies of the pack: whatever works here also works beside another copy."""
-    base = host.make_base(tmp_path_factory.mktemp("base"), tiny, COPIES)
-    _write_bad_files(base / "models" / "diffusion_models", base)
-    _put_a_fault(base / "custom_nodes")
-    running = host.start(find_comfyui(), base)
-    yield running
-    host.stop(running)
-
-
-class _Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def _write_bad_files(folder, base):
-    whole = next(folder.glob("*.pth")).read_bytes()
-    (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
-    (folder / "malicious.pth").write_bytes(pickle.dumps({"blocks.0.ffn.0.weight": _Payload(base / "owned")}))
-
-
-def _put_a_fault(packs):
-    """Conversions to a file of this name fail as nobody foresaw, in both copies."""
-    for name in COPIES:
-        file = packs / name / "turbo_core" / "checkpoint" / "converting.py"
-        text, place = file.read_text("utf-8"), "    check_name(target)\n"
-        assert place in text
-        fault = "    if target.stem == 'fault':\n        raise KeyError('a fault of ours')\n"
-        file.write_text(text.replace(place, place + fault, 1), "utf-8")
-
-
-@pytest.fixture(scope="session")
-def object_info(server):
-    return host.get_json(server, "/object_info")
-
-
-@pytest.fixture
-def small(object_info):
-    """Makes the prompt of a shipped workflow, at a size that a CPU renders in a second."""
-
-    def make(name, *size, **changes):
-        prompt = workflow_api.to_api(workflow_api.load(name), object_info)
-        return workflow_api.for_tiny_models(prompt, *size, **changes)
-
-    return make
 
 
 def _node(prompt, *classes):
@@ -241,17 +188,18 @@ def test_nine_steps_are_an_error_that_says_what_to_do(server, small):
 
 
 @pytest.mark.parametrize("file", ["truncated.pth", "malicious.pth", "wan2.1_t2v_14B_bf16.safetensors"])
-def test_a_wrong_file_is_an_error_of_its_node_that_names_it(server, small, file):
+def test_a_wrong_file_makes_its_node_red_before_anything_runs(server, small, file):
     # a text-to-video model as the low-noise expert is a sound file in the wrong place: TurboSampler has to say so
     name = "turbowan_i2v_a14b" if file.startswith("wan2.1") else "turbowan_t2v_turbo_sampler"
     prompt = small(name)
     loader = [number for number, node in prompt.items() if node["class_type"] == "TurboLoader"][-1]
     prompt[loader]["inputs"]["model_name"] = file
     run = host.run(server, prompt)
-    assert run.status == "execution_error"
-    failed = run.messages[-1]["data"]
-    assert failed["node_type"] == ("TurboSampler" if name.endswith("a14b") else "TurboLoader"), failed
-    assert failed["exception_type"] == "TurboError" and file in run.error, failed["exception_message"]
+    assert run.status == "refused"
+    ((_, failed),) = run.refusal["node_errors"].items()
+    assert failed["class_type"] == ("TurboSampler" if name.endswith("a14b") else "TurboLoader"), failed
+    (error,) = failed["errors"]
+    assert file in error["details"] and str(server.base) not in error["details"]
     assert not (server.base / "owned").exists(), "the pickle ran its code"
     _is_healthy(server, small)
 
@@ -276,13 +224,13 @@ def test_a_file_that_is_not_there_is_refused_before_running(server, small):
 def test_both_copies_load_quickly_and_without_a_warning(server, object_info):
     lines = re.findall(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*custom_nodes[/\\](\S+)", server.log)
     times = {name: float(seconds) for seconds, name in lines}
-    assert set(times) == set(COPIES), server.log
+    assert set(times) == set(serving.COPIES), server.log
     assert sum(times.values()) < 2, times
     started = re.sub(r"\x1b\[[\d;]*m", "", server.log.split("Starting server")[0])
     bad = [line for line in started.splitlines() if re.search(r"WARN|ERROR|Traceback|FAILED|Cannot import", line)]
     assert not [line for line in bad if "turbo" in line.lower()], bad
     assert not OURS - set(object_info)
-    assert {object_info[name]["python_module"].split(".")[-1] for name in OURS} <= set(COPIES)
+    assert {object_info[name]["python_module"].split(".")[-1] for name in OURS} <= set(serving.COPIES)
     assert object_info["KSampler"]["input"]["required"]["scheduler"][0].count("turbo_rcm") == 1
 
 
@@ -294,7 +242,7 @@ def test_the_recorded_object_info_is_what_this_host_says(object_info):
             assert node == recorded[name], f"{name} changed: run tests/tools/record_object_info.py against a server"
 
 
-@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("copy", serving.COPIES)
 def test_templates_thumbnails_and_help_are_where_the_page_looks_for_them(server, copy):
     assert sorted(host.get_json(server, "/workflow_templates")[copy]) == workflow_api.names()
     for name in workflow_api.names():
@@ -332,7 +280,7 @@ def test_a_script_queues_prompts_and_fetches_the_clips(server, tmp_path):
 
 def test_a_script_tells_what_the_server_refuses_and_what_fails(server, tmp_path):
     said, code = _queue(server, tmp_path, ["a fox"], model_name="nowhere.pth")
-    assert code == 1 and "Value not in list" in said and "Traceback" not in said
+    assert code == 1 and "nowhere.pth was not found" in said and "Traceback" not in said
     said, code = _queue(server, tmp_path, ["a fox", "a boat"], steps=9)
     assert code == 1 and said.count("failed: ") == 2 and "4" in said, said
     server = SimpleNamespace(url="http://127.0.0.1:9")

@@ -52,7 +52,7 @@ def opened(path, writable: bool = False) -> Opened:
     writable: may what lies in the mapped file, and with it a model on the CPU, be written to? See read.open_tensors.
     """
     file = _open(path, writable)
-    _check_read(file.description)
+    check_read(file.description)
     return file
 
 
@@ -69,7 +69,7 @@ def _open(path, writable: bool = False, contents: bool = True) -> Opened:
     return Opened(tensors, described, file.disk)
 
 
-def _check_read(found: Description) -> None:
+def check_read(found: Description) -> None:
     """Raise TurboError where a file has layers in formats that are not read here."""
     if not found.foreign:
         return

@@ -119,14 +119,25 @@ def _check_sizes(described: dict[Path, Description], finetune: Path) -> None:
             )
 
 
+def check_related(finetune: Description, base: Description, turbo: Sequence[Description]) -> None:
+    """Raise TurboError where the descriptions of files tell already that merge will not take them."""
+    _check_sizes({Path(file.path): file for file in (finetune, base, *turbo)}, Path(finetune.path))
+    for file in (base, *turbo):
+        if file.format not in (*FLOATS, "mixed"):
+            raise _rounded(file.path, f"its format is {file.format}")
+
+
 def _check_exact(tensors: dict, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.int8 or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-            raise TurboError(
-                f"{path} is quantized ({shown(name)} is {tensor.dtype}). Expected bf16, fp16 or fp32: rounded to "
-                "8 bits, the difference between two models is mostly rounding. Take the unquantized file (without "
-                "-quant)."
-            )
+            raise _rounded(path, f"{shown(name)} is {tensor.dtype}")
+
+
+def _rounded(path, how: str) -> TurboError:
+    return TurboError(
+        f"{path} is quantized ({how}). Expected bf16, fp16 or fp32: rounded to 8 bits, the difference between two "
+        "models is mostly rounding. Take the unquantized file (without -quant)."
+    )
 
 
 def _sources(files: dict[Path, dict], finetune: Path, base: Path, turbo: list[Path]) -> dict[str, Path | None]:

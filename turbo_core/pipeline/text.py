@@ -66,11 +66,12 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     return model.eval().requires_grad_(False), tokenize
 
 
-def check_encoder(state: dict, path) -> dict[str, int]:
+def check_encoder(state: dict, path, contents: bool = True) -> dict[str, int]:
     """The sizes of a umT5 encoder in Hugging Face's naming, as UMT5 takes them; no weight is read.
 
     Raises TurboError unless every weight, its scale and a tokenizer are there in shapes and types that fit together.
-    What a layer has in a format of ComfyUI's own, which names itself beside it, is left to its reader.
+    What a layer has in a format of ComfyUI's own, which names itself beside it, is left to its reader. contents False:
+    names, shapes and types alone, without reading scales or the tokenizer.
     """
     state = dict(state)
     embedded = state.pop(_EMBEDDED, None)
@@ -82,9 +83,9 @@ def check_encoder(state: dict, path) -> dict[str, int]:
             continue
         _check_shape(state, name, like.shape, path)
         _floats(state, name, path)
-        if (scale := _scale_of(state, name)) is not None:
+        if contents and (scale := _scale_of(state, name)) is not None:
             check_scale_values(f"the scale of {name}", scale, path)
-    if embedded is not None:
+    if contents and embedded is not None:
         _load_tokenizer(embedded, None, Path(path))
     return sizes
 

@@ -1,0 +1,1 @@
+"""What is wrong before anything runs: from the headers of files, and from the graph that was queued."""
