@@ -215,6 +215,27 @@ def test_an_interrupt_ends_the_thread_too(tiny):
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
 
 
+def test_after_an_interrupt_no_mixture_of_the_experts_is_left(tiny, monkeypatch):
+    """In the last high-noise step blocks are overwritten one by one; who interrupts may use the pipeline again."""
+    clip, stopped = Clip("a", 7, tiny / "image.png", steps=4, **SMALL), []
+    expected = alone(i2v(tiny), clip)
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    opened = experts.opened
+
+    def progress(stage, done, total):
+        if stage == "sampling" and pipe.experts.handover is not None and not stopped:
+            stopped.append(done)
+            raise KeyboardInterrupt
+
+    with i2v(tiny, progress=progress) as pipe:
+        monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
+        pipe.experts.files, pipe.experts.in_place = {}, True
+        with pytest.raises(KeyboardInterrupt):
+            list(pipe.map([clip]))
+        [made] = pipe.map([clip])
+    assert stopped == [2] and same(made, expected)
+
+
 def test_a_second_group_begins_with_the_high_noise_expert_again(tiny, monkeypatch):
     """After a hand-over the module in memory is the low-noise expert, whatever clip asks next."""
     clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(2)]

@@ -324,11 +324,13 @@ class Pipeline:
         try:
             with self._memory_told():
                 yield
-        except TurboError as error:
-            work.failed = True
-            work.let_go()
+        except BaseException as error:  # an interrupt too: the pipeline may be used again
             if sampling and self.experts.handover is not None:
                 self.experts.free()
+            if not isinstance(error, TurboError):
+                raise
+            work.failed = True
+            work.let_go()
             failed(work.clip, error)
 
     @contextmanager
