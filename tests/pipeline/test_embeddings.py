@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import embeddings
@@ -52,6 +53,23 @@ def test_another_encoder_type_or_content_has_entries_of_its_own(tiny, tmp_path):
     copy.write_bytes(raw)
     made(tiny, folder, copy).of(PROMPTS[:1], no_stage)
     assert entries() == 3
+
+
+def test_another_tokenizer_beside_the_encoder_has_entries_of_its_own(tiny, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    encoder, place = tmp_path / "encoder.safetensors", tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
+    tensors = load_file(tiny / "tiny_umt5.safetensors")
+    del tensors["spiece_model"]
+    save_file(tensors, encoder)
+    place.parent.mkdir(parents=True)
+    found = []
+    for number in (3, 4):
+        words = Tokenizer(models.WordLevel({"<unk>": 2, "red": number}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        words.save(str(place))
+        found.append(made(tiny, tmp_path / "cache", encoder).of(["red"], no_stage)["red"])
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])

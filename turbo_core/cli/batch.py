@@ -54,7 +54,7 @@ def _run(arguments, team) -> int:
     settings = _settings(arguments)
     signer_of(arguments)  # a wrong certificate is told now
     paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
-    paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer)]
+    paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer, arguments.text_encoder)]
     models = digest_of_models(paths) + (arguments.dtype or "")
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
     if arguments.check:

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from ..devices import release
 from ..errors import TurboError
 from ..files import digest, state_of, written_aside
-from .text import TEXT_LENGTH, clean_prompt, encode_text, load_text_encoder
+from .text import TEXT_LENGTH, TOKENIZERS, clean_prompt, encode_text, load_text_encoder, tokenizer_place
 
 MOST = 1 << 30  # bytes of a cache: more than a thousand prompts of umT5-xxl
 _VERSION = "1"  # of what is kept
@@ -63,7 +63,7 @@ class Embeddings:
     def _key(self):
         """Tells apart all that a prompt's embedding depends on."""
         if self._whose is None:
-            files = [Path(self.path), *tokenizer_files(self.tokenizer)]
+            files = [Path(self.path), *tokenizer_files(self.tokenizer, self.path)]
             parts = [_VERSION, *map(self.store.digest, files), self.dtype, self.device.type, torch.__version__]
             self._whose = "\0".join(map(str, parts))
         return self._whose
@@ -153,13 +153,12 @@ class Store:
             total -= size
 
 
-def tokenizer_files(tokenizer) -> list[Path]:
-    """What is read of a tokenizer: a path, its folder, or None for that within the encoder."""
-    if tokenizer is None:
-        return []
-    if os.path.isdir(tokenizer):
-        return [file for name in ("spiece.model", "tokenizer.json") if (file := Path(tokenizer) / name).is_file()]
-    return [Path(tokenizer)]
+def tokenizer_files(tokenizer, encoder) -> list[Path]:
+    """What may be read of a tokenizer: a path, its folder, or None for that within the encoder file or beside it."""
+    place = tokenizer_place(tokenizer, encoder)
+    if tokenizer is None or os.path.isdir(place):
+        return [file for name in TOKENIZERS if (file := place / name).is_file()]
+    return [place]
 
 
 def cache_folder() -> Path:

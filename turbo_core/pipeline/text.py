@@ -14,6 +14,7 @@ from .umt5 import UMT5
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
 PAD, _EOS = 0, 1
+TOKENIZERS = ("spiece.model", "tokenizer.json")  # in a folder; the first that is there
 TABLE = "shared.weight"
 _EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -220,13 +221,18 @@ def _within(tokenize, vocabulary: int, path):
     return checked
 
 
+def tokenizer_place(tokenizer, path) -> Path:
+    """Where a tokenizer is looked for that is not within the encoder file `path`: the path given, else beside it."""
+    return Path(tokenizer) if tokenizer is not None else Path(path).parent / "google" / "umt5-xxl"
+
+
 def _load_tokenizer(embedded, tokenizer, path: Path):
     if tokenizer is None and embedded is not None:
         if embedded.dtype != torch.uint8:
             raise TurboError(f"tokenizer: the {_EMBEDDED} in {path} is {embedded.dtype}, expected bytes.")
         return _sentencepiece(embedded.numpy().tobytes(), path)
-    place = Path(tokenizer) if tokenizer is not None else path.parent / "google" / "umt5-xxl"
-    found = [place] if os.path.isfile(place) else [place / name for name in ("spiece.model", "tokenizer.json")]
+    place = tokenizer_place(tokenizer, path)
+    found = [place] if os.path.isfile(place) else [place / name for name in TOKENIZERS]
     found = [file for file in found if os.path.isfile(file)]
     if not found:
         inside = "" if tokenizer is not None else f"{path.name} carries no tokenizer, and "
