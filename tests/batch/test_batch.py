@@ -130,7 +130,7 @@ def test_check_makes_nothing_and_reads_no_weights(tiny, tmp_path, capsys, monkey
     assert main(command(tiny, path, out, "--check")) == 0
 
 
-@pytest.mark.parametrize("which", ["--vae", "--text-encoder", "--dit"])
+@pytest.mark.parametrize("which", ["--vae", "--vae-fast", "--text-encoder", "--dit"])
 def test_a_wrong_model_ends_it_before_anything_is_made(tiny, tmp_path, prompts, which, capsys):
     wrong = tiny / ("TinyWan2.1_VAE.pth" if which == "--dit" else "TinyWan2.1-T2V.pth")
     for more in ([], ["--check"]):

@@ -71,6 +71,7 @@ def test_a_report_that_cannot_be_written_is_named_and_keeps_the_old_one(tiny, tm
         (["--steps", "9"], "1 to 4"),
         (["--image", "none.png"], "leave --image out"),
         (["--vae", "none.pth"], "none.pth does not exist"),
+        (["--vae-fast", "none.pth"], "none.pth does not exist"),
         (["--tokenizer", "nowhere"], "Pass --tokenizer"),
         (["-o", "video.gif"], "video.mp4"),
         (["--contact-sheet", "sheet.abc"], "sheet.png"),

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tests.helpers.tiny_decoders import tiny_decoder
 from turbo_core.errors import TurboError
 from turbo_core.tinywan import FILES
 
@@ -127,3 +129,33 @@ def test_other_vaes_are_refused_with_the_cure(comfy, pack, stock):
         pack.nodes["TurboVAE"].execute(other)
     with pytest.raises(ValueError, match="Turbo VAE got no VAE but dict: connect one, from Load VAE"):
         pack.nodes["TurboVAE"].execute({})
+
+
+@pytest.fixture(scope="module")
+def host_tiny(comfy):
+    """The host's own TAEHV for 16 latent channels, random weights under its names, pixels around grey."""
+    from comfy.taesd.taehv import TAEHV
+
+    model, weights = TAEHV(16, parallel=True), tiny_decoder()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("encoder.") for name in missing)
+    return model.eval(), model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["taew2_1.safetensors", "lighttaew2_1.safetensors"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_tiny_decoders_are_the_host_s(host_tiny, name, parallel, tmp_path):
+    """A whole file as published, with its encoder; LightTAE gets the latents of the VAE, TAEHV those of the DiT."""
+    from comfy.latent_formats import Wan21
+
+    from turbo_core.vae import decode_video, load_fast
+
+    model, state = host_tiny
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / name)
+    sampled = latent(3)
+    model.parallel = parallel
+    with torch.no_grad():
+        expected = model.decode(Wan21().process_out(sampled) if "light" in name else sampled) * 2 - 1
+    assert expected.std() > 0.1
+    found = decode_video(load_fast(tmp_path / name), sampled)
+    torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ from tests.helpers.tiny_dits import TINY, tiny_state_dict
 from tests.helpers.wan import quantized
 from turbo_core.int8 import quantize_block, quantize_rows
 from turbo_core.parallel import Rows, Sequence
-from turbo_core.vae import WanVAE, decode_each, decode_rows
+from turbo_core.vae import TinyDecoder, WanVAE, decode_each, decode_rows
 from turbo_core.wan import Text, WanModel, fused
 
 FORMATS = {"float": None, "block": quantize_block, "row": quantize_rows}
@@ -60,17 +60,21 @@ def tell(sequence, found: dict) -> None:
         print(json.dumps(every), flush=True)
 
 
-def decoded(sequence, height: int) -> dict:
+def decoded(sequence, height: int, tiny: bool) -> dict:
     """A video whose rows all processes hold a part of, against the same in one; in pieces."""
     torch.manual_seed(0)
-    vae, latent = WanVAE(8).eval(), torch.randn(1, 16, 6, height, 10)
+    vae, latent = (TinyDecoder(False) if tiny else WanVAE(8)).eval(), torch.randn(1, 16, 6, height, 10)
     alone = decode_each(vae, latent, lambda piece: piece)
     rows = Rows(sequence, height)
     own = torch.cat(list(decode_rows(vae, latent, rows, 2)), 2)
     whole = rows.to_first(own[0].permute(1, 2, 3, 0).contiguous())
     alone = torch.cat(alone, 2)[0].permute(1, 2, 3, 0)
     same = whole is None or torch.equal(whole, alone)
-    return {"same": same, "error": 0.0 if whole is None else relative(whole, alone), "case": f"VAE, {height} rows"}
+    return {
+        "same": same,
+        "error": 0.0 if whole is None else relative(whole, alone),
+        "case": f"{'tiny decoder' if tiny else 'VAE'}, {height} rows",
+    }
 
 
 @torch.inference_mode()
@@ -98,7 +102,8 @@ def main() -> None:
         tell(sequence, found)
     if cases is CASES:
         for height in (sequence.size, 9):  # a row to each; more, and not as many to each
-            tell(sequence, decoded(sequence, height))
+            tell(sequence, decoded(sequence, height, tiny=False))
+        tell(sequence, decoded(sequence, 9, tiny=True))
     dist.destroy_process_group()
 
 

@@ -19,12 +19,14 @@ def test_forwards(count, heads):
     done = run_ranks(count, SCRIPT, heads)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 17 and all(len(ranks) == count for ranks in cases)
+    assert len(cases) == 18 and all(len(ranks) == count for ranks in cases)
     for ranks in cases:
         for found in ranks:
             # a fused norm of a third of the heads divides twice, so that values on an edge change their int8 step
             rounded = count == 3 and "fused" in found["case"] and "None" not in found["case"]
-            assert found["error"] < 1e-2 if rounded else found["same"], found
+            # a convolution of 3x3 alone adds up in another order for other heights
+            bound = 1e-2 if rounded else 1e-6 if "tiny" in found["case"] else 0.0
+            assert found["same"] or found["error"] < bound, found
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Models that stay: the same videos as one at a time, each file read once, one clip's fault not the others'."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.helpers.opens import counted_opens
+from tests.helpers.tiny_decoders import tiny_decoder
 from turbo_core import checkpoint, pipeline
 from turbo_core.errors import TurboError
 from turbo_core.parallel import Alone
 from turbo_core.pipeline import Clip, Pipeline, embeddings, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
+from turbo_core.vae import load_fast
 
 SMALL = {"size": (32, 32), "frames": 5}
 ALL = 1 << 40
@@ -52,6 +55,25 @@ CLIPS = [
     Clip("a blue square that moves far to the left", seed=4, steps=4, ode=True, **SMALL),
     Clip("a red circle", seed=5, steps=1, topk=None, size=(48, 32), frames=9),
 ]
+
+
+@pytest.mark.parametrize("memory", [ALL, 0])
+def test_drafts_are_the_same_latents_decoded_by_the_fast_decoder(tiny, tmp_path, memory, monkeypatch):
+    """For text the VAE is not read; for pictures it encodes them."""
+    fast = tmp_path / "taew2_1.safetensors"
+    save_file(tiny_decoder(), fast)
+    picture = replace(CLIPS[0], prompt="a", image=tiny / "image.png", steps=3)
+    opened, _ = counted_opens(monkeypatch)
+    for make, clip, reads_vae in ((t2v, CLIPS[0], 0), (i2v, picture, 1)):
+        with make(tiny) as pipe:
+            [expected] = pipe.map([clip])
+        opened.clear()
+        with make(tiny, memory=memory, vae_fast=fast) as pipe:
+            [made] = pipe.map([clip])
+        assert opened["TinyWan2.1_VAE.pth"] == reads_vae and opened[fast.name] == 1
+        assert torch.equal(made.latents, expected.latents) and made.frames.shape == expected.frames.shape
+        assert torch.equal(made.frames, sampling.decode_frames(load_fast(fast), made.latents))
+        assert (made.settings["decoder"], expected.settings["decoder"]) == ("TAEHV", None)
 
 
 @pytest.mark.parametrize("memory", [ALL, 0])
@@ -325,7 +347,7 @@ def test_the_encoder_comes_back_only_where_it_fits_beside_the_models(tiny, fits,
     with t2v(tiny) as pipe:
         pipe("a", steps=1, **SMALL)
         pipe.embeddings.free()
-        size = pipe.embeddings._size() + pipe._vae_bytes() + sum(pipe.experts.bytes)
+        size = pipe.embeddings._size() + pipe.coders.bytes() + sum(pipe.experts.bytes)
         pipe.memory = size if fits else size - 1
 
         def loading(path, tokenizer, device, dtype):

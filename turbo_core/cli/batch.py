@@ -55,6 +55,7 @@ def _run(arguments, team) -> int:
     signer_of(arguments)  # a wrong certificate is told now
     paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
     paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer, arguments.text_encoder)]
+    paths += [arguments.vae_fast] if arguments.vae_fast else []
     models = digest_of_models(paths) + (arguments.dtype or "")
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
     if arguments.check:
@@ -141,12 +142,11 @@ def _check(path, settings, jobs, faults) -> int:
     """Hold every job to the models without reading them, and say what will stay in memory."""
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
-    from ..vae import load_vae
     from .console import progress_bars, table
 
     bad, rooms = [*faults], Counter()
     with Pipeline(**(settings | {"cache": None})) as pipe, progress_bars() as progress:
-        load_vae(settings["vae"], "meta", pipe.dtype)
+        pipe.coders.load("meta", pipe.dtype)
         load_text_encoder(settings["text_encoder"], settings["tokenizer"], "meta", pipe.dtype)
         for number, job in enumerate(jobs):
             progress("check", number, len(jobs))

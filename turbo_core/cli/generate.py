@@ -35,6 +35,7 @@ def add_models(command) -> None:
     add("--dit", type=Path, required=True, help="TurboWan checkpoint; of an A14B pair the high-noise one")
     add("--dit-low", type=Path, help="the low-noise expert of an A14B pair")
     add("--vae", type=Path, required=True, help="Wan2.1_VAE.pth or wan_2.1_vae.safetensors")
+    add("--vae-fast", type=Path, metavar="FILE", help="decode drafts by taew2_1, lighttaew2_1 or lightvaew2_1 instead")
     add("--text-encoder", type=Path, required=True, help="models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_*.safetensors")
     add("--tokenizer", type=Path, help="spiece.model, tokenizer.json or their folder; needed when the file has none")
     add("--device", help="cuda, cuda:1, mps, cpu; default the best there is")
@@ -69,7 +70,7 @@ def models_of(arguments) -> dict:
     """The arguments of pipeline.Pipeline that add_models asked for."""
     import torch
 
-    names = "dit", "vae", "text_encoder", "dit_low", "tokenizer", "device"
+    names = "dit", "vae", "text_encoder", "dit_low", "tokenizer", "vae_fast", "device"
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     return {name: getattr(arguments, name) for name in names} | {"dtype": dtype}
 

@@ -18,7 +18,7 @@ from ..devices import OutOfMemory, memory_told, own_stream, peak_memory, pick_de
 from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
-from ..vae import load_vae
+from ..vae import LATENT_CHANNELS, Coders
 from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, settings_of
 from .embeddings import Embeddings, padded
 from .experts import Experts
@@ -33,13 +33,14 @@ WINDOW = 256  # clips whose prompts are encoded before the first is sampled; 1 G
 class Pipeline:
     """A set of files as something that makes videos: a context manager, or call close().
 
-    dit, dit_low, vae, text_encoder, tokenizer: paths; dit_low is the low-noise expert. device: default CUDA, then MPS,
-    then CPU. dtype: default bfloat16, on a CPU float32. memory: bytes on the device that the networks and their work
-    may take; default what is free when the pipeline is made; 0 keeps nothing that is not at work. cache: folder in
-    which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a second
-    thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the same
-    with their pipelines on its device, only the first one has the frames and writes, and the first failure ends it all.
-    Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
+    dit, dit_low, vae, text_encoder, tokenizer: paths; dit_low is the low-noise expert. vae_fast: path of a decoder for
+    drafts, in the VAE's place where videos are decoded; the VAE is read for pictures only then. device: default CUDA,
+    then MPS, then CPU. dtype: default bfloat16, on a CPU float32. memory: bytes on the device that the networks and
+    their work may take; default what is free when the pipeline is made; 0 keeps nothing that is not at work. cache:
+    folder in which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a
+    second thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the
+    same with their pipelines on its device, only the first one has the frames and writes, and the first failure ends it
+    all. Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Pipeline:
         *,
         dit_low=None,
         tokenizer=None,
+        vae_fast=None,
         device=None,
         dtype=None,
         memory: int | None = None,
@@ -68,7 +70,8 @@ class Pipeline:
         self.progress = progress or (lambda stage, done, total: None)
         self.paths = {"dit": dit, "vae": vae, "text encoder": text_encoder}
         self.embeddings = Embeddings(text_encoder, tokenizer, self.device, self.dtype, cache)
-        self.vae, self._vae_alone = None, threading.Lock()
+        self.coders = Coders(vae, vae_fast, encodes=self.model.in_dim > LATENT_CHANNELS)
+        self._vae_alone = threading.Lock()
 
     def __enter__(self):
         return self
@@ -80,7 +83,7 @@ class Pipeline:
         """Let go of all models."""
         self.experts.free()
         self.embeddings.free()
-        self.vae = None
+        self.coders.free()
         release(self.device)
 
     def check(self, clip: Clip) -> Ready:
@@ -139,7 +142,7 @@ class Pipeline:
             for work in done:
                 yield from self._finished(work, write, failed)
             if not stay.dit:
-                self.vae.to("cpu")
+                self.coders.decoder.to("cpu")
         if pending is not None:
             yield from pending.result()
 
@@ -166,9 +169,7 @@ class Pipeline:
             return []
         first = kept[0]
         reset_peak_memory(self.device)
-        if self.vae is None:
-            with first.stage("load VAE"):
-                self.vae = load_vae(self.paths["vae"], "cpu", self.dtype)
+        self.coders.load_once(first.stage, "cpu", self.dtype)
         found = {}
         with self._memory_told():
             if self.team.first:
@@ -181,7 +182,7 @@ class Pipeline:
                 f"text encoder {self.paths['text encoder']} gives {width} numbers a token, {self.paths['dit']} expects "
                 f"{self.model.text_dim}: use umT5-xxl with the published models."
             )
-        if self.embeddings.bytes() + sum(self.experts.bytes) + self._vae_bytes() > self.memory / 2:
+        if self.embeddings.bytes() + sum(self.experts.bytes) + self.coders.bytes() > self.memory / 2:
             self.embeddings.free()
         prove(self.device)  # before weights fill its memory
         self.team.agree(lambda: kernel_facts(self.device))
@@ -208,7 +209,7 @@ class Pipeline:
 
     def stay(self, ready: Ready) -> Stay:
         """What may be in memory together while this clip is made."""
-        rest = self.memory - self._vae_bytes() - self.embeddings.bytes()
+        rest = self.memory - self.coders.bytes() - self.embeddings.bytes()
         found = what_stays(self.model, ready, self._expert_bytes(ready.clip), rest, self.dtype)
         # processes that decode together do one thing at a time, in the same order
         return found if self.team.size == 1 else found._replace(overlap=False)
@@ -218,10 +219,7 @@ class Pipeline:
         return [size + library.bytes(clip.loras[which], which, self.dtype.itemsize) for which, size in count]
 
     def _leave_room(self, size):
-        self.experts.leave_room(size, self.memory - self._vae_bytes())
-
-    def _vae_bytes(self):
-        return 0 if self.vae is None else sum(p.nbytes for p in self.vae.parameters())
+        self.experts.leave_room(size, self.memory - self.coders.bytes())
 
     @torch.inference_mode()
     def _sampled(self, group, stay, failed):
@@ -267,9 +265,9 @@ class Pipeline:
         if not stay.dit:  # an earlier, smaller clip may have left them
             self.experts.free()
         image = prepare_image(ready.picture, *ready.size)
-        y = encode_image(self.vae.to(self.device), image, ready.clip.frames).to(self.dtype)
+        y = encode_image(self.coders.encoder.to(self.device), image, ready.clip.frames).to(self.dtype)
         if not stay.dit:
-            self.vae.to("cpu")
+            self.coders.encoder.to("cpu")
             release(self.device)
         return y
 
@@ -298,7 +296,7 @@ class Pipeline:
             steps = work.latents.shape[2]
             with work.stage("decode", steps, ends=False), self._vae_alone, own_stream(self.device):
                 frames = decode_frames(
-                    self.vae.to(self.device), work.latents.to(self.device), clip.tiled,
+                    self.coders.decoder.to(self.device), work.latents.to(self.device), clip.tiled,
                     lambda done, total: self.progress("decode", done, total), self.team,
                 )  # fmt: skip
             made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
@@ -313,8 +311,9 @@ class Pipeline:
     def _settings(self, ready: Ready) -> dict:
         clip, told = ready.clip, self.experts.library.told
         return settings_of(ready, self.model, self.has_low) | {
-            "lora": told(clip.lora), "lora_low": told(clip.lora_low), "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."), "noise_device": str(clip.noise_device),
+            "lora": told(clip.lora), "lora_low": told(clip.lora_low), "decoder": self.coders.told(),
+            "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+            "noise_device": str(clip.noise_device),
             "processes": self.team.size if self.team.size > 1 else None,
         }  # fmt: skip
 

@@ -102,7 +102,7 @@ def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None
 def _decoded_together(vae, latents, keep, progress, team):
     rows, device = Rows(team.sequence, latents.shape[3]), latents.device
     pixels = 64 * latents.shape[4] * max(rows.counts)
-    most = team.told(lambda: frames_of_a_piece("decode", pixels, vae.dim, vae.dtype, device))
+    most = team.told(lambda: frames_of_a_piece(vae.counted("decode"), pixels, vae.dim, vae.dtype, device))
     kept = []
     for piece in decode_rows(vae, latents, rows, most):
         whole = rows.to_first(keep(piece).to(device))

@@ -45,21 +45,20 @@ def encode_video(vae: WanVAE, video: torch.Tensor, tiled: bool = False) -> torch
 
 
 @torch.no_grad()
-def decode_video(vae: WanVAE, latent: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+def decode_video(vae, latent: torch.Tensor, tiled: bool = False) -> torch.Tensor:
     """Video [B, 3, 4(T-1)+1, 8H, 8W] float32 in [-1, 1] of normalized latents [B, 16, T, H, W]; see `decode_each`."""
     return torch.cat(decode_each(vae, latent, lambda piece: piece, tiled), 2)
 
 
 @torch.no_grad()
-def decode_each(
-    vae: WanVAE, latent: torch.Tensor, keep, tiled: bool = False, progress=None, most: int = MOST_FRAMES
-) -> list:
+def decode_each(vae, latent: torch.Tensor, keep, tiled: bool = False, progress=None, most: int = MOST_FRAMES) -> list:
     """What `keep` makes of each piece of the video, in order: of the first frame, then of some frames at a time.
 
-    latent: normalized, [B, 16, T, H, W]. keep: callable (float32 [B, 3, t, 8H, 8W] in [-1, 1], on the VAE's device or
-    on the CPU). tiled: decode in overlapping tiles of 256 pixels, which takes a fraction of the memory and blends
-    seams; without, the numbers are those of the whole video, whatever the pieces. A device that runs full gets
-    smaller pieces, then tiles. progress: callable (done, total). most: latent frames of a piece.
+    vae: WanVAE or TinyDecoder. latent: normalized, [B, 16, T, H, W]. keep: callable (float32 [B, 3, t, 8H, 8W] in
+    [-1, 1], on the VAE's device or on the CPU). tiled: decode in overlapping tiles of 256 pixels, which takes a
+    fraction of the memory and blends seams; without, the numbers are those of the whole video, whatever the pieces. A
+    device that runs full gets smaller pieces, then tiles. progress: callable (done, total). most: latent frames of a
+    piece.
     Raises TurboError for latents of another shape, with NaN or infinity, and where the memory is not enough.
     """
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS or 0 in latent.shape:
@@ -69,12 +68,19 @@ def decode_each(
         )
     if not torch.isfinite(latent).all():
         raise TurboError("VAE: the latents hold NaN or infinity: sampling failed. Use bfloat16 or float32 for it.")
-    mean, std = _statistics(latent.device)
 
     def run(piece, past):
         return _wide(vae.decode_piece(piece, past)).clamp_(-1, 1)
 
-    return _Job(vae, "decode", run, _wide(latent) * std + mean, (1, 4), progress, most).run(tiled, keep)
+    return _Job(vae, "decode", run, as_taken(vae, latent), (1, 4), progress, most).run(tiled, keep)
+
+
+def as_taken(vae, latent):
+    """Normalized latents as a decoder takes them, in float32 or float64."""
+    if not vae.takes_raw:
+        return _wide(latent)
+    mean, std = _statistics(latent.device)
+    return _wide(latent) * std + mean
 
 
 def raw_pieces(vae: WanVAE, work: str, source: torch.Tensor):
@@ -101,6 +107,7 @@ class _Job:
 
     def __init__(self, vae, work, run, source, scales, progress=None, most=MOST_FRAMES):
         self.vae, self.work, self.step, self.source = vae, work, run, source
+        self.counted = vae.counted(work)
         self.frames_in, self.frames_out = scales
         self.side_in, self.side_out = (8, 1) if work == "encode" else (1, 8)
         self.latents = (source.shape[2] - 1) // self.frames_in + 1
@@ -132,7 +139,7 @@ class _Job:
         """Results for the first frame, then for some latent frames at a time; fewer where the device runs full."""
         device, batch = self.vae.place, source.shape[0]
         area = batch * source.shape[3] * source.shape[4] * (8 // self.side_in) ** 2
-        most = min(self.most, frames_of_a_piece(self.work, area, self.vae.dim, self.vae.dtype, device))
+        most = min(self.most, frames_of_a_piece(self.counted, area, self.vae.dim, self.vae.dtype, device))
         past, start = Past(), 0
         while start < source.shape[2]:
             stop = min(start + self.frames_in * most, source.shape[2]) if start else 1

@@ -10,6 +10,7 @@ from .network import LATENT_CHANNELS, WanVAE
 
 _MARK = "decoder.middle.0.residual.0.gamma"
 _DIFFUSERS_MARK = "decoder.mid_block.resnets.0.norm1.gamma"
+_TINY_MARK = "decoder.3.conv.0.weight"
 _CURE = "TurboWan needs the Wan 2.1 VAE: Wan2.1_VAE.pth from Wan-AI, or wan_2.1_vae.safetensors from Comfy-Org."
 _RESIDUAL = {
     "residual.0.": "norm1.",
@@ -37,16 +38,28 @@ def build_vae(state: dict, path, device="cpu", dtype=torch.float32, kind=WanVAE)
     if diffusers:
         official = {diffusers_name(name): name for name in model.state_dict()}
         state = {official.get(name, name): value for name, value in state.items()}
-    _check_shapes(model, state, path)
+    check_shapes(model, state, path)
     model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
+def is_wan_vae(state: dict) -> bool:
+    """True for the names of a Wan VAE, official or Diffusers'."""
+    first = _first(state)
+    return first is not None and first.ndim == 5 and (_MARK in state or _DIFFUSERS_MARK in state)
+
+
+def _first(state: dict):
+    return state.get("decoder.conv_in.weight", state.get("decoder.conv1.weight"))
+
+
 def _check_kind(state: dict, path) -> bool:
     """Whether the names are Diffusers'. Raises TurboError for what is no Wan 2.1 VAE."""
-    first = state.get("decoder.conv_in.weight", state.get("decoder.conv1.weight"))
-    if first is None or first.ndim != 5 or not (_MARK in state or _DIFFUSERS_MARK in state):
+    first = _first(state)
+    if not is_wan_vae(state):
         kind = "an image VAE (SD, SDXL or Flux)" if first is not None and first.ndim == 4 else "not a Wan VAE"
+        if _TINY_MARK in state:
+            kind = "a tiny decoder, which goes beside the VAE (--vae-fast)"
         raise TurboError(f"VAE: {path} is {kind}. {_CURE}")
     if first.shape[1] != LATENT_CHANNELS:
         kind = " (the VAE of Wan 2.2 5B)" if first.shape[1] == 48 else ""
@@ -60,22 +73,23 @@ def _base_dim(state: dict, name: str, path) -> int:
     return state[name].shape[0]
 
 
-def _check_shapes(model, state: dict, path) -> None:
+def check_shapes(model, state: dict, path, cure=_CURE) -> None:
+    """Hold tensors by name to those of a model. Raises TurboError, which names the file and ends with the cure."""
     expected = {name: value.shape for name, value in model.state_dict().items()}
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise TurboError(
             f"VAE: {path} lacks {len(missing)} of {len(expected)} tensors and has {len(extra)} unknown ones, for "
-            f"example {shown(min(missing | extra))}. {_CURE}"
+            f"example {shown(min(missing | extra))}. {cure}"
         )
     for name in expected:
         if not state[name].is_floating_point():
-            raise TurboError(f"VAE: {path}: {name} is {state[name].dtype}, expected floats. {_CURE}")
+            raise TurboError(f"VAE: {path}: {name} is {state[name].dtype}, expected floats. {cure}")
     wrong = [name for name, shape in expected.items() if state[name].shape != shape]
     if wrong:
         name = wrong[0]
         raise TurboError(
-            f"VAE: {path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name])}. {_CURE}"
+            f"VAE: {path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name])}. {cure}"
         )
 
 

@@ -152,17 +152,22 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv(dim, dim * 2, (3, 1, 1)) if in_time else None
 
     def forward(self, x, past: Past):
-        b, c, _, h, w = x.shape
         times = 1 if self.time_conv is None or past.first else 2
         if times == 2:
             x = self.time_conv(x, past)
-        layer, parts, above = self.resample[1], [], 1
-        if past.rows is not None:
-            x, h, above = past.rows.edges(x), h + 2, 0
-        for some in x.permute(0, 2, 3, 4, 1).reshape(-1, h, 1, w, 1, times, c).split(FRAMES_AT_ONCE // times):
-            large = some.new_empty(len(some), times, h, 2, w, 2, c)
-            large.copy_(some.permute(0, 5, 1, 2, 3, 4, 6))  # of a pair each frame, of a frame each pixel four times
-            frames = large.view(-1, 2 * h, 2 * w, c)
-            frames = (frames if above else frames[:, 1:-1]).permute(0, 3, 1, 2)  # of two rows more one is asked for
-            parts.append(conv(frames, layer.weight, layer.bias, padding=(above, 1)))
-        return torch.cat(parts).unflatten(0, (b, -1)).transpose(1, 2)
+        return doubled(x, self.resample[1], times, past)
+
+
+def doubled(x, layer, times: int, past: Past):
+    """A convolution of 3x3 over frames of twice the side; `times` frames lie in the channels of one."""
+    b, c, _, h, w = x.shape
+    c, parts, above = c // times, [], 1
+    if past.rows is not None:
+        x, h, above = past.rows.edges(x), h + 2, 0
+    for some in x.permute(0, 2, 3, 4, 1).reshape(-1, h, 1, w, 1, times, c).split(FRAMES_AT_ONCE // times):
+        large = some.new_empty(len(some), times, h, 2, w, 2, c)
+        large.copy_(some.permute(0, 5, 1, 2, 3, 4, 6))  # of a pair each frame, of a frame each pixel four times
+        frames = large.view(-1, 2 * h, 2 * w, c)
+        frames = (frames if above else frames[:, 1:-1]).permute(0, 3, 1, 2)  # of two rows more one is asked for
+        parts.append(conv(frames, layer.weight, layer.bias, padding=(above, 1)))
+    return torch.cat(parts).unflatten(0, (b, -1)).transpose(1, 2)

@@ -9,13 +9,14 @@ from ..devices import available_memory
 MOST_FRAMES = 4  # of latents in one piece: more was no faster
 # Tensors of a pixel and a channel of base width: what the layers keep of the pieces before, and for each latent frame
 # the largest that are alive together. Counted at the published width, which tests/pipeline/test_plan.py does again.
-_TENSORS = {"decode": (27.5, 12.0), "encode": (17.5, 12.2)}
+_TENSORS = {"decode": (27.5, 12.0), "encode": (17.5, 12.2), "tiny decode": (3.5, 9.5)}
 _ENOUGH = {"cpu": 2**28}  # bytes: larger pieces were no faster there
 _SHARE = 0.7  # of free memory: allocators leave gaps, libraries take workspaces
 
 
 def piece_bytes(work: str, pixels: int, frames: int, dim: int, dtype: torch.dtype) -> int:
-    """What "decode" or "encode" of pieces of so many latent frames needs at worst, weights and video apart."""
+    """What pieces of so many latent frames need at worst, weights and video apart. work: "decode", "encode" or "tiny
+    decode"."""
     kept, alive = _TENSORS[work]
     return int(pixels * dim * dtype.itemsize * (kept + alive * frames))
 

@@ -83,6 +83,8 @@ class WanVAE(nn.Module):
     dim: the base width, 96 in the published files. Source: wan/modules/vae.py of Wan-Video/Wan2.1.
     """
 
+    takes_raw = True  # latents as its encoder makes them
+
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
@@ -98,6 +100,14 @@ class WanVAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.conv2.weight.dtype
+
+    def told(self) -> str:
+        """Its name for a person."""
+        return f"Wan VAE of width {self.dim}"
+
+    def counted(self, work: str) -> str:
+        """What memory.py counts this work as."""
+        return work
 
     def encode_piece(self, video, past: Past):
         """Moments [B, 32, T', H/8, W/8] of a video's first frame, or of the next 4k frames."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from .coding import LATENT_MEAN, LATENT_STD
+from .coding import as_taken
 from .past import Past
 
 
@@ -14,8 +14,7 @@ def decode_rows(vae, latent: torch.Tensor, rows, most: int):
     latent: normalized, [B, 16, T, H, W], on the VAE's device, whole in every process. rows: turbo_core.parallel.Rows of
     H. most: the same in all processes.
     """
-    mean, std = (torch.tensor(row, device=latent.device).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
-    own = (latent.float() * std + mean)[..., rows.own, :].to(vae.dtype)
+    own = as_taken(vae, latent)[..., rows.own, :].to(vae.dtype)
     past = Past(rows=rows)
     for piece in (own[:, :, :1], *own[:, :, 1:].split(most, 2)):
         if piece.shape[2]:
