@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_process_that_ends_early_ends_the_others(monkeypatch):
     stand_in(monkeypatch, "say(launches=1)\nif job['share']: time.sleep(600)\nraise SystemExit('no room left')")
     with pytest.raises(TurboError, match=r"ended with 1 \(no room left\)"):
         warm.warm(SM_90, jobs=2)
+
+
+def test_a_process_that_says_more_than_a_pipe_holds_does_not_wait_for_a_reader(monkeypatch):
+    stand_in(
+        monkeypatch,
+        "print('a library speaks')\nsay(launches=1)\nprint('module {}\\n' * 100_000, file=sys.stderr, flush=True)\n"
+        "say(kernel='a', seconds=1, failed='no')",
+    )
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(warm.warm(SM_90, jobs=1)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert [one["kernel"] for one in found] == ["a"]
 
 
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch, capsys):

@@ -10,8 +10,10 @@ import queue
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -73,12 +75,14 @@ def warm(target, card=None, videos=(), jobs: int | None = None, progress: Callab
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", f"{__package__}.compiling"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    children = [subprocess.Popen(command, text=True, env=environment, **pipes) for _ in range(jobs)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # in files: a compiler that fails says more than a pipe holds, and would wait for a reader
+    errors = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(jobs)]  # noqa: SIM115 (closed by who reads them)
+    children = [subprocess.Popen(command, text=True, env=environment, stderr=file, **pipes) for file in errors]
     said, results, total = queue.SimpleQueue(), [], 0
     try:
-        for share, child in enumerate(children):
-            threading.Thread(target=_listen, args=(child, work | {"share": share}, said), daemon=True).start()
+        for share, (child, file) in enumerate(zip(children, errors)):
+            threading.Thread(target=_listen, args=(child, work | {"share": share}, file, said), daemon=True).start()
         ended = 0
         while ended < jobs:
             line = said.get()
@@ -100,11 +104,14 @@ def warm(target, card=None, videos=(), jobs: int | None = None, progress: Callab
     return results
 
 
-def _listen(child, job, said):
-    """Hand a process its job, and on what it says, line by line; its end last."""
-    child.stdin.write(json.dumps(job))
-    child.stdin.close()
+def _listen(child, job, errors, said):
+    """Hand a process its job, and on what it says, line by line; its end last, with the last line of its errors."""
+    with suppress(BrokenPipeError), child.stdin as into:  # it may have ended before
+        into.write(json.dumps(job))
     for line in child.stdout:
-        said.put(json.loads(line))
-    error = (child.stderr.read().strip().splitlines() or ["no message"])[-1]
-    said.put({"ended": child.wait(), "error": shown(error, 200)})
+        if line.startswith("{"):  # else a library's
+            said.put(json.loads(line))
+    ended = child.wait()
+    errors.seek(0)
+    with errors:
+        said.put({"ended": ended, "error": shown((errors.read().strip().splitlines() or ["no message"])[-1], 200)})
