@@ -1,6 +1,8 @@
 // Reports and warnings of this pack's nodes, as text in the node: whole, with its line breaks, to scroll and to copy.
+// Also why a node is red before anything runs: the page itself says only that an input was rejected.
 // The text is part of what a node gives out ("text"), so that the host sends it again when it takes a node from its cache.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 
 const FOLDER = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
 const NAME = "report";
@@ -8,6 +10,7 @@ const LINE = 15; // height of a line in px
 const SMALLEST = 3 * LINE + 12; // the field when its node is made as small as it gets
 const TALLEST = 20 * LINE; // to which a node grows by itself
 const WIDTH = 320;
+const SECONDS_RED = 20; // that a message stays in the corner of the page; in the node it stays until the next run
 // Nodes whose every run ends in a report have its field from the start, and room for it.
 const ROOM = {
   TurboDoctor: [640, 560],
@@ -91,6 +94,58 @@ function nodeAt(locator) {
   const root = app.rootGraph ?? app.graph;
   return (graph ? root.subgraphs?.get(graph) : root)?.getNodeById(id);
 }
+
+// A node by its number in a prompt: behind those of the subgraphs around it.
+function nodeOnWay(numbers) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const id of String(numbers).split(":")) {
+    node = graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+const red = new Map(); // nodes that say why they are red, with their size before; null where the field was there
+
+function clearRed() {
+  for (const [node, size] of red) {
+    const widget = node.widgets?.find((found) => found.name === NAME);
+    if (!widget) continue;
+    widget.value = "";
+    if (!size) continue;
+    node.removeWidget(widget);
+    node.setSize(size);
+  }
+  red.clear();
+}
+
+function tellRed(refused) {
+  for (const [numbers, { errors }] of Object.entries(refused ?? {})) {
+    const node = nodeOnWay(numbers);
+    if (!isOurs(node?.constructor?.nodeData)) continue;
+    const ours = errors.filter((error) => error.type === "custom_validation_failed");
+    const said = ours.map(({ details, extra_info }) => details.replace(`${extra_info?.input_name} - `, ""));
+    if (!said.length) continue;
+    red.set(node, node.widgets?.some((widget) => widget.name === NAME) ? null : [...node.size]);
+    write(node, { text: said });
+    const detail = said.join("\n");
+    app.extensionManager?.toast?.add({ severity: "error", summary: node.title, detail, life: SECONDS_RED * 1000 });
+  }
+}
+
+const queuePrompt = api.queuePrompt;
+api.queuePrompt = async function (...given) {
+  clearRed();
+  try {
+    const answer = await queuePrompt.apply(this, given);
+    tellRed(answer?.node_errors); // of outputs that do not run while others do
+    return answer;
+  } catch (error) {
+    tellRed(error?.response?.node_errors);
+    throw error;
+  }
+};
 
 function isOurs(definition) {
   return definition?.python_module?.split(".").pop() === FOLDER;

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from tests.helpers import comfyui as host
+from tests.helpers import workflow_api
 from tests.helpers.page import opened
 
 pytestmark = pytest.mark.page
@@ -135,3 +136,31 @@ def test_every_report_shows_its_last_line(browser, host_page, vue):
     finally:
         page.evaluate(setting, False)
         page.close()
+
+
+RED = """() => app.graph.nodes.filter(n => n.has_errors)
+  .map(n => [n.type, n.widgets.find(w => w.name === 'report')?.value])"""
+PRESS_RUN = """async name => {
+  app.graph.nodes.find(n => n.type === 'TurboLoader').widgets[0].value = name;
+  await app.queuePrompt(0, 1);
+}"""
+LOADER = """() => {
+  const node = app.graph.nodes.find(n => n.type === 'TurboLoader');
+  return [node.widgets.length, ...node.size];
+}"""
+
+
+def test_a_red_node_says_why(host_page):
+    """Before anything runs; and says it no more when it is mended."""
+    page, pictured = host_page, "TurboWan2.2-I2V-A14B-high-720P-quant.pth"
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("turbowan_t2v_turbo_sampler"))
+    before = page.evaluate(LOADER)
+    page.evaluate(PRESS_RUN, "nowhere.pth")
+    ((kind, said),) = page.evaluate(RED)
+    assert kind == "TurboLoader" and said.startswith("nowhere.pth was not found in models/diffusion_models: press R")
+    assert page.get_by_text("nowhere.pth was not found").count(), "nor is it in the corner of the page"
+    page.evaluate(PRESS_RUN, pictured)
+    ((kind, said),) = page.evaluate(RED)
+    assert kind == "TurboSampler" and said.startswith(f"{pictured} is an image-to-video model and got no picture")
+    assert page.evaluate(LOADER) == before, "the loader says it still"
+    assert page.errors == []
