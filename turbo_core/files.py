@@ -21,18 +21,20 @@ _LONGEST = 230  # bytes of a name: file systems take 255, and the lock beside it
 
 
 @contextmanager
-def written_aside(target):
+def written_aside(target, sweeps: bool = True):
     """A path beside the target to write to. It takes the target's place at the end, once it is on the disk, and is
     removed after any failure or Ctrl-C: until then the target stays as it was.
 
     Raises TurboError, naming the other, while another process writes to the same target. What a process that was
-    killed left in that folder is removed. The path ends in .part, which no loader lists: writers must be told the
-    format that the target's name says.
+    killed left in that folder is removed; sweeps False: not now, for who writes thousands of files into one folder and
+    calls `sweep` itself. The path ends in .part, which no loader lists: writers must be told the format that the
+    target's name says.
     """
     target = Path(target)
     check_free(target)
     aside = target.with_name(f"{target.name}.part")
-    _sweep(target.parent)
+    if sweeps:
+        sweep(target.parent)
     with alone(target):
         try:
             yield aside
@@ -124,7 +126,7 @@ def _lock(file) -> bool | None:
     return True
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what processes that were killed left in a folder: locks that nobody holds, and the parts beside them."""
     for place in folder.glob(f".*{_LOCK}"):
         with suppress(OSError), open(place, "a", encoding="utf-8") as file:
@@ -142,10 +144,11 @@ def state_of(path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def write_whole(path: Path, text: str, cure: str = "Free space and start again.") -> None:
-    """Write a text file whole or not at all. Raises TurboError with the cure where the system does not let it."""
+def write_whole(path: Path, text: str, cure: str = "Free space and start again.", sweeps: bool = True) -> None:
+    """Write a text file whole or not at all; sweeps: see written_aside. Raises TurboError with the cure where the
+    system does not let it."""
     try:
-        with written_aside(path) as aside:
+        with written_aside(path, sweeps) as aside:
             aside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TurboError(f"Could not write {path} ({error}). {cure}") from error

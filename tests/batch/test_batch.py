@@ -230,7 +230,8 @@ def test_two_processes_share_the_jobs_and_one_that_dies_gives_its_own_back(tiny,
 
 
 def test_a_job_that_kills_its_process_twice_is_failed_and_the_rest_is_made(tiny, tmp_path):
-    """The networks take turns, so that three are in work together, and two of them are innocent."""
+    """The networks take turns, so that three are in work together, and two of them are innocent. One more ends in an
+    error that nobody foresaw."""
     script = f"""
 import os, sys
 from pathlib import Path
@@ -244,6 +245,8 @@ if __name__ == "__main__" or True:
         self._tell_begun(work.ready.clip)
         if work.clip.seed == 1:
             os._exit(9)
+        if work.clip.seed == 4:
+            raise RuntimeError("boom")
         return begun(self, work, stay)
     resident.Pipeline._begun = deadly
     resident.what_stays = lambda *_: residence.Stay()
@@ -258,6 +261,7 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, tmp_path / "deadly.py"], capture_output=True, text=True, timeout=300)
     expected = [(f"{n}.mp4", "done", "") for n in range(6)]
     expected[1] = ("1.mp4", "failed", "its process died 2 tim")
+    expected[4] = ("4.mp4", "failed", "RuntimeError: boom")
     assert done.stdout.strip().splitlines()[-1:] == [str(expected)], done.stderr
 
 

@@ -1,13 +1,12 @@
 """Settings in a video and content credentials on it, held to c2pa's own reader and to OpenSSL's certificates."""
 
 import json
-import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from tests.helpers.certificates import make_keys
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.provenance import Signer, credentials
@@ -15,33 +14,12 @@ from turbo_core.pipeline.video import read_made, write_video
 
 c2pa = pytest.importorskip("c2pa")
 FRAMES = torch.arange(5 * 32 * 32 * 3).view(5, 32, 32, 3).to(torch.uint8)
-USES = "keyUsage=critical,digitalSignature\nextendedKeyUsage=emailProtection\nbasicConstraints=critical,CA:FALSE\n"
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     """Folder with chain.pem and leaf.key, as a certificate authority would give them out, and stranger.key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificates")
-    folder = tmp_path_factory.mktemp("keys")
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    (folder / "uses").write_text(USES + "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n")
-    for name in ("root", "leaf", "stranger"):
-        openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", f"{name}.key")
-    ca = "-addext", "keyUsage=critical,keyCertSign", "-addext", "basicConstraints=critical,CA:TRUE"
-    openssl(
-        "req", "-x509", "-new", "-key", "root.key", "-subj", "/CN=root/O=Root", "-days", "9", "-out", "root.pem", *ca
-    )
-    openssl("req", "-new", "-key", "leaf.key", "-subj", "/CN=leaf/O=A studio", "-out", "leaf.csr")
-    openssl(
-        "x509", "-req", "-in", "leaf.csr", "-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-days", "9",
-        "-extfile", "uses", "-out", "leaf.pem",
-    )  # fmt: skip
-    (folder / "chain.pem").write_text((folder / "leaf.pem").read_text() + (folder / "root.pem").read_text())
-    return folder
+    return make_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture

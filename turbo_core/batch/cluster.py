@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import TurboError, shown
 from ..pipeline import Clip, Pipeline
 from .jobs import Job
-from .making import Outcome, make
+from .making import Faults, Outcome, make
 
 _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
 
@@ -78,7 +78,7 @@ class _Maker:
     """An actor: its pipeline, and what it made of a block of jobs."""
 
     def __init__(self, settings, folder, options, version):
-        self.folder, self.options, self.fatal, self.pipe = Path(folder), options, None, None
+        self.folder, self.options, self.fatal, self.pipe = Path(folder), options | {"faults": Faults()}, None, None
         if version != __version__:
             self.fatal = f"A machine of the cluster has version {__version__} of this pack, the head has {version}."
             return

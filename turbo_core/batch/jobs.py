@@ -39,9 +39,15 @@ class Job(NamedTuple):
     clip: Clip
 
     def is_in(self, folder) -> bool:
-        """True where the folder's video of this name says of itself that it is this job's."""
-        with suppress(TurboError):
-            return (read_made(Path(folder) / self.name) or {}).get("id") == self.id
+        """True where the folder's video of this name says of itself that it is this job's; of one that says nothing,
+        what lies beside it does."""
+        place = Path(folder) / self.name
+        with suppress(TurboError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            made = read_made(place)
+            if made is None:
+                beside = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+                made = beside["settings"] if beside.get("video") == digest([place]) else {}
+            return made.get("id") == self.id
         return False
 
 

@@ -5,17 +5,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import TurboError
-from ..files import write_whole
+from ..errors import TurboError, shown
+from ..files import digest, write_whole
 from ..pipeline import Clip, Pipeline
-from ..pipeline.provenance import Signer
+from ..pipeline.provenance import Signer, credentials
 from ..pipeline.video import write_video
 from .jobs import Job
 
-_LEAST_FREE = 64 << 20  # bytes; a disk with less takes no more videos
+LEAST_FREE = 64 << 20  # bytes; a disk with less takes no more videos
+_ALIKE = 3  # faults of ours of one kind in a row that end a batch
 
 
 class Outcome(NamedTuple):
@@ -32,32 +34,70 @@ class DiskFull(TurboError):
     """The videos after this one would not be written either."""
 
 
+class Faults:
+    """Counts faults that are no TurboError, of one kind in a row: what broke may be the machine and not a job."""
+
+    def __init__(self):
+        self._kind, self._count = None, 0
+
+    def done(self) -> None:
+        """A video was made."""
+        self.__init__()
+
+    def add(self, error: Exception) -> None:
+        """Raises TurboError at the third in a row."""
+        kind = type(error).__name__
+        self._count = self._count + 1 if kind == self._kind else 1
+        self._kind = kind
+        if self._count == _ALIKE:
+            raise TurboError(
+                f"{_ALIKE} videos in a row failed alike ({_in_a_line(error)}), and the rest would. Try one of them by "
+                "turbo-core generate --debug, which shows where; then start again: what is done stays."
+            ) from error
+
+
 def make(
-    pipe: Pipeline, jobs: list[Job], folder, tell: Callable[[Outcome], None], metadata: bool = True, sign=None
+    pipe: Pipeline,
+    jobs: list[Job],
+    folder,
+    tell: Callable[[Outcome], None],
+    metadata: bool = True,
+    sign=None,
+    faults: Faults | None = None,
 ) -> None:
     """Make all jobs; tell takes each event, and may be called from a second thread.
 
-    metadata: keep settings inside the videos too. sign: paths of a certificate and its key. A job that fails is told
-    and the rest goes on; with a team of processes only one that does not fit, what fails later ends all. Raises
-    DiskFull, and TurboError where a file of the models is at fault.
+    metadata: keep settings inside the videos too. sign: paths of a certificate and its key. faults: of the calls
+    before this one. A job that fails is told and the rest goes on; with a team of processes only one that does not fit,
+    what fails later ends all. Raises DiskFull, and TurboError where a file of the models is at fault, or faults of ours
+    have no end.
     """
-    folder, of = Path(folder), {id(job.clip): job for job in jobs}
-    finish = Signer(*sign).sign if sign else None
+    folder, of, faults = Path(folder), {id(job.clip): job for job in jobs}, faults or Faults()
+    signer = Signer(*sign) if sign else None
 
     def write(clip, result):
         job, start = of[id(clip)], time.perf_counter()
         place, made = folder / job.name, result.settings | {"id": job.id}
         beside = {"output": job.name, "settings": made, "seconds": result.seconds, "step_seconds": result.step_seconds}
-        # the video last: where it is, all is there
-        write_whole(place.with_suffix(".json"), json.dumps(beside, indent=2, ensure_ascii=False) + "\n")
-        write_video(place, result.frames, made=made if metadata else None, finish=finish)
+
+        def finish(aside, target):
+            if signer:
+                signer.sign(aside, target)
+            # the video last: where it is, all is there; and what lies beside tells whose it is
+            write_beside(place, beside | {"video": digest([aside])})
+
+        write_video(place, result.frames, made=made if metadata else None, finish=finish, sweeps=False)
+        faults.done()
         seconds = result.seconds | {"write": time.perf_counter() - start}
         tell(Outcome(job, "done", bytes=os.path.getsize(place), seconds=seconds))
 
     def failed(clip, error):
-        if shutil.disk_usage(folder).free < _LEAST_FREE:
+        if shutil.disk_usage(folder).free < LEAST_FREE:
             raise DiskFull(f"The disk of {folder} is full ({error}) Free space and start again: what is done stays.")
-        tell(Outcome(of[id(clip)], "failed", error=str(error)))
+        ours = not isinstance(error, TurboError)
+        tell(Outcome(of[id(clip)], "failed", error=_in_a_line(error) if ours else str(error)))
+        if ours:
+            faults.add(error)
 
     clips, alone = [job.clip for job in jobs], pipe.team.size == 1
     if not alone:
@@ -65,6 +105,35 @@ def make(
         pipe.team.told(lambda: [clip.plain() for clip in clips])
     for _ in pipe.map(clips, write, failed if alone else None, lambda clip: tell(Outcome(of[id(clip)], "begun"))):
         pass
+
+
+def write_beside(place: Path, settings: dict) -> None:
+    """Write what lies beside a video: its settings, times, and the digest of its file."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    write_whole(place.with_suffix(".json"), text, sweeps=False)
+
+
+def _in_a_line(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {shown(first, 200)}"
+
+
+def sign_unsigned(signer: Signer, jobs: list[Job], manifest) -> int:
+    """Put credentials into those of the finished jobs that have none; how many that were."""
+    signed = 0
+    for job in jobs:
+        place = manifest.folder / job.name
+        if credentials(place) is not None:
+            continue
+        signer.sign(place, place)
+        if credentials(place) is None:
+            continue  # the log says why
+        with suppress(OSError, ValueError, RecursionError, TypeError):
+            beside = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+            write_beside(place, beside | {"video": digest([place])})
+        manifest.record(job, "done", bytes=os.path.getsize(place))
+        signed += 1
+    return signed
 
 
 def follow(pipe: Pipeline) -> None:

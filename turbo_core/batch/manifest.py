@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..errors import TurboError
-from ..files import alone
+from ..files import alone, sweep
 from ..pipeline.video import check_place
 from .jobs import Job
 
@@ -28,6 +28,7 @@ class Manifest:
 
     def __enter__(self):
         self._held.enter_context(alone(self.path))
+        sweep(self.folder)
         with suppress(FileNotFoundError), open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 # the last line of a process that was killed
@@ -40,6 +41,7 @@ class Manifest:
         return self
 
     def __exit__(self, *_):
+        sweep(self.folder)  # what processes of this batch left that were killed
         self._held.close()
 
     def is_done(self, job: Job) -> bool:

@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from ..errors import TurboError
 from ..pipeline import Pipeline
 from .jobs import Job
-from .making import Outcome, make
+from .making import Faults, Outcome, make
 
 _DEATHS = 2
 
@@ -114,7 +114,7 @@ class _Worker:
 def _serve(connection, settings, folder, options):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    alone = threading.Lock()
+    alone, faults = threading.Lock(), Faults()
 
     def tell(outcome):
         with alone:
@@ -123,7 +123,7 @@ def _serve(connection, settings, folder, options):
     try:
         with Pipeline(**settings) as pipe:
             while True:
-                make(pipe, connection.recv(), folder, tell, **options)
+                make(pipe, connection.recv(), folder, tell, faults=faults, **options)
     except TurboError as error:
         tell(str(error))
     except (EOFError, BrokenPipeError):  # the parent is done

@@ -48,11 +48,12 @@ def _follow(arguments, team) -> int:
 def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
     from ..batch.jobs import by_lora, digest_of_models
+    from ..batch.making import sign_unsigned
     from ..checkpoint import files_of
     from ..pipeline.embeddings import tokenizer_files
 
     settings = _settings(arguments)
-    signer_of(arguments)  # a wrong certificate is told now
+    signer = signer_of(arguments)  # a wrong certificate is told now
     paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
     paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer, arguments.text_encoder)]
     paths += [arguments.vae_fast] if arguments.vae_fast else []
@@ -60,12 +61,17 @@ def _run(arguments, team) -> int:
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
     if arguments.check:
         team.told(lambda: 0)
-        return _check(arguments.jobs, settings, jobs, faults)
+        return _check(arguments, settings, jobs, faults, team)
     _tell_faults(arguments.jobs, faults)
     with Manifest(arguments.output) as manifest:
-        todo = by_lora([job for job in jobs if not manifest.is_done(job)])
-        if len(todo) < len(jobs):
-            print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.", file=sys.stderr)
+        done = [job for job in jobs if manifest.is_done(job)]
+        there = {job.name for job in done}
+        todo = by_lora([job for job in jobs if job.name not in there])
+        if done:
+            print(f"{len(done)} of {len(jobs)} videos are there already.", file=sys.stderr)
+        signed = sign_unsigned(signer, done, manifest) if signer else 0
+        if signed:
+            print(f"{signed} of them were unsigned and are signed now.", file=sys.stderr)
         tally = _Tally(arguments.jobs, manifest)
         try:
             if team.told(lambda: len(todo)):
@@ -138,13 +144,16 @@ def _devices(arguments) -> list:
     return [arguments.device] * (count or 1)
 
 
-def _check(path, settings, jobs, faults) -> int:
-    """Hold every job to the models without reading them, and say what will stay in memory."""
+def _check(arguments, settings, jobs, faults, team) -> int:
+    """Hold every job to the models without reading them, look at devices and the folder, and say what will stay in
+    memory."""
+    from ..batch.checking import about_devices, about_folder
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
     from .console import progress_bars, table
 
-    bad, rooms = [*faults], Counter()
+    bad, rooms, pixels = [*faults], Counter(), 0
+    about = about_devices(_devices(arguments))
     with Pipeline(**(settings | {"cache": None})) as pipe, progress_bars() as progress:
         pipe.coders.load("meta", pipe.dtype)
         load_text_encoder(settings["text_encoder"], settings["tokenizer"], "meta", pipe.dtype)
@@ -152,16 +161,19 @@ def _check(path, settings, jobs, faults) -> int:
             progress("check", number, len(jobs))
             try:
                 ready = pipe.check(job.clip)
+                team.check(pipe.model.num_heads, ready.tokens)
+                pixels += ready.size[0] * ready.size[1] * job.clip.frames
                 rooms["{}x{}".format(*ready.size), job.clip.frames, pipe.stay(ready)] += 1
             except TurboError as error:
                 bad.append((job.line, str(error)))
         progress("check", len(jobs), len(jobs))
-    _tell_faults(path, sorted(bad))
+    _tell_faults(arguments.jobs, sorted(bad))
+    about += about_folder(arguments.output, pixels)
     rows = [
         (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words())
         for (size, frames, stay), count in rooms.items()
     ]
-    table("Planned by count of bytes, not measured", rows or [("no video can be made", "", "")])
+    table("Planned by count of bytes, not measured", [*(rows or [("no video can be made", "", "")]), *about])
     return int(bool(bad))
 
 

@@ -158,3 +158,13 @@ def settings_of(ready: Ready, model: Description, has_low: bool) -> dict:
         "rule": "ode" if clip.ode else "sde", "seed": clip.seed, "topk": ready.topk, "precision": clip.precision,
         "boundary": clip.boundary if has_low else None, "weights": model.format,
     }  # fmt: skip
+
+
+def raised(clip: Clip, error: Exception) -> None:
+    """What becomes of a clip that fails where nobody asked to be told."""
+    raise error
+
+
+def raised_if_told(failed):
+    """The same for errors that a person can mend, `failed` for those that nobody foresaw."""
+    return lambda clip, error: (raised if isinstance(error, TurboError) else failed)(clip, error)

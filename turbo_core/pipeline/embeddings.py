@@ -14,11 +14,12 @@ from safetensors.torch import load, save
 
 from ..devices import release
 from ..errors import TurboError
-from ..files import digest, state_of, written_aside
+from ..files import digest, state_of, sweep, written_aside
 from .text import TEXT_LENGTH, TOKENIZERS, clean_prompt, encode_text, load_text_encoder, tokenizer_place
 
 MOST = 1 << 30  # bytes of a cache: more than a thousand prompts of umT5-xxl
 _VERSION = "1"  # of what is kept
+_ROOM = 16  # the part of a cache that is written between two looks at all of it
 
 
 class Embeddings:
@@ -64,7 +65,8 @@ class Embeddings:
         """Tells apart all that a prompt's embedding depends on."""
         if self._whose is None:
             files = [Path(self.path), *tokenizer_files(self.tokenizer, self.path)]
-            parts = [_VERSION, *map(self.store.digest, files), self.dtype, self.device.type, torch.__version__]
+            device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+            parts = [_VERSION, *map(self.store.digest, files), self.dtype, device, torch.__version__]
             self._whose = "\0".join(map(str, parts))
         return self._whose
 
@@ -89,6 +91,7 @@ class Store:
 
     def __init__(self, folder, most: int = MOST):
         self.folder, self.most = Path(folder), most
+        self._left = 0  # bytes that may be written before the folder is looked through again
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -112,7 +115,9 @@ class Store:
         """Keep it; a full disk or another process at the same file is no fault of the video."""
         body = save({"embedding": embedding.contiguous()})
         self._put(self._place(whose, prompt), hashlib.sha256(body).digest() + body)
-        self._forget()
+        self._left -= len(body)
+        if self._left < 0:
+            self._forget()
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, remembered for as long as its size and time stay: 11 GB take ten seconds and more."""
@@ -134,23 +139,25 @@ class Store:
         return self.folder / f"{hashlib.sha256(f'{whose}{chr(0)}{prompt}'.encode()).hexdigest()[:32]}.embedding"
 
     def _put(self, place, contents):
-        with suppress(OSError, TurboError), written_aside(place) as aside:
+        with suppress(OSError, TurboError), written_aside(place, sweeps=False) as aside:
             aside.write_bytes(contents)
 
     def _forget(self):
-        """Remove what was used longest ago while there is more than the bound."""
+        """Remove what was used longest ago where there is more than the bound, with some room for what comes."""
+        sweep(self.folder)
         kept = []
         for place in self.folder.glob("*.embedding"):
             with suppress(OSError):  # another process may remove it
                 found = place.stat()
                 kept.append((found.st_mtime_ns, found.st_size, place))
-        total = sum(size for _, size, _ in kept)
-        for _, size, place in sorted(kept):
-            if total <= self.most:
+        total, room = sum(size for _, size, _ in kept), self.most // _ROOM
+        for _, size, place in sorted(kept) if total > self.most else ():
+            if total <= self.most - room:
                 break
             with suppress(OSError):
                 place.unlink()
             total -= size
+        self._left = min(room, self.most - total)  # other processes write too
 
 
 def tokenizer_files(tokenizer, encoder) -> list[Path]:

@@ -69,7 +69,7 @@ class Signer:
         try:
             with (
                 c2pa.Builder(json.dumps(manifest)) as builder,
-                written_aside(path) as aside,
+                written_aside(path, sweeps=False) as aside,
                 open(path, "rb") as source,
                 open(aside, "w+b") as signed,
             ):

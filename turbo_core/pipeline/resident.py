@@ -4,12 +4,13 @@ While a video is decoded and written, the next one is sampled. What stays in mem
 it takes, see Stay; a video comes out the same bit for bit whatever stays, and whatever was made before it.
 """
 
+import functools
 import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -19,7 +20,7 @@ from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
 from ..vae import LATENT_CHANNELS, Coders
-from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, settings_of
+from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, raised, raised_if_told, settings_of
 from .embeddings import Embeddings, padded
 from .experts import Experts
 from .inputs import open_models
@@ -102,20 +103,20 @@ class Pipeline:
         self,
         clips: Iterable[Clip],
         write: Callable[[Clip, Result], None] | None = None,
-        failed: Callable[[Clip, TurboError], None] | None = None,
+        failed: Callable[[Clip, Exception], None] | None = None,
         begun: Callable[[Clip], None] | None = None,
     ) -> Iterator[Result]:
         """Make videos, in their order.
 
         write: takes each video as soon as it is decoded, in the thread that decodes. failed: takes a clip that could
-        not be made, with the reason, and the rest goes on; without it the first failure ends it all. What `failed`
-        raises ends it all too. begun: takes each clip when its sampling begins.
+        not be made, with the reason, of whatever kind, and the rest goes on; without it the first failure ends it all.
+        What `failed` raises ends it all too. begun: takes each clip when its sampling begins.
         """
         assert failed is None or self.team.size == 1, "the other processes of a team would wait for this one's clip"
         clips, self._tell_begun = iter(clips), begun or (lambda clip: None)
         with ThreadPoolExecutor(1, "decode") as worker:
             while window := list(itertools.islice(clips, WINDOW)):
-                yield from self._window(window, worker, write, failed or _raise)
+                yield from self._window(window, worker, write, failed or raised)
 
     def _window(self, clips, worker, write, failed):
         works = [Work(clip, self.progress) for clip in clips]
@@ -147,36 +148,30 @@ class Pipeline:
             yield from pending.result()
 
     def _checked(self, works, failed):
-        kept = []
         for work in works:
-            try:
+            with self._failing(work, failed, sampling=False):
                 work.ready = self.check(work.clip)
-                kept.append(work)
-            except TurboError as error:
-                failed(work.clip, error)
-        return kept
+        return [work for work in works if not work.failed]
 
     @torch.inference_mode()
     def _encoded(self, works, failed):
-        kept = []
         for work in works:
-            try:
+            with self._failing(work, failed, sampling=False):
                 check_prompt(work.clip.prompt)
-                kept.append(work)
-            except TurboError as error:
-                failed(work.clip, error)
+        kept = [work for work in works if not work.failed]
         if not kept:
             return []
         first = kept[0]
         reset_peak_memory(self.device)
         self.coders.load_once(first.stage, "cpu", self.dtype)
-        found = {}
-        with self._memory_told():
-            if self.team.first:
-                found = self.embeddings.of([work.clip.prompt for work in kept], first.stage, self._leave_room)
+        of = functools.cache(lambda prompt: self.embeddings.of([prompt], first.stage, self._leave_room)[prompt])
         for work in kept:
-            work.embedding = self.team.from_first(lambda prompt=work.clip.prompt: found[prompt])
-        width = first.embedding.shape[-1]
+            with self._failing(work, raised_if_told(failed), sampling=False):  # a bad encoder is no clip's fault
+                work.embedding = self.team.from_first(lambda prompt=work.clip.prompt: of(prompt))
+        kept = [work for work in kept if not work.failed]
+        if not kept:
+            return []
+        width = kept[0].embedding.shape[-1]
         if width != self.model.text_dim:
             raise TurboError(
                 f"text encoder {self.paths['text encoder']} gives {width} numbers a token, {self.paths['dit']} expects "
@@ -319,14 +314,16 @@ class Pipeline:
 
     @contextmanager
     def _failing(self, work, failed, sampling=True):
-        """A fault of this clip goes to `failed`; when sampling, a hand-over under way leaves no usable model."""
+        """A fault of this clip goes to `failed`; when sampling, a hand-over under way leaves no usable model, nor may
+        a fault of ours."""
         try:
             with self._memory_told():
                 yield
         except BaseException as error:  # an interrupt too: the pipeline may be used again
-            if sampling and self.experts.handover is not None:
-                self.experts.free()
-            if not isinstance(error, TurboError):
+            if sampling and (self.experts.handover is not None or not isinstance(error, TurboError)):
+                with suppress(RuntimeError):  # of a card that does nothing any more, which the next clip tells
+                    self.experts.free()
+            if not isinstance(error, Exception):
                 raise
             work.failed = True
             work.let_go()
@@ -343,7 +340,3 @@ class Pipeline:
                 logging.warning("TurboWan: memory ran out; from now on no model stays that is not at work.")
                 self.memory = 0
             raise
-
-
-def _raise(clip, error):
-    raise error

@@ -73,17 +73,19 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
 
 
-def write_video(path, frames: torch.Tensor, fps: int = FPS, made: dict | None = None, finish=None) -> None:
+def write_video(
+    path, frames: torch.Tensor, fps: int = FPS, made: dict | None = None, finish=None, sweeps: bool = True
+) -> None:
     """Write uint8 frames [T, H, W, 3] as H.264, yuv420p. The file appears only when it is complete.
 
     made: how it came about, kept in the file as JSON for read_made; says too that the video is synthetic. finish:
-    callable (path, target), the last to touch the file before it appears as target.
+    callable (path, target), the last to touch the file before it appears as target. sweeps: see files.written_aside.
     """
     check_video_path(path)
     av = _pyav()
     try:
         container_format = VIDEO_SUFFIXES[Path(path).suffix.lower()]
-        with written_aside(path) as aside:
+        with written_aside(path, sweeps) as aside:
             with av.open(str(aside), "w", format=container_format) as container:
                 stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "17"})
                 stream.height, stream.width = frames.shape[1:3]
