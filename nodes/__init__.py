@@ -56,12 +56,12 @@ class TurboWanExtension(ComfyExtension):
             from .checks.graph import watch_requests
             from .host.files import register_tinywan
             from .host.schedule import register_scheduler
-            from .reports.advice import tell_guidance
+            from .reports.advice import tell_of_scheduler
             from .reports.faults import guarded
         except (ImportError, AttributeError) as error:  # a name that a library of another version does not have
             raise ImportError(_cure(error)) from error
 
-        register_scheduler(tell_guidance)
+        register_scheduler(tell_of_scheduler)
         register_tinywan()
         watch_requests()
         return [guarded(node) for file in files for node in file.NODES]

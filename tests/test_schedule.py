@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from turbo_core.errors import TurboError
-from turbo_core.schedule import default_sigma_max, rcm_sigmas
+from turbo_core.schedule import default_sigma_max, rcm_sigmas, untrained
 
 FIRST = {80.0: 0.987654, 200.0: 0.995025, 1600.0: 0.999375}
 MIDDLE = (0.933781, 0.852895, 0.608979)  # TrigFlow 1.5, 1.4, 1.0
@@ -40,11 +40,23 @@ def test_default_sigma_max_is_80_for_t2v_and_200_for_i2v():
     assert rcm_sigmas(2)[0] == rcm_sigmas(2, 80)[0]
 
 
-@pytest.mark.parametrize("steps", [0, 5, 9, -1, 2.5, True, False, math.nan, math.inf, None, "4", "four", [4]])
+@pytest.mark.parametrize("steps", [0, 101, -1, 2.5, True, False, math.nan, math.inf, None, "4", "four", [4]])
 def test_bad_steps_are_refused_and_named(steps):
     with pytest.raises(TurboError) as error:
         rcm_sigmas(steps, 80)
     assert "1 to 4" in str(error.value) and str(steps) in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [5, 8, 12, 100])
+def test_more_steps_lie_between_the_four(steps):
+    sigmas, four = rcm_sigmas(steps, 80), rcm_sigmas(4, 80)
+    assert sigmas.shape == (steps + 1,) and (sigmas.diff() < 0).all() and sigmas[-1] == 0
+    assert sigmas[0] == four[0] and "4 are enough" in untrained(steps) and untrained(4) is None
+    if steps % 4 == 0:
+        assert torch.allclose(sigmas[:: steps // 4], four, rtol=1e-15, atol=0)
+    angles = torch.atan2(sigmas, 1 - sigmas)  # sin and cos of an angle are as sigma to 1 - sigma
+    knots = np.interp(np.linspace(0, 4, steps + 1), range(5), [math.atan(80), 1.5, 1.4, 1.0, 0.0])
+    assert angles.tolist() == pytest.approx(knots.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [3.0, np.int64(3), np.float32(3)])

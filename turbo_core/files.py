@@ -164,6 +164,18 @@ def digest(files) -> str:
     return contents.hexdigest()[:16]
 
 
+def counted(named, progress=None):
+    """The pairs (name, tensor) of `named`, one after the other; progress: callable (bytes done, total), while there are
+    more."""
+    named, done = list(named), 0
+    total = sum(tensor.nbytes for _, tensor in named)
+    for name, tensor in named:
+        yield name, tensor
+        done += tensor.nbytes
+        if progress is not None and done < total:
+            progress(done, total)
+
+
 def human_bytes(count: int) -> str:
     """12,345,678 -> "12.3 MB"."""
     for unit in ("B", "kB", "MB", "GB"):

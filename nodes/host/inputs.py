@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ...turbo_core.errors import TurboError
-from ...turbo_core.schedule import MAX_STEPS
+from ...turbo_core.schedule import MOST_STEPS
 
 MAX_SEED = 2**64 - 1
 
@@ -22,9 +22,12 @@ def seed_input(tooltip):
     return io.Int.Input("seed", control_after_generate=True, tooltip=tooltip, **limits)
 
 
-def steps_input(tooltip="4 is best, 1 is fastest."):
+_STEPS = "4 is best, 1 is fastest. More than 4 take longer at times that the model was not trained for."
+
+
+def steps_input(tooltip=_STEPS):
     """For sigmas_of, which checks it."""
-    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
+    return io.Int.Input("steps", default=4, min=1, max=MOST_STEPS, tooltip=tooltip)
 
 
 def sigma_max_input():

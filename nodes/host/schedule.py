@@ -36,7 +36,7 @@ def sigmas_of(steps, sigma_max, model, given=None):
 
 
 def _scheduler(model_sampling, steps, tell):
-    tell(SCHEDULER)
+    tell(SCHEDULER, steps)
     sigma_max = getattr(model_sampling, "rcm_sigma_max", None)
     if sigma_max is None:
         sigma_max = default_sigma_max(_TEXT_TO_VIDEO)
@@ -52,7 +52,7 @@ def _scheduler(model_sampling, steps, tell):
 
 
 def register_scheduler(tell):
-    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them; tell(name) before each use."""
+    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them; tell(name, steps) before each use."""
     handler = functools.partial(_scheduler, tell=tell)
     comfy.samplers.SCHEDULER_HANDLERS[SCHEDULER] = comfy.samplers.SchedulerHandler(handler)
     if SCHEDULER not in comfy.samplers.SCHEDULER_NAMES:

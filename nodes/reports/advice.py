@@ -6,6 +6,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ...turbo_core.schedule import untrained
 from ..host.blocks import has_trained_sla
 from ..host.loading import SOURCE, file_name
 from ..host.weights import PREFIX, original_weight
@@ -32,6 +33,8 @@ def of_sampling(model, low, boundary, sigmas) -> list[str]:
             "gives a blurred video. Take a TurboWan file, connect a few-step LoRA before this node, or sample with "
             "KSampler in 20 to 50 steps and CFG 5."
         )
+    elif untrained(len(sigmas) - 1):
+        said.append(untrained(len(sigmas) - 1))
     return said
 
 
@@ -65,18 +68,24 @@ def of_quantizing(model, layers) -> list[str]:
     ]
 
 
-def tell_guidance(scheduler):
-    """Say on the KSampler that runs that CFG above 1 is not for models that need this scheduler."""
+def tell_of_scheduler(scheduler, steps):
+    """Say on the KSampler that runs what is not for models that need this scheduler: CFG above 1, more steps than 4."""
     server, context = getattr(PromptServer, "instance", None), get_executing_context()
     if server is None or context is None:
         return
     running = [item[2] for item in server.prompt_queue.get_current_queue_volatile()[0] if item[1] == context.prompt_id]
     given = running[0].get(context.node_id, {}).get("inputs", {}) if running else {}
-    cfg = given.get("cfg")
+    cfg, said = given.get("cfg"), []
     if isinstance(cfg, (int, float)) and cfg > 1:
-        text = (
+        said.append(
             f"cfg {cfg:g} with {scheduler}: guidance is distilled into TurboWan models, and above 1 it burns the "
             "colours and takes twice the time. Set cfg to 1."
         )
+    if untrained(steps):
+        denoise = given.get("denoise")
+        part = f" (KSampler's steps / denoise {denoise:g})" if isinstance(denoise, float) and denoise < 1 else ""
+        said.append(f"{scheduler}{part}: {untrained(steps)}")
+    for text in said:
         logging.warning("TurboWan: %s", text)
-        server.send_progress_text(text, context.node_id)
+    if said:
+        server.send_progress_text("\n".join(said), context.node_id)

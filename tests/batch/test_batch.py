@@ -105,7 +105,7 @@ def test_bad_lines_and_failing_jobs_are_told_and_the_rest_is_made(tiny, tmp_path
     rows = [
         '{"prompt": "a"}',
         "{broken",
-        '{"prompt": "b", "steps": 9}',
+        '{"prompt": "b", "steps": 101}',
         '{"prompt": "c", "frames": 6}',
         '{"prompt": "d"}',
     ]
@@ -120,7 +120,7 @@ def test_bad_lines_and_failing_jobs_are_told_and_the_rest_is_made(tiny, tmp_path
 
 def test_check_makes_nothing_and_reads_no_weights(tiny, tmp_path, capsys, monkeypatch):
     path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
-    path.write_text('{"prompt": "a"}\n{"prompt": "b", "steps": 9}\nx')
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "steps": 101}\nx')
     monkeypatch.setattr(pipeline.experts, "weights", lambda *_: pytest.fail("read the DiT"))
     assert main(command(tiny, path, out, "--check")) == 1
     captured = capsys.readouterr()

@@ -68,7 +68,7 @@ def test_a_report_that_cannot_be_written_is_named_and_keeps_the_old_one(tiny, tm
         (["--prompt", "a \udcff circle"], "not valid text"),
         (["--size", "33x32"], "nearest is 32x32"),
         (["--frames", "6"], "nearest is 5"),
-        (["--steps", "9"], "1 to 4"),
+        (["--steps", "101"], "1 to 4"),
         (["--image", "none.png"], "leave --image out"),
         (["--vae", "none.pth"], "none.pth does not exist"),
         (["--vae-fast", "none.pth"], "none.pth does not exist"),
@@ -85,6 +85,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message, ca
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("turbo-core: ") and message in last
     assert not list(tmp_path.iterdir())
+
+
+def test_more_than_four_steps_are_made_with_one_warning(tiny, tmp_path, capsys):
+    assert generate(tiny, tmp_path / "a.mp4", "--steps", "5") == 0
+    assert capsys.readouterr().err.count("4 are enough") == 1
 
 
 def test_a_fault_of_ours_is_one_line_too_and_asks_for_a_report(tiny, tmp_path, monkeypatch, capsys):
@@ -106,7 +111,7 @@ def test_memory_that_is_not_there_is_told_with_the_ways_out(tiny, tmp_path, caps
 
 def test_debug_shows_where_an_error_comes_from(tiny, tmp_path):
     with pytest.raises(TurboError):
-        generate(tiny, tmp_path / "a.mp4", "--steps", 9, "--debug")
+        generate(tiny, tmp_path / "a.mp4", "--steps", 101, "--debug")
 
 
 def test_interrupting_gives_130_and_leaves_no_file(tiny, tmp_path, monkeypatch, capsys):

@@ -100,12 +100,16 @@ def test_optional_inputs_left_open(lab, given, place):
     assert nodes["TurboConvert"].execute(T2V, "bf16", None)[0].endswith("_bf16.safetensors")
 
 
-STEPS = [0, 5, 9, 10**9, -1, NAN, 2.5, "4"]
+STEPS = [0, 101, 10**9, -1, NAN, 2.5, "4"]
 EDM, RISING, REPEATED = [80.0, 14.6, 1.0, 0.0], [0.1, 0.5, 0.9], [0.9, 0.5, 0.5, 0.0]
 SIGMAS = [torch.tensor(row) for row in (EDM, RISING, REPEATED, [0.9, -0.1], [0.9, NAN, 0.0], [0.9, NAN], [0.9], [])]
 SIGMAS += [torch.tensor(0.5), torch.zeros(2, 2), [0.9, 0.0]]
 NUMBERS = {
-    "steps": ("1 to 4 steps, got .*set steps to 4", ["TurboSampler", "TurboCompare", "TurboScheduler"], STEPS),
+    "steps": (
+        "1 to 4 steps .*100 at most, got .*set steps to 4",
+        ["TurboSampler", "TurboCompare", "TurboScheduler"],
+        STEPS,
+    ),
     "topk": ("topk must be a number", ["SparseLowBitAttention"], [-1, 2, NAN, math.inf, "0.1", True]),
     "coverage": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN, "0.5"]),
     "start_percent": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN]),
@@ -203,7 +207,7 @@ def test_the_host_refuses_what_is_not_connected(comfy, pack, given):
             valid, errors, _ = asyncio.run(execution.validate_inputs("x", prompt, "1", {}))
             missing = {error["extra_info"]["input_name"] for error in errors if "missing" in error["type"]}
             assert missing == required and valid == (not required), name
-        typed = {"steps": 9, "sigma_max": NAN}
+        typed = {"steps": 101, "sigma_max": NAN}
         prompt = {"1": {"class_type": "TurboScheduler", "inputs": typed}}
         valid, errors, _ = asyncio.run(execution.validate_inputs("x", prompt, "1", {}))
         assert not valid and "4" in json.dumps(errors)

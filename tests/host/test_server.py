@@ -177,13 +177,25 @@ def test_interrupt_stops_within_a_step_and_the_next_prompt_is_right(server, smal
     assert torch.equal(before, _latent(server, small(name, seed=7)))
 
 
-def test_nine_steps_are_an_error_that_says_what_to_do(server, small):
-    run = host.run(server, small("turbowan_t2v_turbo_sampler", steps=9))
+def test_nine_steps_are_sampled_with_a_warning_and_too_many_are_an_error(server, small):
+    for name in ("turbowan_t2v_turbo_sampler", "turbowan_t2v_ksampler"):
+        before = server.log.count("4 are enough")
+        prompt = small(name, steps=9)
+        run = host.run(server, prompt)
+        assert run.status == "execution_success", run.error
+        assert run.progress(_node(prompt, *SAMPLERS)) == list(range(1, 10))
+        shown = json.dumps([m["data"] for m in run.messages if m["type"] == "executed"])
+        assert (
+            ("4 are enough" in shown)
+            if name.endswith("turbo_sampler")
+            else server.log.count("4 are enough") == before + 1
+        )
+    run = host.run(server, small("turbowan_t2v_turbo_sampler", steps=101))
     assert run.status == "refused" and "bigger than max" in run.error  # TurboSampler's own limit, before running
-    run = host.run(server, small("turbowan_t2v_ksampler", steps=9))
+    run = host.run(server, small("turbowan_t2v_ksampler", steps=101))
     assert run.status == "execution_error"
     assert run.messages[-1]["data"]["node_type"] == "KSampler"
-    assert re.search(r"9\b.*\b4\b|\b4\b.*9\b", run.error) and "steps" in run.error, run.error
+    assert re.search(r"100\b.*101\b", run.error) and "steps" in run.error, run.error
     _is_healthy(server, small)
 
 
@@ -281,7 +293,7 @@ def test_a_script_queues_prompts_and_fetches_the_clips(server, tmp_path):
 def test_a_script_tells_what_the_server_refuses_and_what_fails(server, tmp_path):
     said, code = _queue(server, tmp_path, ["a fox"], model_name="nowhere.pth")
     assert code == 1 and "nowhere.pth was not found" in said and "Traceback" not in said
-    said, code = _queue(server, tmp_path, ["a fox", "a boat"], steps=9)
+    said, code = _queue(server, tmp_path, ["a fox", "a boat"], steps=101)
     assert code == 1 and said.count("failed: ") == 2 and "4" in said, said
     server = SimpleNamespace(url="http://127.0.0.1:9")
     said, code = _queue(server, tmp_path, ["a fox"])

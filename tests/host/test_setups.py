@@ -97,16 +97,20 @@ def test_guidance_above_one_with_our_scheduler_is_told_on_the_ksampler(lab, monk
     handler = lab.comfy.samplers.SCHEDULER_HANDLERS["turbo_rcm"].handler
     names, sent = handler.keywords["tell"].__globals__, []
     prompt = {"5": {"inputs": {"cfg": 5.0}}, "6": {"inputs": {"cfg": 1.0}}, "7": {"inputs": {"cfg": ["1", 0]}}}
+    prompt["9"] = {"inputs": {"cfg": 1.0, "denoise": 0.75}}
     queue = types.SimpleNamespace(get_current_queue_volatile=lambda: ([(0, "run", prompt)], []))
     server = types.SimpleNamespace(prompt_queue=queue, send_progress_text=lambda *told: sent.append(told))
     monkeypatch.setitem(names, "PromptServer", types.SimpleNamespace(instance=server))
     sampling = lab.load().get_model_object("model_sampling")
-    for number in ("5", "6", "7", "8"):
+    for number, steps in (("5", 4), ("6", 4), ("7", 4), ("8", 4), ("6", 8), ("9", 5)):
         context = types.SimpleNamespace(prompt_id="run", node_id=number)
         monkeypatch.setitem(names, "get_executing_context", lambda context=context: context)
-        lab.comfy.samplers.calculate_sigmas(sampling, "turbo_rcm", 4)
-    ((text, number),) = sent
+        lab.comfy.samplers.calculate_sigmas(sampling, "turbo_rcm", steps)
+    (text, number), (many, of_many), (part, of_part) = sent
     assert number == "5" and said in text and node == "KSampler"
+    node, said = _table()["more than 4 steps"]
+    assert (of_many, of_part) == ("6", "9") and said in many and said in part and node == "Turbo Sampler, KSampler"
+    assert "steps / denoise 0.75" in part and "denoise" not in many
 
 
 def test_a_set_up_that_is_meant_says_nothing_but_the_time(lab):
@@ -117,5 +121,5 @@ def test_a_set_up_that_is_meant_says_nothing_but_the_time(lab):
 
 
 def test_the_table_holds_what_is_tested_and_nothing_else():
-    others = {"one file given to two inputs", "cfg above 1 with the scheduler turbo_rcm"}
+    others = {"one file given to two inputs", "cfg above 1 with the scheduler turbo_rcm", "more than 4 steps"}
     assert set(_table()) == set(SETUPS) | others

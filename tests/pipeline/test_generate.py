@@ -66,6 +66,11 @@ def test_progress_times_and_memory_are_reported(tiny):
     assert [event for event in events if event[0] == "sampling"] == [("sampling", i, 4) for i in (0, 1, 2, 3, 4, 4)]
     stages = {"load VAE", "text encoder", "encode image", "load DiT", "sampling", "decode"}
     assert set(result.seconds) == {event[0] for event in events} == stages
+    order = list(dict.fromkeys(event[0] for event in events))
+    assert order == ["load VAE", "text encoder", "encode image", "load DiT", "sampling", "decode"], "as they happen"
+    for stage in ("text encoder", "load DiT"):
+        bytes_read = [event[1:] for event in events if event[0] == stage and event[2] > 1]
+        assert len(bytes_read) > 20 and all(0 < done < total for done, total in bytes_read)
     assert all(seconds >= 0 for seconds in result.seconds.values())
     assert len(result.step_seconds) == 4
     assert result.peak_memory.get("process", 1e8) > 1e7
@@ -183,7 +188,7 @@ def test_adaptive_size_follows_the_image(tiny):
     ("settings", "message"),
     [
         ({"steps": 0}, "1 to 4"),
-        ({"steps": 9}, "1 to 4"),
+        ({"steps": 101}, "1 to 4"),
         ({"size": (40, 32)}, "nearest is 32x32"),
         ({"frames": 8}, "nearest is 9"),
         ({"boundary": 1.5}, "use 0.9"),

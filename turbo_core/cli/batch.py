@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import TurboError
-from .generate import add_models, add_settings, clip_of, models_of, signer_of
+from .generate import add_models, add_settings, clip_of, models_of, signer_of, tell_of_steps
 from .processes import add_parallel, in_team
 
 
@@ -63,6 +63,7 @@ def _run(arguments, team) -> int:
         team.told(lambda: 0)
         return _check(arguments, settings, jobs, faults, team)
     _tell_faults(arguments.jobs, faults)
+    tell_of_steps(job.clip for job in jobs)
     with Manifest(arguments.output) as manifest:
         done = [job for job in jobs if manifest.is_done(job)]
         there = {job.name for job in done}

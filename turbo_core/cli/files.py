@@ -1,15 +1,19 @@
 """The verbs of turbo-core for files: inspect, convert, quantize, merge, and tinywan, which copies the small family."""
 
+import os
 import sys
 from pathlib import Path
 
 # as in checkpoint.formats, which needs torch: --help does not wait for it
 FORMATS = ("int8_block", "int8_row", "bf16", "fp16", "fp32", "fp8")
+_FORCE = "write over a file that is there, without asking"
 
 
 def add_verbs(verbs, common) -> None:
     """Add these verbs to the parser's; common: the parent parser with what all verbs take."""
-    command = verbs.add_parser("inspect", parents=[common], help="what a checkpoint holds, or how a video was made")
+    command = verbs.add_parser(
+        "inspect", parents=[common], help="what models, text encoders, VAEs, LoRAs and videos are"
+    )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.set_defaults(run=run_inspect)
 
@@ -30,6 +34,7 @@ def add_verbs(verbs, common) -> None:
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     command.add_argument("--strength", type=float, action="append", help="one for all or one each; default 1.0")
     command.add_argument("--format", choices=FORMATS, default="bf16", help="default %(default)s")
+    command.add_argument("--force", action="store_true", help=_FORCE)
     command.set_defaults(run=run_merge)
 
     command = verbs.add_parser("tinywan", parents=[common], help="TinyWan, a small trained family, into a ComfyUI")
@@ -41,47 +46,27 @@ def add_verbs(verbs, common) -> None:
 def _add_source_and_target(command) -> None:
     command.add_argument("source", type=Path, metavar="SRC")
     command.add_argument("target", type=Path, metavar="DST")
+    command.add_argument("--force", action="store_true", help=_FORCE)
     command.set_defaults(run=run_convert)
 
 
-def run_inspect(arguments) -> None:
-    from .. import checkpoint
-    from ..errors import shown
-    from ..files import human_bytes
-    from ..pipeline.video import VIDEO_SUFFIXES
+def run_inspect(arguments) -> int:
+    """A table of each file. The first that cannot be read does not keep the others from being told of."""
+    from ..errors import TurboError
     from .console import table
+    from .inspecting import rows_of
 
+    failed = []
     for path in arguments.files:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            table(str(path), _of_video(path))
-            continue
-        found = checkpoint.inspect(path)
-        table(
-            str(path),
-            [
-                ("family", found.family),
-                ("task", found.task),
-                ("format", found.format),
-                ("sparse-linear attention", "trained (proj_l)" if found.has_sla else "no proj_l"),
-                ("blocks", f"{found.num_layers}, dim {found.dim}, ffn {found.ffn_dim}"),
-                ("heads", f"{found.num_heads} x {found.head_dim}"),
-                ("channels", f"{found.in_dim} in, {found.out_dim} out, text {found.text_dim}"),
-                ("file", f"{found.container}, {found.tensors} tensors, {human_bytes(found.bytes)}"),
-                *(("metadata", f"{shown(key)} = {shown(value)}") for key, value in found.metadata.items()),
-                *(("note", note) for note in found.notes),
-            ],
-        )
-
-
-def _of_video(path) -> list[tuple[str, str]]:
-    from ..errors import shown
-    from ..pipeline.provenance import credentials
-    from ..pipeline.video import read_made
-
-    made, signed = read_made(path), credentials(path)
-    rows = [(shown(key), shown(value, 400)) for key, value in (made or {}).items()]
-    rows += [(f"content credentials: {key}", shown(value, 200)) for key, value in (signed or {}).items()]
-    return rows or [("made by", "not known: no settings and no content credentials that can be read here")]
+        try:
+            table(str(path), rows_of(path))
+        except TurboError as error:
+            failed.append(error)
+            if len(arguments.files) > 1:
+                print(f"turbo-core: {error}", file=sys.stderr)
+    if len(arguments.files) == 1 and failed:
+        raise failed[0]
+    return 2 if failed else 0
 
 
 def run_convert(arguments) -> None:
@@ -90,6 +75,7 @@ def run_convert(arguments) -> None:
     from ..files import human_bytes
     from .console import progress_bars
 
+    _check_target(arguments)
     write = checkpoint.quantize if arguments.command == "quantize" else checkpoint.convert
     with progress_bars() as progress:
         done = write(
@@ -107,6 +93,7 @@ def run_merge(arguments) -> None:
     from ..files import human_bytes
     from .console import progress_bars
 
+    _check_target(arguments)
     with progress_bars() as progress:
         done = checkpoint.merge(
             arguments.finetune,
@@ -121,6 +108,20 @@ def run_merge(arguments) -> None:
     for path, apart in done.distances.items():
         print(f"{path}: {apart:.2%} from the original")
     print(f"{done.path}: {human_bytes(done.bytes)}, {arguments.format}")
+
+
+def _check_target(arguments) -> None:
+    """Ask before a file is overwritten, or raise TurboError where nobody can be asked."""
+    from ..errors import TurboError
+
+    target = arguments.output if arguments.command == "merge" else arguments.target
+    if arguments.force or not os.path.isfile(target):
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise TurboError(f"{target} is there already. Choose another name, or --force to write over it.")
+    print(f"{target} is there already. Write over it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise TurboError(f"{target} stays as it is.")
 
 
 def _warn(warnings: list[str]) -> None:

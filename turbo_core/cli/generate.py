@@ -50,7 +50,7 @@ def add_settings(command) -> None:
     add("--size", default="832x480", help="WIDTHxHEIGHT, 480p, 720p-9:16 ...; default %(default)s")
     add("--adaptive", action="store_true", help="keep the image's aspect ratio at the area of --size")
     add("--frames", type=int, default=81, help="4n + 1, at 16 a second; default %(default)s")
-    add("--steps", type=int, default=4, help="1 to 4; default %(default)s")
+    add("--steps", type=int, default=4, help="1 to 4 as distilled, up to 100; default %(default)s")
     add("--seed", type=int, default=0)
     add("--sigma-max", type=float, help="default 80 for text-to-video, 200 for image-to-video")
     attention = command.add_mutually_exclusive_group()
@@ -113,7 +113,7 @@ def _generate(arguments, team) -> None:
             check_sheet_path(arguments.contact_sheet)
         if arguments.json:
             check_place(arguments.json)
-
+        tell_of_steps([clip])
     signer = signer_of(arguments)
     if signer:
         signer.check(arguments.output)
@@ -134,6 +134,15 @@ def _generate(arguments, team) -> None:
         [result] = pipe.map([clip], write)
     if team.first:
         _report(arguments, result, time.perf_counter() - start)
+
+
+def tell_of_steps(clips) -> None:
+    """Say once that there are more steps than models are distilled for."""
+    from ..schedule import untrained
+
+    said = untrained(max((clip.steps for clip in clips), default=0))
+    if said:
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _tell_of_world(model, prompt: str) -> None:

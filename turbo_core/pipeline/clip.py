@@ -24,12 +24,13 @@ class Clip:
     """What a person asks for.
 
     image: path of the first frame. size: (width, height), multiples of 16; adaptive keeps its area and takes the
-    image's aspect ratio. frames: 4n + 1. steps: 1 to 4. sigma_max: default 80 (T2V) or 200 (I2V). topk: fraction of key
-    blocks for sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint was trained so and
-    dense elsewhere. precision: of sparse attention, "bf16" or "int8". boundary: sigma from which on the low-noise
-    expert works. noise_device: where noise is drawn; "cpu" gives the same video on every machine, "cuda" the noise of
-    the reference. tiled: decode in tiles. lora: files of LoRAs with their strengths, "style.safetensors:0.8" or
-    (path, 0.8), of the only or the high-noise model; lora_low: those of the low-noise expert.
+    image's aspect ratio. frames: 4n + 1. steps: 1 to 4, at most 100. sigma_max: default 80 (T2V) or 200 (I2V). topk:
+    fraction of key blocks for sparse-linear attention, None for dense attention, "auto" for 0.1 where the checkpoint
+    was trained so and dense elsewhere. precision: of sparse attention, "bf16" or "int8". boundary: sigma from which
+    on the low-noise expert works. noise_device: where noise is drawn; "cpu" gives the same video on every machine,
+    "cuda" the noise of the reference. tiled: decode in tiles. lora: files of LoRAs with their strengths,
+    "style.safetensors:0.8" or (path, 0.8), of the only or the high-noise model; lora_low: those of the
+    low-noise expert.
     """
 
     prompt: str
@@ -112,11 +113,12 @@ class Work:
 
     @contextmanager
     def stage(self, name: str, total: int = 1, begins: bool = True, ends: bool = True):
-        """Times a stage, summed when it comes in parts, and reports its start and end."""
+        """Times a stage, summed when it comes in parts, and reports its start and end; as what is between: a callable
+        (done, total)."""
         if begins:
             self.progress(name, 0, total)
         start = time.perf_counter()
-        yield
+        yield lambda done, total: self.progress(name, done, total)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if ends:
             self.progress(name, total, total)

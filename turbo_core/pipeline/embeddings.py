@@ -42,17 +42,17 @@ class Embeddings:
             if kept is None:
                 if self.encoder is None and room is not None:
                     room(self._size)
-                with stage("text encoder"):
-                    found[prompt] = self._encode(prompt)
+                with stage("text encoder") as progress:
+                    found[prompt] = self._encode(prompt, progress)
                 if self.store:
                     self.store.write(whose, clean_prompt(prompt), found[prompt])
             else:
                 found[prompt] = kept
         return found
 
-    def _encode(self, prompt):
+    def _encode(self, prompt, progress):
         if self.encoder is None:
-            self.encoder = load_text_encoder(self.path, self.tokenizer, self.device, self.dtype)
+            self.encoder = load_text_encoder(self.path, self.tokenizer, self.device, self.dtype, progress)
         padded = encode_text(*self.encoder, [prompt])[0].cpu()
         own = int((padded != 0).any(1).sum())
         return padded[:own].clone()

@@ -30,8 +30,9 @@ class Experts:
     def at(self, wanted: int, stage, keep: bool = False, leaves: bool = False, loras=((), ())) -> WanModel:
         """Model 0, the only or the high-noise one, or model 1, for one evaluation.
 
-        stage: context manager of a name, entered while a file is read. keep: the other model may stay. leaves: model 0
-        is wanted for the last time before model 1. loras: those of both models, see turbo_core.lora.
+        stage: context manager of a name that gives a callable (bytes done, total), entered while a file is read. keep:
+        the other model may stay. leaves: model 0 is wanted for the last time before model 1. loras: those of both
+        models, see turbo_core.lora.
         """
         if wanted == 1 and self.handover is not None and wanted not in self.models:
             self.models = {wanted: self.models.popitem()[1]}  # the same module, other weights
@@ -39,11 +40,13 @@ class Experts:
         if wanted not in self.models:
             if not keep or self.handover is not None:
                 self.free()
-            with stage("load DiT"):
+            with stage("load DiT") as progress:
                 file = self._opened(wanted)
                 state, heads = weights(file), file.description.num_heads
                 del file
-                self.models[wanted] = WanModel.from_state_dict(state, self.dtype, self.device, num_heads=heads)
+                self.models[wanted] = WanModel.from_state_dict(
+                    state, self.dtype, self.device, num_heads=heads, progress=progress
+                )
                 self.models[wanted].sequence = self.sequence
         model = self.models[wanted]
         if self._loras.get(wanted, ()) != loras[wanted]:

@@ -275,9 +275,12 @@ class Pipeline:
         def model_at(sigma):
             low = self.has_low and sigma < ready.clip.boundary
             leaving = leaves and sigma == last_high
-            return self.experts.at(int(low), work.stage, stay.experts, leaving, ready.clip.loras)
+            model = self.experts.at(int(low), work.stage, stay.experts, leaving, ready.clip.loras)
+            if not work.step_seconds:  # now, below what was read for it
+                self.progress("sampling", 0, steps)
+            return model
 
-        with work.stage("sampling", steps, begins=work.trajectory.done == 0, ends=until == steps):
+        with work.stage("sampling", steps, begins=False, ends=until == steps):
             work.trajectory.advance(
                 model_at, until, work.step_seconds, lambda done: self.progress("sampling", done, steps)
             )

@@ -10,13 +10,14 @@ import torch
 from ..checkpoint.formats import check_scale_values
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, missing_library, shown
+from ..files import counted
 from .umt5 import UMT5
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
 PAD, _EOS = 0, 1
 TOKENIZERS = ("spiece.model", "tokenizer.json")  # in a folder; the first that is there
 TABLE = "shared.weight"
-_EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
+EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OFFICIAL_BLOCK_NAMES = {  # Wan-AI's name of a block's tensor -> Hugging Face's
     "norm1": "layer.0.layer_norm",
@@ -43,15 +44,16 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
+def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16, progress=None):
     """(model, tokenize) of a umT5 encoder file in Wan-AI's, ComfyUI's or Hugging Face's naming.
 
     All sizes come from the tensors. tokenizer: a spiece.model, a tokenizer.json, or a folder with either; default is
     the model inside the file, then google/umt5-xxl beside it. tokenize(text) -> list of ids ending in the end token.
-    float8 files (plain or scaled) are widened to dtype. Raises TurboError for anything else; never downloads.
+    float8 files (plain or scaled) are widened to dtype. progress: callable (bytes done, total). Raises
+    TurboError for anything else; never downloads.
     """
     state = open_tensors(path).tensors
-    embedded = state.pop(_EMBEDDED, None)
+    embedded = state.pop(EMBEDDED, None)
     state = _canonical(state, path)
     tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
     sizes = _infer_sizes(state, path)
@@ -59,7 +61,7 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16):
     with torch.device("meta"):
         model = UMT5(**sizes)
     tensors = {}
-    for name, like in model.state_dict().items():
+    for name, like in counted(model.state_dict().items(), progress):
         _check_shape(state, name, like.shape, path)
         keep = name == TABLE and state[name].dtype not in _FLOAT8  # of the largest tensor a prompt needs few rows
         tensors[name] = _floats(state, name, path) if keep else _widened(state, name, path, device).to(device, dtype)
@@ -75,7 +77,7 @@ def check_encoder(state: dict, path, contents: bool = True) -> dict[str, int]:
     names, shapes and types alone, without reading scales or the tokenizer.
     """
     state = dict(state)
-    embedded = state.pop(_EMBEDDED, None)
+    embedded = state.pop(EMBEDDED, None)
     sizes = _infer_sizes(_canonical(state, path), path)
     with torch.device("meta"):
         expected = UMT5(**sizes).state_dict()
@@ -229,7 +231,7 @@ def tokenizer_place(tokenizer, path) -> Path:
 def _load_tokenizer(embedded, tokenizer, path: Path):
     if tokenizer is None and embedded is not None:
         if embedded.dtype != torch.uint8:
-            raise TurboError(f"tokenizer: the {_EMBEDDED} in {path} is {embedded.dtype}, expected bytes.")
+            raise TurboError(f"tokenizer: the {EMBEDDED} in {path} is {embedded.dtype}, expected bytes.")
         return _sentencepiece(embedded.numpy().tobytes(), path)
     place = tokenizer_place(tokenizer, path)
     found = [place] if os.path.isfile(place) else [place / name for name in TOKENIZERS]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..devices import widest_float
 from ..errors import TurboError
+from ..files import counted
 from ..int8 import check_scale
 from ..rope import rope_angles
 from .block import Block
@@ -100,11 +101,12 @@ class WanModel(nn.Module):
         return self.blocks[0].self_attn.proj_l is not None
 
     @classmethod
-    def from_state_dict(cls, sd, dtype=None, device="cpu", num_heads=None):
+    def from_state_dict(cls, sd, dtype=None, device="cpu", num_heads=None, progress=None):
         """Build the model that a canonical state dict describes (turbo_core.checkpoint.load) and load it.
 
         dtype: of the float matrices, default as stored; int8 weights stay int8, norms, modulation and proj_l become
-        float32. num_heads: default from proj_l, else heads of 128. Raises TurboError when keys or shapes do not fit.
+        float32. num_heads: default from proj_l, else heads of 128. progress: callable (bytes done, total). Raises
+        TurboError when keys or shapes do not fit.
         """
 
         def size(name, axis):
@@ -138,7 +140,8 @@ class WanModel(nn.Module):
                 t = t.float() if keep_float else t.to(dtype or t.dtype)
             return t.to(device)
 
-        model.load_state_dict({k: place(k, v) for k, v in sd.items()}, assign=True)
+        placed = {name: place(name, tensor) for name, tensor in counted(sd.items(), progress)}
+        model.load_state_dict(placed, assign=True)
         return model.eval().requires_grad_(False)
 
     def forward(self, x, timestep, context, y=None, topk=None, precision="bf16", frames=None, context_bias=None):
