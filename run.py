@@ -92,9 +92,10 @@ def test(arguments):
         if not arguments:
             beside["tests/host, calls of newer hosts"] = [*beside["tests/host"], "--newer", "-m", "newer"]
     if not arguments:
-        for folder in ("tests/kernels", "tests/compiled"):  # each needs a process of its own
-            beside[folder] = [*pytest, "-o", f"cache_dir=.pytest_cache/{folder}", folder]
-        pytest += ["--ignore=tests/kernels", "--ignore=tests/compiled"]
+        # kernels and compiled need processes of their own; the others would be the last to run, on one core
+        for folders in (["tests/kernels"], ["tests/compiled"], ["tests/parallel", "tests/tinywan", "tests/train"]):
+            beside[", ".join(folders)] = [*pytest, "-o", f"cache_dir=.pytest_cache/{folders[0]}", *folders]
+        pytest += [f"--ignore=tests/{name}" for name in ("kernels", "compiled", "parallel", "tinywan", "train")]
     # the tensors are small: more threads only wait for each other
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends all of it
