@@ -26,9 +26,9 @@ def test_a_plain_cpu_computes_in_torch():
 def test_the_verdict_of_one_family_is_that_of_no_other(card):
     dispatch.record(card, "norm", None)
     dispatch.record(card, "sla", "it is wrong")
-    assert [dispatch.use_triton(card, family) for family in dispatch.FAMILIES] == [False, True, False, False]
+    assert [dispatch.use_triton(card, family) for family in dispatch.FAMILIES] == [False, True, False, False, False]
     assert dispatch.why_not(card, "norm") is None and dispatch.why_not(card, "sla") == "it is wrong"
-    assert [dispatch.is_decided(card, family) for family in dispatch.FAMILIES] == [False, True, False, True]
+    assert [dispatch.is_decided(card, family) for family in dispatch.FAMILIES] == [False, True, False, True, False]
     assert not dispatch.use_triton(torch.device("cuda:1"), "norm")
 
 

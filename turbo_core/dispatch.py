@@ -18,7 +18,7 @@ from .errors import TurboError
 
 # namespace of torch's operators: two copies of this pack in one process each ask their own verdicts
 OPERATORS = "turbowan" if __package__ == "turbo_core" else f"turbowan_{re.sub('[^0-9A-Za-z]', '_', __package__)}"
-FAMILIES = ("quantize", "norm", "int8_mm", "sla")
+FAMILIES = ("quantize", "norm", "int8_mm", "sla", "vae")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what kernels compute in
 SWITCH = "TURBOWAN_KERNELS"  # environment: "torch" turns the kernels off, "triton" takes them without proof
 # AMD's chips with matrix instructions for int8; on RDNA 1 and 2, which have none, such a product hangs the card

@@ -2,11 +2,11 @@
 
 prove(device) is called when a model is loaded or kernels are brought to one; its verdicts stand in turbo_core.dispatch.
 On a card it launches what a Wan block launches with bfloat16 activations, one video at a time, and one of each other
-form. That is 40 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15 (counted by a test), which somebody waits
-for, once per Triton version. Through the interpreter: every form at a small ragged size. The reference computes on the
-CPU: there its integer products are exact and nothing depends on what the card's libraries round. Rounding is allowed, a
-wrong block, row or value is not. What no proof can survive is a kernel that reads or writes where it must not: CUDA
-then refuses everything else in this process.
+form. That is 43 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15, vae 3 (counted by a test), which somebody
+waits for, once per Triton version. Through the interpreter: every form at a small ragged size. The reference computes
+on the CPU: there its integer products are exact and nothing depends on what the card's libraries round. Rounding is
+allowed, a wrong block, row or value is not. What no proof can survive is a kernel that reads or writes where it must
+not: CUDA then refuses everything else in this process.
 """
 
 import logging
@@ -14,6 +14,7 @@ import logging
 import torch
 
 from . import dispatch
+from .channels import reference as channels_reference
 from .dispatch import FAMILIES, SWITCH
 from .errors import TurboError
 from .int8 import dequantize_block
@@ -320,4 +321,16 @@ def _attention_inputs(dtype, heads, head_dim, batch, length):
     return qkv, (sums, *weights, 1e-6, angles.cos(), angles.sin()), proj
 
 
-CHECKS = {"quantize": quantize, "norm": norm, "int8_mm": int8_mm, "sla": sla}
+def vae(device):
+    """norm_silu at the widths of the published VAE."""
+    from .channels import fast
+
+    cases = []
+    for dtype, rows, columns in [(dtype, 134, 200) for dtype in HALVES] if device.type == "cpu" else VAE_ON_CARD:
+        x, gamma = _draw(rows, columns, dtype=dtype), (1 + 0.1 * _draw(1, columns, seed=1)[0]).to(dtype)
+        cases.append(("norm_silu", (x, gamma), {}, None))
+    return _first_difference(device, fast, channels_reference, cases)
+
+
+VAE_ON_CARD = [(BF16, 300, columns) for columns in (96, 192, 384)]
+CHECKS = {"quantize": quantize, "norm": norm, "int8_mm": int8_mm, "sla": sla, "vae": vae}

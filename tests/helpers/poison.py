@@ -32,8 +32,11 @@ def poisoned():
         out = raw[_GUARD : _GUARD + inner].view(plain.dtype).view(shape)
         return out.fill_(math.nan) if plain.is_floating_point() else out
 
-    def empty(*size, dtype=None, device=None, **_):
-        return allocate(_shape(size), dtype or torch.get_default_dtype(), device)
+    def empty(*size, dtype=None, device=None, memory_format=None, **_):
+        shape, dtype = _shape(size), dtype or torch.get_default_dtype()
+        if memory_format is torch.channels_last_3d:  # the kernel that reads a VAE's activations takes no other
+            return allocate((shape[0], *shape[2:], shape[1]), dtype, device).permute(0, 4, 1, 2, 3)
+        return allocate(shape, dtype, device)
 
     def empty_like(x, dtype=None, device=None, **_):
         return allocate(x.shape, dtype or x.dtype, device or x.device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.lab import HIGH, QUANT, STOCK, T2V
+from tests.helpers.tiny_family import tiny_vae
 
 CPU, SECOND = torch.device("cpu"), torch.device("cpu", 1)  # the second stands for another card
 
@@ -73,3 +74,12 @@ def test_a_card_that_was_full_is_tried_again_before_the_next_run(lab, proved, pa
     proved.clear()
     lab.turbo(model, steps=1)
     assert proved and set(proved) == {CPU}
+
+
+def test_turbo_vae_proves_the_kernel_of_a_vae(pack, lab, comfy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pack.part("nodes.host.vae"), "prove", lambda *given: asked.append(given))
+    vae = comfy.sd.VAE(sd=tiny_vae())
+    vae.device = SECOND
+    pack.nodes["TurboVAE"].execute(vae)
+    assert asked == [(SECOND, ("vae",))]

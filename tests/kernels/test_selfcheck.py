@@ -57,6 +57,7 @@ def no_means(result):
         ("int8_mm", "int8.fast", "int8_mm_quantize", one_value),
         ("int8_mm", "int8.fast", "int8_mm_residual", one_value),
         ("int8_mm", "int8.fast", "int8_mm_qkv", one_value),
+        ("vae", "channels.fast", "norm_silu", one_value),
         ("sla", "kernels.sla_attention", "attention", one_value),
         ("sla", "kernels.sla_prepare", "prepare", one_value),
         ("sla", "kernels.block_map", "block_map", one_value),

@@ -8,7 +8,7 @@ import torch
 from tests.helpers import allocating
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.tiny_dits import tiny_state_dict
-from turbo_core import checkpoint
+from turbo_core import channels, checkpoint
 from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.errors import TurboError
 from turbo_core.int8 import block_scale_shape, products, reference
@@ -170,7 +170,7 @@ def test_vae_s_bytes_per_pixel(work, frames, monkeypatch):
     """Of the second and third piece, at the published width: the first is one frame and smaller."""
     width, height, past = 832, 480, Past()
     monkeypatch.setattr(ops, "_has_onednn", lambda *_: False)  # as on a card
-    monkeypatch.setattr(ops, "_SLICE", {})
+    monkeypatch.setattr(channels.reference, "_SLICE", {})
     with by_shape(), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         model = TinyDecoder(False) if "tiny" in work else WanVAE(96)

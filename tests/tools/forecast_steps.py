@@ -121,6 +121,13 @@ def page() -> str:
 
 
 TAIL = """
+## Norms of the VAE, by their bytes
+
+Decoding 81 frames takes 174 norms before convolutions, of 33.7 billion values at 480p and 77.8 at 720p. In plain torch
+norm, SiLU and cast move 30 bytes a value of bf16, in one kernel 4. At the data sheets' bandwidths that is 0.56 against
+0.08 s (480p) and 1.30 against 0.17 s (720p) on an RTX 5090, 0.21 against 0.03 s and 0.49 against 0.06 s on an H200. The
+convolutions are cuDNN's and come on top.
+
 ## What was looked at and left
 
 * **Sums of fp8 products in fp16**, which GeForce cards make twice as fast. `python -m tests.tools.half_sums` emulates

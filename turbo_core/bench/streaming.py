@@ -1,11 +1,12 @@
-"""Contenders for what stands between the products of a block: quantization, norms, modulation. Bound by memory.
+"""Contenders for what stands between products: quantization, norms, modulation. Bound by memory.
 
-Shapes are M x K: M tokens of K channels. Bytes are those of one read and one write of everything.
+Shapes are M x K: M tokens, of the VAE pixels, of K channels. Bytes are those of one read and one write of everything.
 """
 
 import torch
 import torch.nn.functional as F
 
+from ..channels.paths import operations as channel_operations
 from ..int8 import dequantize, operations, quantize_block, quantize_rows
 from .harness import Case, Contender, Missing, exact, relative_error
 from .linear import SAMPLE, TOKENS_480P, TOKENS_720P, block_chain, compiled, dtype_of, row_chain
@@ -149,6 +150,29 @@ def rms_case(device, m, k, quick=False) -> Case:
     return Case(f"RMSNorm {m} x {k}", {"m": m, "k": k}, contenders, ("eager chain",), bytes=bytes, streaming=True)
 
 
+def norm_silu_case(device, m, k, quick=False) -> Case:
+    """RMSNorm over channels and SiLU, as before each convolution of the Wan VAE: M pixels of K channels."""
+    o = _Operands(device, m, k)
+    gamma = o.weight.to(o.dtype)
+    error = o.judge(F.silu(F.normalize(exact(o.x[o.rows]), dim=1, eps=1e-12) * k**0.5 * exact(gamma)))
+    bound = 1e-5 if o.dtype == torch.float32 else 1e-2
+
+    def chain(x, gamma):
+        return F.silu(F.normalize(x.float(), dim=1, eps=1e-12) * k**0.5 * gamma.float()).to(x.dtype)
+
+    def plain(run):
+        return lambda: run(o.x, gamma)
+
+    contenders = [
+        Contender("eager chain", lambda: plain(chain), error, bound),
+        Contender("torch.compile", lambda: plain(compiled(chain, quick)), error, bound),
+        Contender("turbo-core", lambda: plain(channel_operations(o.x.device).norm_silu), error, bound),
+    ]
+    bytes = 2.0 * m * k * o.x.element_size()
+    name = f"RMSNorm over channels + SiLU {m} x {k}"
+    return Case(name, {"m": m, "k": k}, contenders, ("eager chain",), bytes=bytes, streaming=True)
+
+
 def cases(device, sizes=None, quick=False):
     """Yield the function that makes each case."""
     for m, k in sizes or shapes(device, quick):
@@ -156,3 +180,4 @@ def cases(device, sizes=None, quick=False):
             yield lambda m=m, k=k, rows=rows: quantize_case(device, m, k, rows, quick)
             yield lambda m=m, k=k, rows=rows: modulate_case(device, m, k, rows, quick)
         yield lambda m=m, k=k: rms_case(device, m, k, quick)
+        yield lambda m=m, k=k: norm_silu_case(device, m, k, quick)

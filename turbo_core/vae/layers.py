@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import conv, norm_silu, rms_norm
+from ..channels import norm_silu, rms_norm
+from .ops import conv
 from .past import Past
 
 FRAMES_AT_ONCE = 2  # resampled together: twice the side is four times the memory

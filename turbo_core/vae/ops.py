@@ -1,4 +1,4 @@
-"""Convolutions and norms over videos [B, C, T, H, W], fastest where channels lie innermost in memory."""
+"""Convolutions over videos [B, C, T, H, W], fastest where channels lie innermost in memory."""
 
 import functools
 import platform
@@ -7,10 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from . import winograd
-
-_SLICE = {"cpu": 2**18}  # numbers of a slice that a norm works on: its float32 copies stay in a CPU's cache
-_LARGE_SLICE = 2**23
-_TINY = 1e-12  # the least length that a vector is divided by
 
 
 def conv(x, weight, bias, stride=1, padding=0):
@@ -29,28 +25,3 @@ def _has_onednn(kind: str, dtype: torch.dtype) -> bool:
     if kind != "cpu" or platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def rms_norm(x, gamma):
-    """x / |x| * sqrt(C) * gamma over the channels of [B, C, ...], in float32 inside."""
-    wide = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=_TINY)
-    return (wide * (gamma.float().view(1, -1, *[1] * (x.ndim - 2)) * x.shape[1] ** 0.5)).to(x.dtype)
-
-
-def norm_silu(x, gamma, out):
-    """SiLU(rms_norm(x, gamma)) into out, which may be a part of a larger tensor."""
-    if torch.is_grad_enabled() or x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        out.copy_(F.silu(rms_norm(x, gamma)))
-        return
-    channels = x.shape[1]
-    factors = gamma.float().flatten() * channels**0.5
-    slice_rows = max(1, _SLICE.get(x.device.type, _LARGE_SLICE) // channels)
-    for video, place in zip(x, out):
-        rows, places = (t.permute(1, 2, 3, 0).view(-1, channels) for t in (video, place))
-        for some, there in zip(rows.split(slice_rows), places.split(slice_rows)):
-            length = torch.linalg.vector_norm(some, dim=1, keepdim=True, dtype=torch.float32)
-            wide = (some * length.clamp_min_(_TINY).reciprocal_()).mul_(factors)
-            if there.dtype == torch.float32:
-                torch.ops.aten.silu.out(wide, out=there)
-            else:
-                there.copy_(F.silu(wide, inplace=True))

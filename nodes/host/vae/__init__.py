@@ -7,6 +7,7 @@ import comfy.model_patcher
 import torch
 
 from ....turbo_core.errors import TurboError
+from ....turbo_core.selfcheck import prove
 from ....turbo_core.vae import WanVAE, build_vae, raw_pieces
 from ....turbo_core.vae.memory import piece_bytes
 
@@ -36,6 +37,7 @@ def turbo_vae(vae):
         raise TurboError(f"Turbo VAE got no VAE but {type(vae).__name__}: connect one, from Load VAE.")
     if isinstance(network, HostVAE):
         return vae
+    prove(vae.device, ("vae",))
     management = comfy.model_management
     offload = management.vae_offload_device()
     state = {name: tensor.detach().clone() for name, tensor in vae.get_sd().items()}  # two owners would move one weight

@@ -1,0 +1,62 @@
+"""RMSNorm over the channels of a video and SiLU in one pass: what stands before each convolution of the Wan VAE.
+
+x is read once and written once, 4 bytes a value in bfloat16 where plain torch moves about 30. The video lies with its
+channels innermost, so a row is a pixel; the result may be a part of a larger tensor, where the convolution has the
+frames before it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .norm import load_vector
+from .quantize import check_operand, matrix_shape
+from .rows import load_rows, part_columns, row_tile
+
+_TINY = tl.constexpr(1e-12)  # the least length that a vector is divided by
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_silu_kernel(
+    x_ptr,  # [M, K] any strides
+    gamma_ptr,  # [K]
+    y_ptr,  # [M, K]
+    M,
+    K,
+    root,  # of K
+    stride_m,
+    stride_k,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # one program owns ROWS whole rows, in registers from their one read to their one write
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    squares = x[0] * x[0]
+    for part in tl.static_range(1, PARTS):
+        squares += x[part] * x[part]
+    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), _TINY))[:, None]
+    for part in tl.static_range(PARTS):
+        cols = part_columns(part, WIDTH)
+        y = x[part] * inverse
+        y *= load_vector(gamma_ptr, cols, K, y) * root
+        y *= tl.sigmoid(y)
+        target = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < K)[None, :]
+        tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_silu(x, gamma, out=None):
+    """SiLU(x / |x| * sqrt(K) * gamma) of each row of x [M, K], any strides, computed in float32, in out's dtype.
+
+    gamma: [K]. out: contiguous [M, K] to write to, default a new one in x's dtype. Returns out.
+    """
+    m, k = matrix_shape(x)
+    out = torch.empty((m, k), dtype=x.dtype, device=x.device) if out is None else out
+    check_operand("gamma", gamma, (k,), x.device)
+    check_operand("out", out, (m, k), x.device)
+    tile = row_tile(k)
+    launch.run(norm_silu_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, gamma, out, m, k, k**0.5, *x.stride()), tile)
+    return out
