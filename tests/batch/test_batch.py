@@ -15,7 +15,7 @@ import torch
 
 from tests.helpers.manifests import times_done
 from turbo_core import checkpoint, pipeline
-from turbo_core.batch import Manifest, jobs, making, read_jobs, workers
+from turbo_core.batch import Manifest, folder, jobs, read_jobs, workers
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import Clip
@@ -68,9 +68,9 @@ def test_a_batch_is_the_single_videos_with_their_settings_inside_and_beside(tiny
 
 
 def test_the_frames_are_those_of_generate(tiny, tmp_path, prompts, monkeypatch):
-    seen, write = {}, making.write_video
+    seen, write = {}, folder.write_video
     monkeypatch.setattr(
-        making, "write_video", lambda path, frames, **made: seen.update({path: frames}) or write(path, frames, **made)
+        folder, "write_video", lambda path, frames, **made: seen.update({path: frames}) or write(path, frames, **made)
     )
     assert main(command(tiny, prompts, tmp_path / "out")) == 0
     found, _ = read_jobs(
@@ -149,7 +149,7 @@ def test_two_batches_in_one_folder_the_second_names_the_first(tiny, tmp_path, pr
 
 
 def test_a_full_disk_ends_the_batch_and_keeps_what_is_done(tiny, tmp_path, prompts, monkeypatch, capsys):
-    write, count = making.write_video, []
+    write, count = folder.write_video, []
 
     def full(path, frames, **made):
         count.append(path)
@@ -157,8 +157,8 @@ def test_a_full_disk_ends_the_batch_and_keeps_what_is_done(tiny, tmp_path, promp
             raise TurboError("Could not write it (No space left on device).")
         write(path, frames, **made)
 
-    monkeypatch.setattr(making, "write_video", full)
-    monkeypatch.setattr(making.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(folder, "write_video", full)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert main(command(tiny, prompts, tmp_path / "out")) == 2
     assert "Free space and start again" in capsys.readouterr().err
     assert len(count) == 2 and sum(made(tmp_path / "out").values()) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from tests.batch.test_batch import command, made, prompts, records
 from tests.helpers.certificates import make_keys
-from turbo_core.batch import Manifest, checking
+from turbo_core.batch import Manifest, folder
 from turbo_core.cli import batch, main
 from turbo_core.parallel import Alone, Sequence
 from turbo_core.pipeline import resident
@@ -85,11 +85,11 @@ def test_check_looks_at_the_folder_and_the_device(tiny, tmp_path, prompts, monke
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
     assert main(command(tiny, prompts, prompts / "below", "--check")) == 2
     assert "is a file. Expected a folder" in capsys.readouterr().err
-    monkeypatch.setattr(checking.os, "access", lambda place, mode: False)
+    monkeypatch.setattr(folder.os, "access", lambda place, mode: False)
     assert main(command(tiny, prompts, out, "--check")) == 2
     assert "may not be written to" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(checking.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     assert main(command(tiny, prompts, out, "--check")) == 2
     assert "is full (1.0 kB free)" in capsys.readouterr().err
 
@@ -149,7 +149,7 @@ def test_what_is_done_and_unsigned_is_signed_by_the_next_run(tiny, tmp_path, pro
     assert all(credentials(path)["state"] == "Valid" for path in out.glob("*.mp4"))
     assert main(command(tiny, prompts, out, "--no-metadata", *sign)) == 0
     told = capsys.readouterr().err
-    assert "4 of 4 videos are there already" in told and "unsigned" not in told
+    assert "4 of 4 videos are there already" in told and "0 of them were unsigned" in told
     assert sorted(made(out).values()) == [2] * 4  # once made, once entered as signed
     (out / "batch.jsonl").unlink()
     assert main(command(tiny, prompts, out, "--no-metadata", *sign)) == 0

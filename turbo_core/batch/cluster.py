@@ -9,13 +9,13 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 from .. import __version__
 from ..errors import TurboError, shown
 from ..pipeline import Clip, Pipeline
 from .jobs import Job
 from .making import Faults, Outcome, make
+from .remote import folder_of
 
 _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
 
@@ -35,6 +35,9 @@ def make_by_ray(
     settings name the CPU. options: of making.make. Raises TurboError where Ray is missing or not reached, and where an
     actor finds the models at fault.
     """
+    folder = folder_of(folder)
+    if folder.of_one_process:
+        raise TurboError(f"{folder} is memory of one process, and several make the videos: leave --ray out.")
     ray = _ray()
     _check_reached(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -49,7 +52,7 @@ def make_by_ray(
         ray.data.DataContext.get_current().enable_progress_bars = False
         on_cpu = settings.get("device") == "cpu"
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
-        constants = {"settings": settings, "folder": str(Path(folder).resolve()), "options": options}
+        constants = {"settings": settings, "folder": folder.shared(), "options": options}
         rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in enumerate(jobs)]
         there = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 0))
         blocks = _blocks(len(jobs), actors or there)
@@ -78,13 +81,13 @@ class _Maker:
     """An actor: its pipeline, and what it made of a block of jobs."""
 
     def __init__(self, settings, folder, options, version):
-        self.folder, self.options, self.fatal, self.pipe = Path(folder), options | {"faults": Faults()}, None, None
+        self.options, self.fatal, self.pipe = options | {"faults": Faults()}, None, None
         if version != __version__:
             self.fatal = f"A machine of the cluster has version {__version__} of this pack, the head has {version}."
             return
         try:
-            if not self.folder.is_dir():
-                raise TurboError(f"{folder} is not there on a machine of the cluster. Use a folder that all share.")
+            self.folder = folder_of(folder)
+            self.folder.check_shared()
             self.pipe = Pipeline(**settings)
         except TurboError as error:
             self.fatal = str(error)
@@ -105,8 +108,8 @@ class _Maker:
         number = {job.name: index for index, job in numbered}
         missing = []
         for index, job in numbered:
-            if job.is_in(self.folder):
-                told.append({"number": index, "state": "done", "bytes": (self.folder / job.name).stat().st_size})
+            if self.folder.holds(job.name, job.id):
+                told.append({"number": index, "state": "done", "bytes": self.folder.size(job.name)})
             else:
                 missing.append(job)
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from ..files import digest
 from ..lora import Lora, as_loras
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
-from ..pipeline.video import VIDEO_SUFFIXES, read_made
+from ..pipeline.video import VIDEO_SUFFIXES
 
 COLUMNS = (
     "prompt", "name", "seed", "seeds", "image", "size", "adaptive", "frames", "steps", "sigma_max", "topk", "precision",
@@ -37,18 +36,6 @@ class Job(NamedTuple):
     name: str
     id: str
     clip: Clip
-
-    def is_in(self, folder) -> bool:
-        """True where the folder's video of this name says of itself that it is this job's; of one that says nothing,
-        what lies beside it does."""
-        place = Path(folder) / self.name
-        with suppress(TurboError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            made = read_made(place)
-            if made is None:
-                beside = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-                made = beside["settings"] if beside.get("video") == digest([place]) else {}
-            return made.get("id") == self.id
-        return False
 
 
 class Fault(NamedTuple):

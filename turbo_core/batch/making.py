@@ -1,20 +1,14 @@
 """Jobs through a pipeline to files: a video and its settings beside it."""
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError, shown
-from ..files import digest, write_whole
 from ..pipeline import Clip, Pipeline
-from ..pipeline.provenance import Signer, credentials
-from ..pipeline.video import write_video
+from ..pipeline.provenance import Signer
 from .jobs import Job
+from .remote import folder_of
 
 LEAST_FREE = 64 << 20  # bytes; a disk with less takes no more videos
 _ALIKE = 3  # faults of ours of one kind in a row that end a batch
@@ -72,27 +66,19 @@ def make(
     what fails later ends all. Raises DiskFull, and TurboError where a file of the models is at fault, or faults of ours
     have no end.
     """
-    folder, of, faults = Path(folder), {id(job.clip): job for job in jobs}, faults or Faults()
+    folder, of, faults = folder_of(folder), {id(job.clip): job for job in jobs}, faults or Faults()
     signer = Signer(*sign) if sign else None
 
     def write(clip, result):
         job, start = of[id(clip)], time.perf_counter()
-        place, made = folder / job.name, result.settings | {"id": job.id}
-        beside = {"output": job.name, "settings": made, "seconds": result.seconds, "step_seconds": result.step_seconds}
-
-        def finish(aside, target):
-            if signer:
-                signer.sign(aside, target)
-            # the video last: where it is, all is there; and what lies beside tells whose it is
-            write_beside(place, beside | {"video": digest([aside])})
-
-        write_video(place, result.frames, made=made if metadata else None, finish=finish, sweeps=False)
+        beside = {"output": job.name, "settings": result.settings | {"id": job.id}}
+        beside |= {"seconds": result.seconds, "step_seconds": result.step_seconds}
+        size = folder.write(job.name, result.frames, beside, metadata, signer)
         faults.done()
-        seconds = result.seconds | {"write": time.perf_counter() - start}
-        tell(Outcome(job, "done", bytes=os.path.getsize(place), seconds=seconds))
+        tell(Outcome(job, "done", bytes=size, seconds=result.seconds | {"write": time.perf_counter() - start}))
 
     def failed(clip, error):
-        if shutil.disk_usage(folder).free < LEAST_FREE:
+        if folder.free() < LEAST_FREE:
             raise DiskFull(f"The disk of {folder} is full ({error}) Free space and start again: what is done stays.")
         ours = not isinstance(error, TurboError)
         tell(Outcome(of[id(clip)], "failed", error=_in_a_line(error) if ours else str(error)))
@@ -107,12 +93,6 @@ def make(
         pass
 
 
-def write_beside(place: Path, settings: dict) -> None:
-    """Write what lies beside a video: its settings, times, and the digest of its file."""
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    write_whole(place.with_suffix(".json"), text, sweeps=False)
-
-
 def _in_a_line(error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {shown(first, 200)}"
@@ -122,17 +102,10 @@ def sign_unsigned(signer: Signer, jobs: list[Job], manifest) -> int:
     """Put credentials into those of the finished jobs that have none; how many that were."""
     signed = 0
     for job in jobs:
-        place = manifest.folder / job.name
-        if credentials(place) is not None:
-            continue
-        signer.sign(place, place)
-        if credentials(place) is None:
-            continue  # the log says why
-        with suppress(OSError, ValueError, RecursionError, TypeError):
-            beside = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-            write_beside(place, beside | {"video": digest([place])})
-        manifest.record(job, "done", bytes=os.path.getsize(place))
-        signed += 1
+        size = manifest.folder.sign(job.name, signer)
+        if size is not None:
+            manifest.record(job, "done", bytes=size)
+            signed += 1
     return signed
 
 

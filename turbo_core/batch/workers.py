@@ -17,6 +17,7 @@ from ..errors import TurboError
 from ..pipeline import Pipeline
 from .jobs import Job
 from .making import Faults, Outcome, make
+from .remote import folder_of
 
 _DEATHS = 2
 
@@ -29,13 +30,15 @@ def make_by_workers(
 
     options: of make. Raises TurboError where a process finds the models at fault, or dies before it begins a job.
     """
-    todo, deaths, idle_deaths = deque(jobs), Counter(), 0
+    folder, todo, deaths, idle_deaths = folder_of(folder), deque(jobs), Counter(), 0
+    if folder.of_one_process:
+        raise TurboError(f"{folder} is memory of one process, and several make the videos: leave --workers out.")
     workers = []
     try:
         while True:
             while todo and len(workers) < len(devices):
                 place = next(place for place in range(len(devices)) if place not in {w.place for w in workers})
-                workers.append(_Worker(place, settings | {"device": devices[place]}, folder, options))
+                workers.append(_Worker(place, settings | {"device": devices[place]}, folder.shared(), options))
             for worker in workers:
                 if not worker.chunk and todo:
                     # large at first, so that prompts are encoded together; small at the end, so that none waits
@@ -61,8 +64,8 @@ def make_by_workers(
                         ) from None
                     deaths.update(worker.begun)
                     for job in reversed(worker.chunk.values()):
-                        if job.is_in(folder):
-                            tell(Outcome(job, "done", bytes=os.path.getsize(os.path.join(folder, job.name))))
+                        if folder.holds(job.name, job.id):
+                            tell(Outcome(job, "done", bytes=folder.size(job.name)))
                         elif deaths[job.name] == _DEATHS:
                             tell(Outcome(job, "failed", error=f"its process died {_DEATHS} times (exit code {code})."))
                         else:

@@ -15,7 +15,7 @@ def add_verbs(verbs, common) -> None:
     command = verbs.add_parser("batch", parents=[common], help="many videos from a list, models read once, resumable")
     add = command.add_argument
     add("jobs", type=Path, metavar="JOBS", help="prompts, one a line; or .csv, .jsonl with columns prompt, seed ...")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the videos; run again to go on")
+    add("-o", "--output", required=True, metavar="DIR", help="folder of the videos, or s3://...; run again to go on")
     add_models(command)
     add_settings(command)
     add("--check", action="store_true", help="check every line, file and the memory, and make nothing")
@@ -70,9 +70,10 @@ def _run(arguments, team) -> int:
         todo = by_lora([job for job in jobs if job.name not in there])
         if done:
             print(f"{len(done)} of {len(jobs)} videos are there already.", file=sys.stderr)
-        signed = sign_unsigned(signer, done, manifest) if signer else 0
-        if signed:
-            print(f"{signed} of them were unsigned and are signed now.", file=sys.stderr)
+        if signer and done and manifest.folder.signs_later:
+            print(f"{sign_unsigned(signer, done, manifest)} of them were unsigned and are signed now.", file=sys.stderr)
+        elif signer and done:
+            print("They stay as they are: --sign signs what is made from now on.", file=sys.stderr)
         tally = _Tally(arguments.jobs, manifest)
         try:
             if team.told(lambda: len(todo)):
@@ -101,13 +102,13 @@ def _make(arguments, settings, todo, manifest, tally, team):
         devices = _devices(arguments)
         if arguments.ray is not None:
             address = None if arguments.ray == "local" else arguments.ray
-            make_by_ray(address, _count(arguments), settings, todo, arguments.output, tell, **options)
+            make_by_ray(address, _count(arguments), settings, todo, manifest.folder, tell, **options)
         elif len(devices) == 1:
             with Pipeline(**settings, progress=progress, team=team) as pipe:
-                make(pipe, todo, arguments.output, tell, **options)
+                make(pipe, todo, manifest.folder, tell, **options)
         else:
             shared = {name: value for name, value in settings.items() if name != "device"}
-            make_by_workers(devices, shared, todo, arguments.output, tell, **options)
+            make_by_workers(devices, shared, todo, manifest.folder, tell, **options)
 
 
 def _settings(arguments) -> dict:

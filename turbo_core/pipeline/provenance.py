@@ -52,6 +52,10 @@ class Signer:
         if Path(target).suffix.lower() not in _MIMES:
             raise TurboError(f"--sign: {target} cannot hold content credentials. Name it {Path(target).stem}.mp4.")
 
+    def has_signed(self, path) -> bool:
+        """True where a video has credentials, by whomever."""
+        return credentials(path) is not None
+
     def sign(self, path, target) -> None:
         """Put credentials into a video, which is to appear as `target`. Where that fails the video stays as it is, and
         one line says so: a video that is finished is never lost for its signature."""
