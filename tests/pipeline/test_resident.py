@@ -371,5 +371,9 @@ def test_the_processes_of_a_team_compare_the_files_of_a_folder(tiny, tmp_path):
     told = {}
     state = {name: t.contiguous() for name, t in checkpoint.load(tiny / "TinyWan2.1-T2V.pth")[0].items()}
     save_file(state, tmp_path / "model.safetensors")
-    Pipeline(tmp_path, tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors", device="cpu", team=Asked())
-    assert f"the file {tmp_path / 'model.safetensors'}" in told
+    vae = tiny / "TinyWan2.1_VAE.pth"
+    Pipeline(tmp_path, vae, tiny / "tiny_umt5.safetensors", device="cpu", team=Asked())
+    # each of them decodes some rows of a video: two VAEs would leave a seam
+    assert f"the file {tmp_path / 'model.safetensors'}" in told and "bytes, " in told[f"the file {vae}"]
+    Pipeline(tmp_path, tmp_path / "gone.pth", tiny / "tiny_umt5.safetensors", device="cpu", team=Asked())
+    assert told[f"the file {tmp_path / 'gone.pth'}"] == "no such file"  # loading it names the cure

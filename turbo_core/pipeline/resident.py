@@ -64,7 +64,7 @@ class Pipeline:
         self.device = pick_device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence)
-        models = [dit] if dit_low is None else [dit, dit_low]
+        models = [path for path in (dit, dit_low, vae, vae_fast) if path is not None]
         self.team.agree(lambda: program_facts(self.device, [file for path in models for file in files_of(path)]))
         self.model, self.has_low = self.experts.descriptions[0], dit_low is not None
         self.memory = free_memory(self.device) if memory is None else memory
