@@ -17,7 +17,7 @@ def pick_device(device=None) -> torch.device:
         return torch.device(accelerator)
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has tensors, and no numbers in them
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TurboError(

@@ -197,6 +197,8 @@ def test_adaptive_size_follows_the_image(tiny):
         ({"precision": "fp4"}, "bf16, int8"),
         ({"sigma_max": 5.0}, "sigma_max"),
         ({"device": "toaster"}, "Leave --device out"),
+        ({"noise_device": "toaster"}, "Use --noise-device cpu"),
+        ({"noise_device": "meta"}, "Use --noise-device cpu"),
         ({"image": "image.png"}, "leave --image out"),
         ({"dit_low": "TinyWan2.1-T2V.pth"}, "same file"),
         ({"dit_low": "TinyWan2.2-I2V-low.pth"}, "experts differ"),

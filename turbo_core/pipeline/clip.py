@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..checkpoint import Description
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..lora import Lora, as_loras
 from ..schedule import default_sigma_max, rcm_sigmas
 from ..vae import LATENT_CHANNELS
@@ -132,11 +132,22 @@ def check_prompt(prompt: str) -> None:
         raise TurboError("The prompt is not valid text: is the terminal set to UTF-8?") from error
 
 
+def _check_noise_device(device) -> None:
+    try:
+        torch.Generator(device)
+    except RuntimeError as error:
+        reason = shown(str(error).splitlines()[0], 120)
+        raise TurboError(
+            f"Noise cannot be drawn on device {shown(device)} ({reason}). Use --noise-device cpu."
+        ) from error
+
+
 def check_clip(clip: Clip, model: Description, has_low: bool) -> Ready:
     """Everything of a clip held to the model before anything computes. Raises TurboError, which names the cure."""
     check_prompt(clip.prompt)
     if not 0 <= clip.seed < 1 << 64:
         raise TurboError(f"seed is a number from 0 to 2^64 - 1, got {clip.seed}.")
+    _check_noise_device(clip.noise_device)
     check_task(model, clip.image)
     if clip.lora_low and not has_low:
         raise TurboError(f"--lora-low is for the low-noise expert of a pair, {model.path} is one model: use --lora.")
