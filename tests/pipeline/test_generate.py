@@ -15,7 +15,7 @@ from turbo_core.errors import TurboError
 from turbo_core.pipeline import embeddings, experts, resident, text
 from turbo_core.schedule import rcm_sigmas
 from turbo_core.tinywan.text import tiny_text_encoder
-from turbo_core.vae import encode_video, load_vae
+from turbo_core.vae import coders, encode_video, load_vae
 from turbo_core.wan import WanModel
 
 SMALL = {"size": (32, 32), "frames": 5, "device": "cpu"}
@@ -205,7 +205,7 @@ def test_adaptive_size_follows_the_image(tiny):
     ],
 )
 def test_bad_settings_name_the_cure_before_anything_is_loaded(tiny, settings, message, monkeypatch):
-    monkeypatch.setattr(resident, "load_vae", lambda *_: pytest.fail("went on to load models"))
+    monkeypatch.setattr(coders, "load_vae", lambda *_: pytest.fail("went on to load models"))
     settings = {key: tiny / value if key in ("image", "dit_low") else value for key, value in settings.items()}
     with pytest.raises(TurboError, match=message):
         t2v(tiny, **settings)

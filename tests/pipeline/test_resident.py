@@ -350,10 +350,10 @@ def test_the_encoder_comes_back_only_where_it_fits_beside_the_models(tiny, fits,
         size = pipe.embeddings._size() + pipe.coders.bytes() + sum(pipe.experts.bytes)
         pipe.memory = size if fits else size - 1
 
-        def loading(path, tokenizer, device, dtype):
+        def loading(path, tokenizer, device, *more):
             if device != "meta":
                 there.append(len(pipe.experts.models))
-            return load(path, tokenizer, device, dtype)
+            return load(path, tokenizer, device, *more)
 
         monkeypatch.setattr(embeddings, "load_text_encoder", loading)
         second = pipe("b", steps=1, **SMALL)
