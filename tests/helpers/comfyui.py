@@ -129,6 +129,7 @@ def make_base(base, tiny=None, copies=("ComfyUI-TurboWan",)):
     tinywan.install(base / "models")
     for seed, lora in enumerate(LORAS):
         _write_lora(base / "models" / lora, seed)
+    write_interpolation(base / "models" / "frame_interpolation" / "film_net_fp16.safetensors")
     _write_pictures(base / "input")
     return base
 
@@ -147,11 +148,47 @@ def _write_lora(path, seed):
     save_file(state, path)
 
 
+def write_interpolation(path):
+    """A RIFE model of 8 channels that moves nothing and weighs both frames alike: what it makes is their mean."""
+    import torch
+    from safetensors.torch import save_file
+
+    def layer(name, *shape, outputs=0):
+        return {f"{name}.weight": torch.zeros(shape), f"{name}.bias": torch.zeros(shape[outputs])}
+
+    state = layer("encode.cnn0", 16, 3, 3, 3) | layer("encode.cnn3", 16, 4, 4, 4, outputs=1)
+    state |= layer("encode.cnn1", 16, 16, 3, 3) | layer("encode.cnn2", 16, 16, 3, 3)
+    for i, planes in enumerate((15, 28, 28, 28, 28)):
+        state |= layer(f"block{i}.conv0.0.0", 4, planes, 3, 3) | layer(f"block{i}.conv0.1.0", 8, 4, 3, 3)
+        state |= layer(f"block{i}.lastconv.0", 8, 52, 4, 4, outputs=1)
+        for j in range(8):
+            state |= layer(f"block{i}.convblock.{j}.conv", 8, 8, 3, 3)
+            state[f"block{i}.convblock.{j}.beta"] = torch.zeros(1, 8, 1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+
+
+def _write_video(path, frames=9):
+    """A bright square that moves over a dark ground, 160x96 at 16 frames a second."""
+    import av
+    import numpy
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for i in range(frames):
+            picture = numpy.full((96, 160, 3), 40, numpy.uint8)
+            picture[32:64, 8 * i : 8 * i + 32] = (220, 60, 60)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
 def _write_pictures(folder):
-    """example.png, which ComfyUI ships, and a lighter second.png."""
+    """example.png, which ComfyUI ships, a lighter second.png, and the clip example.mp4."""
     from PIL import Image
 
     folder.mkdir()
+    _write_video(folder / "example.mp4")
     first = Image.linear_gradient("L").resize((160, 96)).convert("RGB")
     first.save(folder / "example.png")
     first.point(lambda value: 255 - value // 2).save(folder / "second.png")

@@ -23,6 +23,8 @@ FILES = {
     "VAELoader": "vae_name",
     "LoraLoaderModelOnly": "lora_name",
     "LoadImage": "image",
+    "LoadVideo": "file",
+    "FrameInterpolationModelLoader": "model_name",
 }
 
 
@@ -79,7 +81,8 @@ def files(workflow):
 
 def asked_for(workflow):
     """Names of the weight files that the loaders of a workflow are set to."""
-    loaders = [node for node in workflow["nodes"] if node["type"] in FILES and node["type"] != "LoadImage"]
+    own = "LoadImage", "LoadVideo"  # what the user brings
+    loaders = [node for node in workflow["nodes"] if node["type"] in FILES and node["type"] not in own]
     return {node["widgets_values"][0] for node in loaders}
 
 
@@ -96,7 +99,7 @@ def widgets(inputs, values, prefix=""):
             if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
                 continue
             value = named[prefix + name] = next(values)
-            if options.get("control_after_generate") or options.get("image_upload"):
+            if any(options.get(more) for more in ("control_after_generate", "image_upload", "video_upload")):
                 next(values)
             if kind == DYNAMIC:
                 chosen = next(option for option in options["options"] if option["key"] == value)

@@ -135,6 +135,17 @@ def test_whoever_replaces_trained_attention_is_named(lab, packs, told, name):
     assert "enhanced" in line and "2 blocks from block 0" in line
 
 
+@pytest.mark.parametrize("name", [T2V, STOCK])
+def test_the_host_s_own_nag_does_nothing_on_wan(lab, name):
+    """What docs/packs.md says of it: should a newer host ask for its patch, this fails and the page is to be mended."""
+    from comfy_extras.nodes_nag import NAGuidance
+
+    asked, guided = [], NAGuidance.execute(lab.load(name), 5.0, 0.5, 1.5)[0]
+    patches = guided.model_options["transformer_options"]["patches"]["attn1_output_patch"]
+    patches[0] = lambda out, extra, before=patches[0]: asked.append(1) or before(out, extra)
+    assert torch.equal(evaluated(lab, guided), evaluated(lab, lab.load(name))) and not asked
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "enhanced self-attention"])
 def test_nobody_else_is(lab, packs, told, name):
     lab.turbo(packs[name](lab.load(T2V)), steps=1)

@@ -89,10 +89,16 @@ def _is_healthy(server, small):
 
 
 # Two parts; three clips. Turbo Compare shows its picture in the place of previews.
-STEPS = {"turbowan_long_chained": 8, "turbowan_many_prompts": 12}
+STEPS = {
+    "turbowan_long_chained": 8,
+    "turbowan_many_prompts": 12,
+    "turbowan_video_to_video": 3,
+    "turbowan_finish_video": 0,
+}
 CLIPS = {"turbowan_many_prompts": 3}  # of one run
-FRAMES = {"turbowan_long_chained": 17, "turbowan_long_windows": 17}
-SIZES = {"turbowan_compare": (160, 48)}  # side by side
+FRAMES = {"turbowan_long_chained": 17, "turbowan_long_windows": 17, "turbowan_finish_video": 17}
+SIZES = {"turbowan_compare": (160, 48), "turbowan_finish_video": (240, 144)}  # side by side; 1.5 times the clip
+RATES = {"turbowan_finish_video": 32.0}
 
 
 @pytest.mark.parametrize("name", workflow_api.names())
@@ -105,16 +111,43 @@ def test_every_shipped_workflow_makes_its_video_with_progress_and_previews(serve
     assert run.status == "execution_success", run.error
     steps = STEPS.get(name, 4)
     samplers = [number for number, node in prompt.items() if node["class_type"] in SAMPLERS]
-    assert [run.progress(number) for number in samplers] == [[1, 2, 3, 4] * CLIPS.get(name, 1)] * len(samplers)
+    each = [1, 2, 3] if name == "turbowan_video_to_video" else [1, 2, 3, 4]
+    assert [run.progress(number) for number in samplers] == [each * CLIPS.get(name, 1)] * len(samplers)
     assert len(run.previews) == steps
     assert all(min(host.preview_size(preview)) > 0 for preview in run.previews)
     paths = run.videos(server.base)
     assert len(paths) == CLIPS.get(name, 1)
     for path in paths:
         width, height, count, rate, frames = _video(path)
-        assert (width, height, count, rate) == (*SIZES.get(name, (80, 48)), FRAMES.get(name, 9), 16.0)
+        assert (width, height, count, rate) == (
+            *SIZES.get(name, (80, 48)),
+            FRAMES.get(name, 9),
+            RATES.get(name, 16.0),
+        )
         assert frames[0].std() > 1, "the picture is of one colour"
     assert server.log.count("Context window 2/2") - before == (4 if windows else 0)
+
+
+def test_less_denoise_keeps_more_of_the_clip(server, small):
+    """By the sampled latent, against that of the clip itself."""
+    prompt = small("turbowan_video_to_video", seed=3)
+    number = _node(prompt, "KSampler")
+    saved = {"samples": [_node(prompt, "VAEEncode"), 0], "filename_prefix": "of-the-clip"}
+    run = host.run(server, {**prompt, "latent": {"class_type": "SaveLatent", "inputs": saved}})
+    assert run.status == "execution_success", run.error
+    (path,) = (server.base / "output").glob("of-the-clip*")
+    clip, apart = load_file(path)["latent_tensor"], []
+    for steps in (1, 2, 3):
+        prompt[number]["inputs"].update(steps=steps, denoise=steps / 4)
+        apart.append((_latent(server, prompt) - clip).norm())
+    assert apart == sorted(apart) and apart[0] < 0.8 * apart[-1]
+
+
+def test_a_frame_between_two_is_made_of_both(server, small):
+    prompt = small("turbowan_finish_video")
+    sources = [[_node(prompt, kind), 0] for kind in ("ImageScaleBy", "FrameInterpolate")]
+    large, smooth = _pictures(server, prompt, sources)
+    assert smooth[::2] == large and len(set(smooth)) == 17
 
 
 def test_a_last_frame_reaches_the_video(server, small):

@@ -14,6 +14,7 @@ SHIPPED = {  # and the frames that each makes
     "00_start_here": 33,
     "01_start_here_image": 33,
     "turbowan_compare": 81,
+    "turbowan_finish_video": 161,
     "turbowan_first_last_frame": 81,
     "turbowan_i2v_a14b": 81,
     "turbowan_long_chained": 161,
@@ -24,10 +25,11 @@ SHIPPED = {  # and the frames that each makes
     "turbowan_t2v_14b_720p": 81,
     "turbowan_t2v_ksampler": 81,
     "turbowan_t2v_turbo_sampler": 81,
+    "turbowan_video_to_video": 81,
     "wan_stock_faster": 81,
 }
 MATCHING = "COMFY_MATCHTYPE_V3"  # an output of the type of what is connected; here lists of prompts
-WEIGHT_FOLDERS = {"diffusion_models", "loras", "text_encoders", "vae"}
+WEIGHT_FOLDERS = {"diffusion_models", "frame_interpolation", "loras", "text_encoders", "vae"}
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +177,20 @@ def _length(prompt, value):
 def test_it_makes_the_listed_frames_at_sixteen_a_second(schema, name):
     prompt = workflow_api.to_api(workflow_api.load(name), schema)
     nodes = [node["inputs"] for node in prompt.values()]
-    lengths = [_length(prompt, inputs["length"]) for inputs in nodes if "length" in inputs and "width" in inputs]
+    cut = [node["inputs"] for node in prompt.values() if node["class_type"] == "ImageFromBatch"]
+    sized = [inputs for inputs in nodes if "length" in inputs and "width" in inputs]
+    if not sized and not cut:  # it takes a whole video: 81 frames, and others between them
+        (times,) = [inputs["multiplier"] for inputs in nodes if "multiplier" in inputs]
+        (rate,) = [inputs["fps"] for inputs in nodes if "fps" in inputs]
+        assert rate == 16 * times and SHIPPED[name] == 80 * times + 1
+        return
+    lengths = [_length(prompt, inputs["length"]) for inputs in sized or cut]
     dropped = sum(inputs.get("batch_index") == 1 for inputs in nodes)  # the frame that two parts share
     assert sum(lengths) - dropped == SHIPPED[name]
     assert max(lengths) == min(SHIPPED[name], 81) or any(inputs.get("context_length") == 81 for inputs in nodes)
     (rate,) = [node["inputs"]["fps"] for node in prompt.values() if node["class_type"] == "CreateVideo"]
-    assert rate == 16
+    from_video = isinstance(rate, list) and prompt[rate[0]]["class_type"] == "GetVideoComponents"
+    assert rate == 16 or from_video
 
 
 def test_tiles_never_cut_time(schema):
@@ -195,7 +205,8 @@ def test_turbowan_workflows_sample_without_guidance_on_the_rcm_schedule(schema):
     for name in NAMES:
         for node in workflow_api.to_api(workflow_api.load(name), schema).values():
             if node["class_type"] == "KSampler":
-                assert (node["inputs"]["cfg"], node["inputs"]["steps"], node["inputs"]["sampler_name"]) == (1, 4, "lcm")
+                given = node["inputs"]
+                assert (given["cfg"], given["steps"] / given["denoise"], given["sampler_name"]) == (1, 4, "lcm")
                 assert (node["inputs"]["scheduler"] == "turbo_rcm") == name.startswith("turbowan")
 
 
