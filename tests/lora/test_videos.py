@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.batch.test_batch import command, made, records
 from tests.helpers.lora_files import spelled
@@ -73,6 +74,18 @@ def test_a_set_that_changes_loras_is_the_single_videos_and_reads_the_model_once(
     assert found[0].settings["lora"] is None
     told = found[2].settings["lora"]
     assert [(lora["file"], lora["strength"]) for lora in told] == [("one.safetensors", 1.0), ("two.safetensors", -2.0)]
+
+
+def test_a_file_wider_than_the_model_gives_the_same_sum_whatever_was_on_it_before(tiny, files, tmp_path):
+    """What a LoRA had changed is read again from the file, what it had not is in the model, rounded."""
+    state = {name: t.float() * 1.001 for name, t in checkpoint.load(tiny / "TinyWan2.1-T2V.pth")[0].items()}
+    save_file(state, tmp_path / "wide.safetensors")
+    first, second = (Clip("a", steps=1, lora=(file,), **SMALL) for file in files)
+    found = []
+    for clips in ([first, second], [second]):
+        with pipe(tiny, tmp_path / "wide.safetensors", dtype=torch.bfloat16, memory=1 << 40) as several:
+            found.append(list(several.map(clips))[-1].latents)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("suffix", [".pth", "-quant.pth"])

@@ -66,7 +66,8 @@ def _sum(base, changes, like) -> torch.Tensor:
     """base plus its changes, of the type and on the device of `like`."""
     if not changes:
         return base.to(like)
-    total = base.to(like.device, torch.float32, copy=True)
+    # first as the model holds it: a file in float32 must give the same sum as what was read of it into bfloat16
+    total = base.to(like).to(torch.float32, copy=True)
     rows = total.view(total.shape[0], -1)
     for opened, change, strength in changes:
         up = read(opened, change.up, like.device)
