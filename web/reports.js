@@ -69,6 +69,10 @@ async function copy(text, button) {
   setTimeout(() => (button.textContent = "copy"), 1500);
 }
 
+function joined(parts) {
+  return Array.isArray(parts) ? parts.join("\n\n") : parts;
+}
+
 function write(node, output) {
   const parts = output?.text;
   if (!parts?.length) {
@@ -76,7 +80,7 @@ function write(node, output) {
     if (left && output) left.value = ""; // this run said nothing
     return;
   }
-  const text = Array.isArray(parts) ? parts.join("\n\n") : parts;
+  const text = joined(parts);
   const missing = !node.widgets?.some((widget) => widget.name === NAME);
   field(node).value = text;
   if (!missing) return;
@@ -106,10 +110,24 @@ function nodeOnWay(numbers) {
   return node;
 }
 
-const red = new Map(); // nodes that say why they are red, with their size before; null where the field was there
+const inside = new WeakMap(); // of a node that stands for a graph: what the nodes in it say, by their numbers
+
+// What is said inside a node that stands for a graph is seen on that node.
+function writeOutside(numbers, text) {
+  const way = String(numbers).split(":");
+  const outer = way.length > 1 && nodeOnWay(way[0]);
+  if (!outer) return;
+  const said = inside.get(outer) ?? new Map();
+  inside.set(outer, said.set(String(numbers), text));
+  const texts = [...said.values()].filter(Boolean);
+  if (texts.length || outer.widgets?.some((widget) => widget.name === NAME)) write(outer, { text: texts });
+}
+
+const red = new Map(); // nodes that say why they are red: their number, and their size before, null where the field was there
 
 function clearRed() {
-  for (const [node, size] of red) {
+  for (const [node, { size, numbers }] of red) {
+    writeOutside(numbers, "");
     const widget = node.widgets?.find((found) => found.name === NAME);
     if (!widget) continue;
     widget.value = "";
@@ -127,8 +145,10 @@ function tellRed(refused) {
     const ours = errors.filter((error) => error.type === "custom_validation_failed");
     const said = ours.map(({ details, extra_info }) => details.replace(`${extra_info?.input_name} - `, ""));
     if (!said.length) continue;
-    red.set(node, node.widgets?.some((widget) => widget.name === NAME) ? null : [...node.size]);
+    const size = node.widgets?.some((widget) => widget.name === NAME) ? null : [...node.size];
+    red.set(node, { size, numbers });
     write(node, { text: said });
+    writeOutside(numbers, joined(said));
     const detail = said.join("\n");
     app.extensionManager?.toast?.add({ severity: "error", summary: node.title, detail, life: SECONDS_RED * 1000 });
   }
@@ -150,6 +170,11 @@ api.queuePrompt = async function (...given) {
 function isOurs(definition) {
   return definition?.python_module?.split(".").pop() === FOLDER;
 }
+
+api.addEventListener("executed", ({ detail }) => {
+  const numbers = detail.display_node ?? detail.node;
+  if (isOurs(nodeOnWay(numbers)?.constructor?.nodeData)) writeOutside(numbers, joined(detail.output?.text ?? ""));
+});
 
 app.registerExtension({
   name: "TurboWan.Reports",

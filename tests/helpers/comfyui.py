@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PACK = HERE.parents[1]
-PARTS = ("__init__.py", "pyproject.toml", "nodes", "turbo_core", "kernels", "workflows", "web", "locales")
+PARTS = (
+    "__init__.py", "pyproject.toml", "nodes", "turbo_core", "kernels", "workflows", "subgraphs", "web", "locales",
+)  # fmt: skip
 FINAL = {"execution_success", "execution_error", "execution_interrupted"}
 PREVIEW = 1  # type of the binary messages that carry a preview image
 

@@ -1,16 +1,24 @@
 """Shipped workflows, read as ComfyUI's page reads them, and as the /prompt request it makes of them."""
 
+import copy
 import json
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 API = FOLDER / "api"
+SUBGRAPHS = FOLDER.parent / "subgraphs"
 RECORDING = Path(__file__).resolve().parents[1] / "page" / "object_info.json"
 NOTES = ("MarkdownNote", "Note")  # exist in the page only
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
 GROWING = "COMFY_AUTOGROW_V3"  # as many inputs as are connected, called name.first, name.second ...
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 TEXTS = ("tooltip", "description", "search_aliases", "output_tooltips")
+
+BLUEPRINTS = {  # {file in subgraphs/, by whose name the page lists it: the workflow that it is taken from}
+    "TurboWan text to video": "turbowan_t2v_turbo_sampler",
+    "TurboWan image to video": "turbowan_i2v_a14b",
+}
+_LINK = "id", "origin_id", "origin_slot", "target_id", "target_slot", "type"
 
 COMES_ALONG = ("00_start_here", "01_start_here_image")  # their files lie in models/tinywan: nothing to download
 
@@ -44,7 +52,7 @@ def recorded_object_info():
 
 def recordable(object_info):
     """/object_info for the nodes the workflows use, without texts and without what differs between machines."""
-    used = {node["type"] for name in names() for node in load(name)["nodes"]} - set(NOTES)
+    used = {node["type"] for name in names() for node in flat(load(name))[0]} - set(NOTES)
     recording = {name: _without_texts(object_info[name]) for name in sorted(used)}
     for name, node in recording.items():
         if is_ours(node):
@@ -73,16 +81,69 @@ def _list_no_files(spec):
         spec[1]["options"] = []
 
 
+def inner_graphs(workflow):
+    """The graphs inside a workflow's subgraphs, with links as the outer graph has them: [number, source, output,
+    target, slot, type], where -10 is the subgraph's own inputs and -20 its outputs."""
+    return [
+        graph | {"links": [list(map(link.get, _LINK)) for link in graph["links"]]}
+        for graph in workflow.get("definitions", {}).get("subgraphs", ())
+    ]
+
+
+def flat(workflow):
+    """(nodes, {(node, input slot): (node, output)}) of a workflow with its subgraphs laid open, as a run has them.
+
+    A node inside a subgraph is numbered "16:3" after the node that stands for it, and its widgets have the values of
+    that node. Subgraphs lie in the outer graph alone.
+    """
+    inside = {graph["id"]: graph for graph in inner_graphs(workflow)}
+    nodes, sources, given = [], {}, {}
+    for node in workflow["nodes"]:
+        graph = inside.get(node["type"])
+        if graph is None:
+            nodes.append(node)
+            continue
+        numbers = {n["id"]: f"{node['id']}:{n['id']}" for n in graph["nodes"]}
+        copies = {n["id"]: copy.deepcopy(n) | {"id": numbers[n["id"]]} for n in graph["nodes"]}
+        nodes += copies.values()
+        typed = iter(node.get("widgets_values", ()))
+        typed = {i: next(typed) for i, slot in enumerate(node["inputs"]) if "widget" in slot}
+        for _, source, output, target, slot, _ in graph["links"]:
+            if target == -20:
+                given[node["id"], output] = numbers[source], output
+            elif source != -10:
+                sources[numbers[target], slot] = numbers[source], output
+            elif output in typed:
+                _type(copies[target], slot, typed[output])
+            else:
+                sources[numbers[target], slot] = ("outer", node["id"], output)
+    outer = {}
+    for _, source, output, target, slot, _ in workflow["links"]:
+        outer[target, slot] = given.get((source, output), (source, output))
+    for end, source in sources.items():
+        sources[end] = outer[source[1:]] if source[0] == "outer" else source
+    return nodes, sources | outer
+
+
+def _type(node, slot, value):
+    """Type a value into the widget of an input."""
+    names = [given["name"] for given in node["inputs"] if "widget" in given]
+    place = names.index(node["inputs"][slot]["name"])
+    if "seed" in names[:place]:
+        place += 1  # the page's own widget behind it
+    node["widgets_values"][place] = value
+
+
 def files(workflow):
     """{(folder, file name)} of everything a workflow offers to download."""
-    models = (model for node in workflow["nodes"] for model in node["properties"].get("models", ()))
+    models = (model for node in flat(workflow)[0] for model in node["properties"].get("models", ()))
     return {(model["directory"], model["name"]) for model in models}
 
 
 def asked_for(workflow):
     """Names of the weight files that the loaders of a workflow are set to."""
     own = "LoadImage", "LoadVideo"  # what the user brings
-    loaders = [node for node in workflow["nodes"] if node["type"] in FILES and node["type"] not in own]
+    loaders = [node for node in flat(workflow)[0] if node["type"] in FILES and node["type"] not in own]
     return {node["widgets_values"][0] for node in loaders}
 
 
@@ -108,13 +169,13 @@ def widgets(inputs, values, prefix=""):
 
 
 def to_api(workflow, object_info):
-    """The "prompt" of a /prompt request for a saved workflow without subgraphs and bypassed nodes.
+    """The "prompt" of a /prompt request for a saved workflow without bypassed nodes.
 
     Raises ValueError when a node has more or fewer widget values than its schema asks for.
     """
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    nodes, sources = flat(workflow)
     prompt = {}
-    for node in workflow["nodes"]:
+    for node in nodes:
         if node["type"] in NOTES:
             continue
         values = iter(node.get("widgets_values", ()))
@@ -124,7 +185,10 @@ def to_api(workflow, object_info):
             raise ValueError(f"{node['type']} {node['id']} has too few widget values") from None
         if left := list(values):
             raise ValueError(f"{node['type']} {node['id']} has widget values left over: {left}")
-        inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
+        for slot, given in enumerate(node["inputs"]):
+            if (node["id"], slot) in sources:
+                source, output = sources[node["id"], slot]
+                inputs[given["name"]] = [str(source), output]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
@@ -133,9 +197,9 @@ def exported(name):
     """A shipped workflow as the page's Export (API) writes it, with the title that each node shows."""
     workflow, object_info = load(name), recorded_object_info()
     prompt = to_api(workflow, object_info)
-    for node in workflow["nodes"]:
+    for node in flat(workflow)[0]:
         if node["type"] not in NOTES:
-            title = node.get("title") or object_info[node["type"]]["display_name"]
+            title = node.get("title") or object_info[node["type"]]["display_name"] or node["type"]
             prompt[str(node["id"])]["_meta"] = {"title": title}
     return prompt
 
@@ -164,3 +228,17 @@ def for_tiny_models(prompt, width=80, height=48, length=9, **changes):
             inputs.update(context_length=length // 8 * 4 + 1, context_overlap=4)
         inputs.update({key: value for key, value in changes.items() if key in inputs})
     return prompt
+
+
+def blueprint(name):
+    """A node that stands for a whole graph as the host serves it to the page's node library, from its workflow."""
+    workflow = load(BLUEPRINTS[name])
+    (graph,) = workflow["definitions"]["subgraphs"]
+    (node,) = (node for node in workflow["nodes"] if node["type"] == graph["id"])
+    free = {"order": 0, "inputs": [slot | {"link": None} for slot in node["inputs"]]}
+    free["outputs"] = [slot | {"links": None} for slot in node["outputs"]]
+    return {
+        "id": graph["id"], "revision": 0, "last_node_id": node["id"], "last_link_id": 0, "nodes": [node | free],
+        "links": [], "groups": [], "definitions": {"subgraphs": [graph]}, "config": {}, "extra": graph["extra"],
+        "version": workflow["version"],
+    }  # fmt: skip

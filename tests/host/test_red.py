@@ -56,7 +56,7 @@ def _set(name, kind, which=0, **inputs):
 
     def make(small):
         prompt = small(name)
-        numbers = [number for number in sorted(prompt, key=int) if prompt[number]["class_type"] == kind]
+        numbers = [number for number in prompt if prompt[number]["class_type"] == kind]
         prompt[numbers[which]]["inputs"] |= inputs
         return prompt
 

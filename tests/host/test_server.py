@@ -288,6 +288,15 @@ def test_the_recorded_object_info_is_what_this_host_says(object_info):
 
 
 @pytest.mark.parametrize("copy", serving.COPIES)
+def test_blueprints_are_served_to_the_node_library(server, copy):
+    served = host.get_json(server, "/global_subgraphs")
+    ours = {entry["name"]: i for i, entry in served.items() if entry["info"]["node_pack"] == f"custom_nodes.{copy}"}
+    assert set(ours) == set(workflow_api.BLUEPRINTS)
+    for name, number in ours.items():
+        assert json.loads(host.get_json(server, f"/global_subgraphs/{number}")["data"]) == workflow_api.blueprint(name)
+
+
+@pytest.mark.parametrize("copy", serving.COPIES)
 def test_templates_thumbnails_and_help_are_where_the_page_looks_for_them(server, copy):
     assert sorted(host.get_json(server, "/workflow_templates")[copy]) == workflow_api.names()
     for name in workflow_api.names():

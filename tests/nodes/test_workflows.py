@@ -37,9 +37,21 @@ def schema():
     return workflow_api.recorded_object_info()
 
 
+INNER = {name: graph for name in NAMES for graph in workflow_api.inner_graphs(workflow_api.load(name))}
+
+
 @pytest.fixture(params=NAMES)
 def workflow(request):
     return workflow_api.load(request.param)
+
+
+@pytest.fixture(params=[*NAMES, *(f"inside {name}" for name in INNER)])
+def graph(request):
+    """What a person sees at once: a workflow as it opens, or the inside of its one node."""
+    if request.param in NAMES:
+        return workflow_api.load(request.param)
+    inner = INNER[request.param.removeprefix("inside ")]
+    return inner | {"last_node_id": inner["state"]["lastNodeId"], "last_link_id": inner["state"]["lastLinkId"]}
 
 
 def _nodes(workflow):
@@ -57,26 +69,50 @@ def test_all_are_there_each_with_its_thumbnail():
         assert picture[:2] == b"\xff\xd8" and len(picture) < 150_000
 
 
-def test_numbers_are_unique_and_the_counters_ahead_of_them(workflow):
-    nodes, links = [node["id"] for node in workflow["nodes"]], [link[0] for link in workflow["links"]]
-    assert len(set(nodes)) == len(nodes) and max(nodes) <= workflow["last_node_id"]
-    assert len(set(links)) == len(links) and max(links) <= workflow["last_link_id"]
+def test_numbers_are_unique_and_the_counters_ahead_of_them(graph):
+    nodes, links = [node["id"] for node in graph["nodes"]], [link[0] for link in graph["links"]]
+    assert len(set(nodes)) == len(nodes) and max(nodes) <= graph["last_node_id"]
+    assert len(set(links)) == len(links) and max(links) <= graph["last_link_id"]
 
 
-def test_links_agree_with_both_of_their_ends(workflow):
-    nodes = _nodes(workflow)
-    for number, source, output, target, slot, kind in workflow["links"]:
-        start, end = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
-        assert number in start["links"] and end["link"] == number
+def test_links_agree_with_both_of_their_ends(graph):
+    nodes = _nodes(graph)
+    for number, source, output, target, slot, kind in graph["links"]:
+        start = graph["inputs"][output] if source == -10 else nodes[source]["outputs"][output]
+        end = graph["outputs"][slot] if target == -20 else nodes[target]["inputs"][slot]
+        assert number in start.get("links", start.get("linkIds"))
+        assert number == end["link"] if target != -20 else number in end["linkIds"]
         assert start["type"] == end["type"] == kind
-    numbers = {link[0] for link in workflow["links"]}
-    for node in workflow["nodes"]:
-        assert {slot["link"] for slot in node["inputs"]} - {None} <= numbers, node["type"]
+    numbers = {link[0] for link in graph["links"]}
+    for node in graph["nodes"]:
+        assert {slot.get("link") for slot in node["inputs"]} - {None} <= numbers, node["type"]
         assert {link for slot in node["outputs"] for link in slot["links"] or ()} <= numbers, node["type"]
 
 
+def test_a_node_that_stands_for_a_graph_has_its_inputs_and_outputs(workflow):
+    kinds = {inner["id"]: inner for inner in workflow_api.inner_graphs(workflow)}
+    for node in workflow["nodes"]:
+        if (inner := kinds.pop(node["type"], None)) is None:
+            continue
+        for side in ("inputs", "outputs"):
+            faces = [
+                [(slot["name"], slot["type"], slot.get("label")) for slot in whole[side]] for whole in (node, inner)
+            ]
+            assert faces[0] == faces[1]
+        typed = [slot for slot in node["inputs"] if "widget" in slot]
+        assert len(node["widgets_values"]) == len(typed) == len(node["properties"]["proxyWidgets"])
+        inside = _nodes(inner)
+        for (number, name), slot, value in zip(node["properties"]["proxyWidgets"], typed, node["widgets_values"]):
+            (link,) = next(given for given in inner["inputs"] if given["name"] == slot["name"])["linkIds"]
+            _, _, _, target, place, _ = next(found for found in inner["links"] if found[0] == link)
+            assert (str(target), inside[target]["inputs"][place]["name"]) == (number, name)
+            assert value in inside[target]["widgets_values"], "the inside opens with another value"
+    assert not kinds, "a graph that no node stands for"
+
+
 def test_nodes_are_known_and_their_slots_and_widgets_are_those_of_the_schema(workflow, schema):
-    unknown = {node["type"] for node in workflow["nodes"]} - set(schema) - set(workflow_api.NOTES)
+    laid_open, _ = workflow_api.flat(workflow)
+    unknown = {node["type"] for node in laid_open} - set(schema) - set(workflow_api.NOTES)
     assert not unknown
     prompt = workflow_api.to_api(workflow, schema)  # raises for too few or too many widget values
     for number, node in prompt.items():
@@ -86,7 +122,7 @@ def test_nodes_are_known_and_their_slots_and_widgets_are_those_of_the_schema(wor
             assert found if kind == workflow_api.GROWING else name in node["inputs"], (node["class_type"], name)
         for name, value in node["inputs"].items():
             _check_value(node["class_type"], name, value, inputs)
-        saved = [slot["type"] for slot in _nodes(workflow)[int(number)]["outputs"]]
+        saved = [slot["type"] for slot in next(n for n in laid_open if str(n["id"]) == number)["outputs"]]
         kinds = schema[node["class_type"]]["output"]
         assert len(saved) == len(kinds)
         assert all(one in (kind, "STRING") if kind == MATCHING else one == kind for one, kind in zip(saved, kinds))
@@ -114,27 +150,29 @@ def _step(workflow, node):
     return None
 
 
-def test_nothing_is_muted_or_bypassed_and_nodes_sit_in_numbered_groups(workflow):
-    for node in workflow["nodes"]:
+def test_nothing_is_muted_or_bypassed_and_nodes_sit_in_numbered_groups(graph):
+    for node in graph["nodes"]:
         assert node["mode"] == 0, node["type"]
-        assert _step(workflow, node) is not None or node["type"] in workflow_api.NOTES, node["type"]
-    titles = [group["title"][:2] for group in workflow["groups"]]
+        assert _step(graph, node) is not None or node["type"] in workflow_api.NOTES, node["type"]
+    titles = [group["title"][:2] for group in graph["groups"]]
     assert titles == [f"{i + 1}." for i in range(len(titles))]
 
 
-def test_nothing_lies_on_top_of_anything(workflow):
-    boxes = [(n["type"], *n["pos"], *n["size"]) for n in workflow["nodes"]]
-    groups = [(g["title"], *g["bounding"]) for g in workflow["groups"]]
+def test_nothing_lies_on_top_of_anything(graph):
+    boxes = [(n["type"], *n["pos"], *n["size"]) for n in graph["nodes"]]
+    groups = [(g["title"], *g["bounding"]) for g in graph["groups"]]
     for a, b in itertools.chain(itertools.combinations(boxes, 2), itertools.combinations(groups, 2)):
         across = a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
         title = 0 if a in groups else 30  # a node's title is drawn above its position
         assert not (across and a[2] - title < b[2] + b[4] and b[2] - title < a[2] + a[4]), (a, b)
 
 
-def test_links_lead_to_the_same_or_a_later_step(workflow):
-    nodes = _nodes(workflow)
-    for _, source, _, target, _, _ in workflow["links"]:
-        start, end = (_step(workflow, nodes[number]) for number in (source, target))
+def test_links_lead_to_the_same_or_a_later_step(graph):
+    nodes = _nodes(graph)
+    for _, source, _, target, _, _ in graph["links"]:
+        if min(source, target) < 0:
+            continue
+        start, end = (_step(graph, nodes[number]) for number in (source, target))
         assert start <= end, (nodes[source]["type"], nodes[target]["type"])
 
 
@@ -164,7 +202,7 @@ def test_a_workflow_without_downloads_asks_for_files_that_come_along(name):
 
 
 def test_links_offered_for_download_are_those_of_the_note(workflow):
-    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    models = [model for node in workflow_api.flat(workflow)[0] for model in node["properties"].get("models", ())]
     assert all(model["url"] in _notes(workflow) for model in models)
 
 
@@ -218,8 +256,22 @@ def test_the_api_files_are_the_workflows():
         assert stored == workflow_api.exported(name), f"{name}: {cure}"
 
 
+def test_the_blueprints_are_nodes_of_the_workflows():
+    cure = "run python -m tests.tools.record_api"
+    assert {path.stem for path in workflow_api.SUBGRAPHS.glob("*.json")} == set(workflow_api.BLUEPRINTS), cure
+    for name in workflow_api.BLUEPRINTS:
+        stored = json.loads((workflow_api.SUBGRAPHS / f"{name}.json").read_text("utf-8"))
+        assert stored == workflow_api.blueprint(name), f"{name}: {cure}"
+
+
+def test_the_start_workflows_open_in_pages_without_subgraphs_too():
+    assert not set(INNER) & set(workflow_api.COMES_ALONG)
+
+
 def test_no_path_of_a_machine_and_no_trace_of_other_packs(workflow):
     text = json.dumps(workflow)
     assert not re.search(r"/home/|/root|/tmp|/work/|[A-Z]:\\\\|localhost|127\.0\.0\.1", text)
-    packs = {n["properties"].get("cnr_id") for n in workflow["nodes"] if n["type"] not in workflow_api.NOTES}
+    packs = {
+        n["properties"].get("cnr_id") for n in workflow_api.flat(workflow)[0] if n["type"] not in workflow_api.NOTES
+    }
     assert packs <= {"comfy-core", "comfyui-turbowan"}

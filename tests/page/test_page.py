@@ -113,15 +113,62 @@ def test_a_missing_node_would_be_noticed(stub_page):
     assert seen["missing"] == seen["unknown"] == ["NoSuchLoader"]
 
 
+ADDED = """name => app.graph.nodes.some(n => n.subgraph && n.title === name)"""
+
+
+@pytest.mark.parametrize("name", workflow_api.BLUEPRINTS)
+def test_a_node_of_the_library_stands_for_a_whole_workflow(host_page, name):
+    """Found as a person does: a double click on the empty canvas, a name, Enter."""
+    host_page.keyboard.press("Escape")  # what lies over the canvas from before
+    host_page.evaluate("() => app.graph.clear()")
+    host_page.wait_for_timeout(300)
+    host_page.mouse.dblclick(900, 500)
+    host_page.wait_for_timeout(500)
+    host_page.keyboard.type(name, delay=5)
+    host_page.get_by_text("Blueprint", exact=True).first.wait_for(timeout=10_000)
+    host_page.keyboard.press("Enter")
+    host_page.wait_for_function(ADDED, arg=name, timeout=10_000)
+    prompt = host_page.evaluate("async () => (await app.graphToPrompt()).output")
+    workflow = workflow_api.exported(workflow_api.BLUEPRINTS[name])
+    outside = {"SaveVideo", "LoadImage"}
+    assert _typed(prompt) == _typed({n: node for n, node in workflow.items() if node["class_type"] not in outside})
+    assert host_page.errors == []
+
+
+def _typed(prompt):
+    """[(title, {input: value})] of a prompt, without links, which are numbered otherwise."""
+    return sorted(
+        (node["_meta"]["title"], sorted((k, v) for k, v in node["inputs"].items() if not isinstance(v, list)))
+        for node in prompt.values()
+    )
+
+
+def _made_small(workflow):
+    """With the loader that takes a small text encoder, and a size typed into the latent."""
+    (graph,) = workflow["definitions"]["subgraphs"]
+    (outer,) = (node for node in workflow["nodes"] if node["type"] == graph["id"])
+    (loader, latent) = (
+        next(node for node in graph["nodes"] if node["type"] == kind)
+        for kind in ("CLIPLoader", "EmptyHunyuanLatentVideo")
+    )
+    loader.update(type="TurboTextEncoderLoader", widgets_values=loader["widgets_values"][:1])
+    loader["inputs"] = [{**loader["inputs"][0], "name": "text_encoder", "widget": {"name": "text_encoder"}}]
+    proxies = outer["properties"]["proxyWidgets"]
+    outer["properties"]["proxyWidgets"] = [[n, "text_encoder" if w == "clip_name" else w] for n, w in proxies]
+    latent["widgets_values"] = [80, 48, 9, 1]
+    gone = {slot["link"] for slot in latent["inputs"]}
+    graph["links"] = [link for link in graph["links"] if link["id"] not in gone]
+    for node in graph["nodes"]:
+        for slot in node["outputs"]:
+            slot["links"] = [link for link in slot["links"] or () if link not in gone]
+    for slot in latent["inputs"]:
+        slot["link"] = None
+    return workflow
+
+
 def test_a_workflow_runs_from_the_page(host_page):
-    """Run button to video, with the one change that a small text encoder needs."""
-    workflow = workflow_api.load("turbowan_t2v_ksampler")  # the one whose size is typed into its latent
-    for node in workflow["nodes"]:
-        if node["type"] == "CLIPLoader":
-            node.update(type="TurboTextEncoderLoader", widgets_values=node["widgets_values"][:1])
-            node["inputs"] = []
-        elif node["type"] == "EmptyHunyuanLatentVideo":
-            node["widgets_values"] = [80, 48, 9, 1]
+    """Run button to video, through the one node that stands for the graph, which shows what the sampler in it says."""
+    workflow = _made_small(workflow_api.load("turbowan_t2v_turbo_sampler"))
     assert _look(host_page, workflow)["missing"] == []
     before = set(host.get_json(host_page.server, "/history"))  # of tests that ran earlier
     host_page.evaluate("() => app.queuePrompt(0, 1)")
@@ -134,3 +181,6 @@ def test_a_workflow_runs_from_the_page(host_page):
     (entry,) = (entry for number, entry in history.items() if number not in before)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
     assert [path.suffix for path in outputs.iterdir()] == [".mp4"]
+    host_page.wait_for_function(
+        "() => app.graph.nodes.find(n => n.subgraph).widgets.some(w => w.value?.startsWith?.('4 steps in '))"
+    )

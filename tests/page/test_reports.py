@@ -144,6 +144,19 @@ PRESS_RUN = """async name => {
   app.graph.nodes.find(n => n.type === 'TurboLoader').widgets[0].value = name;
   await app.queuePrompt(0, 1);
 }"""
+TURBO = "TurboWan2.1-T2V-1.3B-480P-quant.pth"
+# what a node that stands for a graph says with each of these files in it; none is there, so that nothing runs
+ONE_NODE = """async files => {
+  const node = app.graph.nodes.find(n => n.subgraph), told = [];
+  const widget = name => node.widgets.find(w => w.name === name);
+  widget('clip_name').value = 'nowhere.safetensors';
+  for (const file of files) {
+    widget('model_name').value = file;
+    await app.queuePrompt(0, 1);
+    told.push(widget('report')?.value);
+  }
+  return told;
+}"""
 LOADER = """() => {
   const node = app.graph.nodes.find(n => n.type === 'TurboLoader');
   return [node.widgets.length, ...node.size];
@@ -153,7 +166,7 @@ LOADER = """() => {
 def test_a_red_node_says_why(host_page):
     """Before anything runs; and says it no more when it is mended."""
     page, pictured = host_page, "TurboWan2.2-I2V-A14B-high-720P-quant.pth"
-    page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("turbowan_t2v_turbo_sampler"))
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("turbowan_t2v_14b_720p"))
     before = page.evaluate(LOADER)
     page.evaluate(PRESS_RUN, "nowhere.pth")
     ((kind, said),) = page.evaluate(RED)
@@ -163,4 +176,7 @@ def test_a_red_node_says_why(host_page):
     ((kind, said),) = page.evaluate(RED)
     assert kind == "TurboSampler" and said.startswith(f"{pictured} is an image-to-video model and got no picture")
     assert page.evaluate(LOADER) == before, "the loader says it still"
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("turbowan_t2v_turbo_sampler"))
+    told = page.evaluate(ONE_NODE, [pictured, TURBO])
+    assert [said.partition(" got no picture")[0] for said in told] == [f"{pictured} is an image-to-video model and", ""]
     assert page.errors == []
