@@ -43,3 +43,49 @@ def test_int8_products_are_left_to_float32_where_a_cpu_has_none(known, expected,
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     assert devices.int_mm_pays.__wrapped__(torch.device("cpu")) is expected
     assert devices.int_mm_pays.__wrapped__(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("told", "files", "expected"),
+    [
+        # a container of today: its own group is the root
+        (
+            "0::/\n",
+            {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 50\n"},
+            (350, 1000),
+        ),
+        # a cluster's job in a group of a group, of which the outer one is fuller
+        (
+            "0::/slurm/job_7\n",
+            {
+                "slurm/job_7/memory.max": "900", "slurm/job_7/memory.current": "100", "slurm/job_7/memory.stat": "",
+                "slurm/memory.max": "1000", "slurm/memory.current": "990", "slurm/memory.stat": "inactive_file 0",
+            },
+            (10, 1000),
+        ),
+        # the first form, whose path is the machine's and not the container's
+        (
+            "11:memory:/docker/abc\n3:cpu:/\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 50\n",
+            },
+            (0, 800),
+        ),
+        ("0::/\n", {"memory.max": "max", "memory.current": "7", "memory.stat": ""}, None),
+        ("0::/../other\n", {}, None),
+        (None, {}, None),
+    ],
+)  # fmt: skip
+def test_the_memory_of_a_container_or_job_is_what_its_groups_leave(told, files, expected, tmp_path, monkeypatch):
+    if told is not None:
+        (tmp_path / "process").write_text(told)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    found = devices._of_groups(tmp_path / "process", tmp_path / "groups")
+    assert found == expected
+    monkeypatch.setattr(devices, "_of_groups", lambda: found)
+    machine = devices._of_machine()
+    if machine is not None and expected is not None:
+        assert devices.available_memory() == expected

@@ -3,7 +3,8 @@
 import functools
 import gc
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -121,7 +122,14 @@ def memory_told():
 
 
 def available_memory() -> tuple[int, int] | None:
-    """(available, total) bytes of main memory, or None where the system does not tell."""
+    """(available, total) bytes of main memory, or None where the system does not tell; of what a container or a
+    cluster's job may use, where that is less than the machine has."""
+    known = _of_machine()
+    limited = _of_groups()
+    return known if known is None or limited is None else tuple(map(min, zip(known, limited)))
+
+
+def _of_machine():
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -134,3 +142,32 @@ def available_memory() -> tuple[int, int] | None:
         return None
     memory = virtual_memory()
     return memory.available, memory.total
+
+
+def _of_groups(process="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """(available, total) bytes of the tightest of Linux's control groups that this process is in, None without one."""
+    found = []
+    with suppress(OSError, ValueError), open(process, encoding="utf-8") as file:
+        for line in file:
+            _, kinds, path = line.rstrip("\n").split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            # the second form has one tree for all kinds, a container sees its own group as the root of it
+            base, *names = (Path(root, "memory"), *_FIRST) if kinds else (Path(root), *_SECOND)
+            place = base / path.lstrip("/")
+            for group in (place, *place.parents):
+                if group.is_relative_to(base):
+                    with suppress(OSError, ValueError):  # "max", or no such file
+                        found.append(_of_group(group, *names))
+    return min(found, default=None)
+
+
+_FIRST = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_SECOND = "memory.max", "memory.current", "inactive_file"
+
+
+def _of_group(group, most, used, cached):
+    limit = int((group / most).read_text())
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    # pages of files count as used until somebody needs the room
+    return max(0, limit - int((group / used).read_text()) + int(stat.get(cached, 0))), limit
