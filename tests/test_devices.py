@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 
@@ -15,6 +17,27 @@ def test_a_device_that_is_not_there_is_told_in_one_line():
 
 def test_only_apple_gpus_lack_float64():
     assert [devices.widest_float(name) for name in ("cpu", "cuda:1", "mps")] == [torch.float64] * 2 + [torch.float32]
+
+
+def test_work_beside_other_work_has_one_stream_whose_memory_is_used_again(monkeypatch):
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def synchronize(self):
+            made.append("done")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    devices._stream_beside.cache_clear()
+    card = torch.device("cuda", 7)
+    for _ in range(2):
+        with devices.own_stream(card):
+            pass
+    devices._stream_beside.cache_clear()
+    assert made == [card, "done", "done"]
 
 
 @pytest.mark.parametrize(

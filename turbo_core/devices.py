@@ -60,14 +60,20 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def own_stream(device: torch.device):
-    """On a card what is computed inside goes beside other work, and is done at the end."""
+    """On a card what is computed inside goes beside other work, and is done at the end; one at a time."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream_beside(device)
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+@functools.cache
+def _stream_beside(device):
+    """One for all: what was freed on a stream, the allocator gives to that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def release(device: torch.device) -> None:
