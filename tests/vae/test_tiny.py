@@ -1,5 +1,7 @@
 """Tiny decoders: the network against its published form in float64, cuts of a video, files, and drafts by them."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from tests.helpers.tiny_decoders import tiny_decoder
 from tests.helpers.tiny_family import tiny_vae
 from turbo_core.errors import TurboError
 from turbo_core.vae import LATENT_MEAN, LATENT_STD, TinyDecoder, WanVAE, coding, decode_video, load_fast, load_vae
+from turbo_core.vae.coders import Coders
 from turbo_core.vae.memory import piece_bytes
 
 MEAN, STD = (torch.tensor(row).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
@@ -155,3 +158,12 @@ def test_what_it_takes_is_far_less_than_the_vae_s():
     wish = 832 * 480, 2
     tiny = piece_bytes("tiny decode", *wish, TinyDecoder.dim, torch.bfloat16)
     assert 2 * tiny < piece_bytes("decode", *wish, 96, torch.bfloat16)
+
+
+def test_where_the_vae_cannot_be_read_the_next_try_says_so_again(file, tmp_path):
+    """The decoder alone would be taken for both, and a picture would meet None."""
+    (tmp_path / "vae.pth").write_bytes(b"no VAE")
+    both = Coders(tmp_path / "vae.pth", file, encodes=True)
+    for _ in range(2):
+        with pytest.raises(TurboError, match=r"vae\.pth"):
+            both.load_once(lambda name: contextlib.nullcontext(), "cpu", torch.float32)

@@ -23,8 +23,9 @@ class Coders:
     def load(self, device, dtype: torch.dtype) -> None:
         """Read the files. Raises TurboError for files of another kind."""
         vae, fast = self.paths
-        self.decoder = load_vae(vae, device, dtype) if fast is None else load_fast(fast, device, dtype)
-        self.encoder = self.decoder if fast is None else load_vae(vae, device, dtype) if self.encodes else None
+        encoder = load_vae(vae, device, dtype) if fast is None or self.encodes else None
+        self.decoder = encoder if fast is None else load_fast(fast, device, dtype)
+        self.encoder = encoder  # both or none: where one cannot be read, the next try reads both
 
     def told(self) -> str | None:
         """The name of the loaded decoder where it is not the VAE's, for settings."""
