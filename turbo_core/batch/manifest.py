@@ -17,14 +17,13 @@ class Manifest:
         writes to it."""
         self.folder = folder_of(folder)
         self._held, self._turn = ExitStack(), threading.Lock()
-        self.known = {}  # name -> its last record
+        self.known = {}  # name -> (id, state, bytes) of its last record
 
     def __enter__(self):
         lines, self._add = self._held.enter_context(self.folder.journal())
         for line in lines:
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # a torn line of a process that was killed
-                record = json.loads(line)
-                self.known[record["name"]] = record
+                self._know(json.loads(line))
         return self
 
     def __exit__(self, *_):
@@ -32,9 +31,9 @@ class Manifest:
 
     def is_done(self, job: Job) -> bool:
         """True where this very video is there. One that a killed process could not enter any more is entered."""
-        known, size = self.known.get(job.name, {}), self.folder.size(job.name)
-        if known.get("state") == "done" and known.get("id") == job.id:
-            return known.get("bytes") == size
+        known, size = self.known.get(job.name), self.folder.size(job.name)
+        if known is not None and known[:2] == (job.id, "done"):
+            return known[2] == size
         if size is None or not self.folder.holds(job.name, job.id):
             return False
         self.record(job, "done", bytes=size)
@@ -47,4 +46,7 @@ class Manifest:
         record = {"name": job.name, "id": job.id, "state": state, "line": job.line, "at": at, **more}
         with self._turn:  # two threads tell
             self._add(json.dumps(record, ensure_ascii=False))
-        self.known[job.name] = record
+        self._know(record)
+
+    def _know(self, record):
+        self.known[record["name"]] = record["id"], record["state"], record.get("bytes")

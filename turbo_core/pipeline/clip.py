@@ -108,8 +108,9 @@ class Work:
         self.seconds, self.step_seconds = {}, []
 
     def let_go(self):
-        """Forget all that is large: a list of clips outlives each of them."""
+        """Forget all: a list of clips outlives each of them. What was measured is the result's."""
         self.ready = self.embedding = self.trajectory = self.latents = None
+        self.seconds, self.step_seconds = {}, []
 
     @contextmanager
     def stage(self, name: str, total: int = 1, begins: bool = True, ends: bool = True):
