@@ -7,11 +7,12 @@ in TinyWan's). The oracle is our network in float64 over the first five frames: 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE, decode_each, decode_video, encode_video
+from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, TinyDecoder, WanVAE, decode_each, decode_video, encode_video
 from ..vae.files import diffusers_name
 from .harness import Case, Contender, Missing, exact, relative_error
 from .linear import dtype_of
 
+PUBLISHED = 96  # the base width that tiny decoders stand for
 CPU_SHAPES = ((1, 8, 33, 128, 128), (1, 96, 5, 64, 64))
 QUICK_SHAPES = ((1, 8, 9, 24, 16),)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -63,6 +64,9 @@ def _case(work, device, shape) -> Case:
     if work == "decode":
         one = Contender("turbo-core, one latent frame at a time", lambda: _in_ones(ours, given), error, BOUND[dtype])
         contenders.append(one)
+        if dim == PUBLISHED:
+            said = "another network, for drafts"
+            contenders.append(Contender("turbo-core, TAEHV", lambda: _draft(given, dtype), None, None, note=said))
     name = f"{work} {frames} frames of {height} x {width}, base width {dim}"
     sizes = {"b": batch, "dim": dim, "t": frames, "h": height, "w": width}
     return Case(name, sizes, contenders, ("diffusers", "turbo-core"), flop=_flop(work, dim, latent, video))
@@ -84,6 +88,12 @@ def _in_ones(vae, latent):
         return torch.cat(decode_each(vae, latent, lambda piece: piece, most=1), 2)
 
     return run
+
+
+def _draft(latent, dtype):
+    torch.manual_seed(0)
+    decoder = TinyDecoder(takes_raw=False).eval().requires_grad_(False).to(latent.device, dtype)
+    return lambda: decode_video(decoder, latent)
 
 
 def _diffusers(ours):
