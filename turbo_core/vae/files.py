@@ -59,7 +59,7 @@ def _check_kind(state: dict, path) -> bool:
     if not is_wan_vae(state):
         kind = "an image VAE (SD, SDXL or Flux)" if first is not None and first.ndim == 4 else "not a Wan VAE"
         if _TINY_MARK in state:
-            kind = "a tiny decoder, which goes beside the VAE (--vae-fast)"
+            kind = "a tiny decoder (as it is in ComfyUI, by --vae-fast elsewhere)"
         raise TurboError(f"VAE: {path} is {kind}. {_CURE}")
     if first.shape[1] != LATENT_CHANNELS:
         kind = " (the VAE of Wan 2.2 5B)" if first.shape[1] == 48 else ""
