@@ -16,6 +16,7 @@ from ..dispatch import why_not
 from ..sla import reference
 from .harness import Case, Contender, Missing, exact, in_short, relative_error
 from .linear import TOKENS_480P, TOKENS_720P, compiled, dtype_of, name_of, where_kernels_compute
+from .rivals import kitchen
 
 TOPK, BLOCK_Q, BLOCK_K = 0.1, 128, 64
 MORE = (0.15, 0.3)  # what the authors advise, and a gentle one
@@ -138,29 +139,13 @@ def _sage(o):
     return lambda: sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
 
-def _kitchen(o, name):
-    """A function of comfy_kitchen that this device can run."""
-    try:
-        import comfy_kitchen
-    except ImportError:
-        raise Missing("comfy_kitchen is not installed") from None
-    if not hasattr(comfy_kitchen, name):
-        import importlib.metadata as metadata
-
-        raise Missing(f"comfy_kitchen {metadata.version('comfy-kitchen')} has no {name}")
-    available = getattr(comfy_kitchen, f"{name}_is_available", None)
-    if o.q.device.type != "cuda" or (available and not available(o.q.device)):
-        raise Missing(f"comfy_kitchen.{name} does not run on {o.q.device.type} here")
-    return getattr(comfy_kitchen, name)
-
-
 def _kitchen_int8(o):
-    run, tensors = _kitchen(o, "int8_attention"), _transposed(o)
+    run, tensors = kitchen(o.q.device, "int8_attention"), _transposed(o)
     return lambda: run(*tensors).transpose(1, 2)
 
 
 def _kitchen_sol(o):
-    run = _kitchen(o, "sol_attn")
+    run = kitchen(o.q.device, "sol_attn")
     return lambda: run(o.q, o.k, o.v, topk_ratio=TOPK)
 
 

@@ -1,4 +1,5 @@
-"""Diffusers' Wan pipeline with the weights of our files: the rival of `turbo-core bench clip`."""
+"""What others offer for the same work: diffusers' Wan pipeline with the weights of our files, for `turbo-core bench
+clip`, and comfy_kitchen's functions."""
 
 import torch
 
@@ -18,6 +19,22 @@ def imported():
     except ImportError as error:
         raise Missing(f"{error.name} is not installed") from error
     return diffusers, transformers
+
+
+def kitchen(device, name):
+    """A function of comfy_kitchen that this device can run; raises Missing where there is none."""
+    try:
+        import comfy_kitchen
+    except ImportError:
+        raise Missing("comfy_kitchen is not installed") from None
+    if not hasattr(comfy_kitchen, name):
+        import importlib.metadata as metadata
+
+        raise Missing(f"comfy_kitchen {metadata.version('comfy-kitchen')} has no {name}")
+    available = getattr(comfy_kitchen, f"{name}_is_available", None)
+    if device.type != "cuda" or (available and not available(device)):
+        raise Missing(f"comfy_kitchen.{name} does not run on {device.type} here")
+    return getattr(comfy_kitchen, name)
 
 
 def wan_pipeline(dit, vae_file, text, device, dtype):
