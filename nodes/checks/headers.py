@@ -1,7 +1,6 @@
 """What the header of a file tells, read once for as long as the file stays what it is."""
 
 import functools
-import os
 
 from ...turbo_core import checkpoint
 from ...turbo_core.checkpoint.describe import Description
@@ -9,6 +8,7 @@ from ...turbo_core.checkpoint.lora_names import split_name
 from ...turbo_core.checkpoint.names import looks_like
 from ...turbo_core.checkpoint.read import open_tensors
 from ...turbo_core.errors import TurboError
+from ...turbo_core.files import state_of
 from ..host.loading import text_encoder_sizes
 
 KEPT = 128  # files whose header is remembered
@@ -48,10 +48,9 @@ def _remembered(reader, parts, states):
 
 def _state(path):
     try:
-        found = os.stat(path)
+        return state_of(path)
     except (OSError, ValueError):
         return None
-    return found.st_size, found.st_mtime_ns
 
 
 def _check_lora(path):
