@@ -204,7 +204,8 @@ def int8_mm_quantize(x_q, x_scale, w_q, w_scale, bias=None, gelu=True, config=No
 def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stats=True, config=None):
     """Returns (residual + gate * (x w^T + bias) [M, N], row statistics float32 [ceil(N/128), M, 2] or None)."""
     m, n = residual.shape
-    y = torch.empty_like(residual)
+    with torch.inference_mode(False):  # writes to it are counted: statistics hold until the first one
+        y = torch.empty_like(residual)
     stats = x_scale.new_empty(-(-n // SPAN), m, 2) if stats else None
     extra = {"residual": residual, "gate": gate, "stats": stats}
     _run("residual", x_q, x_scale, [w_q], [w_scale], [bias], y, config=config, **extra)

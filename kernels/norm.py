@@ -17,47 +17,53 @@ from . import launch
 from .quantize import check_operand, matrix_shape
 from .rounding import block_scale, magnitude, row_scale, to_int8
 from .row_stats import SPAN, inverse_deviation, merge_stats, row_stats
-from .rows import load_columns, load_rows, part_columns, row_tile
+from .rows import inside_rows, load_columns, load_rows, part_columns, row_tile
 
 
 @triton.jit
-def load_vector(ptr, cols, K, y):
+def load_vector(ptr, cols, K, y, EVEN: tl.constexpr):
     if y.shape[1] <= 128:
-        vector = tl.load(ptr + cols, mask=cols < K, other=0.0)[None, :]
+        ptrs, inside = (ptr + cols)[None, :], (cols < K)[None, :]
     else:
         # spread over y's rows before the load: a long vector would take its way to y's layout through shared memory
-        vector = tl.load(tl.broadcast_to((ptr + cols)[None, :], y.shape), mask=(cols < K)[None, :], other=0.0)
-    return vector.to(tl.float32)
+        ptrs, inside = tl.broadcast_to((ptr + cols)[None, :], y.shape), (cols < K)[None, :]
+    return (tl.load(ptrs) if EVEN else tl.load(ptrs, mask=inside, other=0.0)).to(tl.float32)
 
 
 @triton.jit
-def affine(y, cols, K, weight_ptr, bias_ptr):
+def deviations(x, mean, cols, K, EVEN: tl.constexpr):
+    """x - mean, zeros past column K."""
+    return x - mean if EVEN else tl.where((cols < K)[None, :], x - mean, 0.0)
+
+
+@triton.jit
+def affine(y, cols, K, weight_ptr, bias_ptr, EVEN: tl.constexpr = False):
     """y * weight + bias, each [K] or None. Zeros past column K stay zeros, here and in modulate."""
     if weight_ptr is not None:
-        y *= load_vector(weight_ptr, cols, K, y)
+        y *= load_vector(weight_ptr, cols, K, y, EVEN)
     if bias_ptr is not None:
-        y += load_vector(bias_ptr, cols, K, y)
+        y += load_vector(bias_ptr, cols, K, y, EVEN)
     return y
 
 
 @triton.jit
-def modulate_group(y, cols, K, group, shift_ptr, scale_ptr):
+def modulate_group(y, cols, K, group, shift_ptr, scale_ptr, EVEN: tl.constexpr):
     if scale_ptr is not None:
-        y *= 1.0 + load_vector(scale_ptr + group * K, cols, K, y)
+        y *= 1.0 + load_vector(scale_ptr + group * K, cols, K, y, EVEN)
     if shift_ptr is not None:
-        y += load_vector(shift_ptr + group * K, cols, K, y)
+        y += load_vector(shift_ptr + group * K, cols, K, y, EVEN)
     return y
 
 
 @triton.jit
-def modulate(y, cols, K, rows, first, last, GROUP, shift_ptr, scale_ptr):
+def modulate(y, cols, K, rows, first, last, GROUP, shift_ptr, scale_ptr, EVEN: tl.constexpr = False):
     """y * (1 + scale) + shift, each [groups, K] or None; rows first to last, GROUP of them in a group (None: all)."""
     if GROUP is None:
-        y = modulate_group(y, cols, K, 0, shift_ptr, scale_ptr)
+        y = modulate_group(y, cols, K, 0, shift_ptr, scale_ptr, EVEN)
     else:
         # nearly always one group; a vector for every row would be four times the bytes of x
         for group in range(first // GROUP, last // GROUP + 1):
-            mine = modulate_group(y, cols, K, tl.cast(group, tl.int64), shift_ptr, scale_ptr)
+            mine = modulate_group(y, cols, K, tl.cast(group, tl.int64), shift_ptr, scale_ptr, EVEN)
             y = tl.where((rows // GROUP == group)[:, None], mine, y)
     return y
 
@@ -87,17 +93,17 @@ def layer_norm_block_kernel(
     cols = tl.program_id(0) % blocks_k * BLOCK + tl.arange(0, BLOCK)
     # rows past the end repeat the last one, which leaves the block's maximum as it is
     source = tl.minimum(rows, M - 1)
-    y = load_columns(x_ptr + source.to(tl.int64)[:, None] * stride_m, cols, stride_k, K)
+    y = load_columns(x_ptr + source.to(tl.int64)[:, None] * stride_m, cols, stride_k, K, EVEN_K)
     y = (y - tl.load(stats_ptr + source * 2)[:, None]) * tl.load(stats_ptr + source * 2 + 1)[:, None]
     if not EVEN_K:
         y = tl.where((cols < K)[None, :], y, 0.0)
     last = tl.minimum(first + BLOCK, M) - 1
-    y = affine(y, cols, K, weight_ptr, bias_ptr)
-    y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr)
+    y = affine(y, cols, K, weight_ptr, bias_ptr, EVEN_K)
+    y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr, EVEN_K)
     q_scale = block_scale(tl.max(magnitude(y)))
     tl.store(q_scale_ptr + tl.program_id(0), q_scale)
     target = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(q_ptr + target, to_int8(y, q_scale), mask=(rows < M)[:, None] & (cols < K)[None, :])
+    tl.store(q_ptr + target, to_int8(y, q_scale), mask=inside_rows(rows, cols, M, K, EVEN_K))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -118,29 +124,30 @@ def layer_norm_rows_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,  # PARTS * WIDTH is K
 ):
     # one program owns ROWS whole rows, in registers from their one read to their one write
     first = tl.program_id(0) * ROWS
     last = tl.minimum(first + ROWS, M) - 1
     rows = first + tl.arange(0, ROWS)
     source = tl.minimum(rows, M - 1)
-    x = load_rows(x_ptr + source.to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    x = load_rows(x_ptr + source.to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
     total = x[0]
     for part in tl.static_range(1, PARTS):
         total += x[part]
     mean = (tl.sum(total, 1) / K)[:, None]
     squares = tl.zeros_like(total)
     for part in tl.static_range(PARTS):
-        deviation = tl.where((part_columns(part, WIDTH) < K)[None, :], x[part] - mean, 0.0)
+        deviation = deviations(x[part], mean, part_columns(part, WIDTH), K, EVEN)
         squares += deviation * deviation
     inverse = inverse_deviation(tl.sum(squares, 1), K, eps)[:, None]
     normed = ()
     bits = tl.zeros_like(total).to(tl.int32)
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
-        y = tl.where((cols < K)[None, :], x[part] - mean, 0.0) * inverse
-        y = affine(y, cols, K, weight_ptr, bias_ptr)
-        y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr)
+        y = deviations(x[part], mean, cols, K, EVEN) * inverse
+        y = affine(y, cols, K, weight_ptr, bias_ptr, EVEN)
+        y = modulate(y, cols, K, source, first, last, GROUP, shift_ptr, scale_ptr, EVEN)
         bits = tl.maximum(bits, magnitude(y))
         normed = normed + (y,)
     q_scale = row_scale(tl.max(bits, 1))
@@ -149,7 +156,7 @@ def layer_norm_rows_kernel(
         cols = part_columns(part, WIDTH)
         target = rows.to(tl.int64)[:, None] * K + cols[None, :]
         q = to_int8(normed[part], q_scale[:, None])
-        tl.store(q_ptr + target, q, mask=(rows < M)[:, None] & (cols < K)[None, :])
+        tl.store(q_ptr + target, q, mask=inside_rows(rows, cols, M, K, EVEN))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -165,10 +172,11 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,  # PARTS * WIDTH is K
 ):
     # one program owns ROWS whole rows, in registers from their one read to their one write
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
     squares = x[0] * x[0]
     for part in tl.static_range(1, PARTS):
         squares += x[part] * x[part]
@@ -176,8 +184,8 @@ def rms_norm_kernel(
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
         target = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        y = affine(x[part] * inverse, cols, K, weight_ptr, None).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + target, y, mask=(rows < M)[:, None] & (cols < K)[None, :])
+        y = affine(x[part] * inverse, cols, K, weight_ptr, None, EVEN).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + target, y, mask=inside_rows(rows, cols, M, K, EVEN))
 
 
 def layer_norm_quantize(x, eps, weight=None, bias=None, shift=None, scale=None, stats=None, rows=False):
@@ -215,6 +223,6 @@ def rms_norm(x, weight, eps):
     m, k = matrix_shape(x)
     check_operand("weight", weight, (k,), x.device)
     y = torch.empty((m, k), dtype=x.dtype, device=x.device)
-    tile = row_tile(k)
+    tile = row_tile(k, values=56) | {"EVEN": False}  # more values, or none that is masked, spill on sm_80
     launch.run(rms_norm_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, weight, y, m, k, eps, *x.stride()), tile)
     return y

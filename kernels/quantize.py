@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import launch
 from .rounding import block_scale, magnitude, row_scale, to_int8
-from .rows import load_rows, part_columns, row_tile
+from .rows import inside_rows, load_rows, part_columns, row_tile
 
 BLOCK = 128  # rows and columns that share a scale
 
@@ -49,10 +49,11 @@ def quantize_rows_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,  # PARTS * WIDTH is K
 ):
     # one program owns ROWS whole rows, in registers from their one read to their one write
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
     bits = magnitude(x[0])
     for part in tl.static_range(1, PARTS):
         bits = tl.maximum(bits, magnitude(x[part]))
@@ -61,7 +62,7 @@ def quantize_rows_kernel(
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
         target = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(q_ptr + target, to_int8(x[part], scale[:, None]), mask=(rows < M)[:, None] & (cols < K)[None, :])
+        tl.store(q_ptr + target, to_int8(x[part], scale[:, None]), mask=inside_rows(rows, cols, M, K, EVEN))
 
 
 def quantize_block(x):

@@ -41,9 +41,12 @@ def to_int8(y, scale):
     """
     # Correctly rounded division by a common divisor: one reciprocal for all, and one Newton step for each value
     # (Markstein). The step leaves the remainder exact, so ties stay ties.
-    inverse = tl.div_rn(1.0, scale)
+    good = scale < float("inf")
+    divisor = tl.where(good, scale, 0.0)
+    inverse = tl.where(good, tl.div_rn(1.0, scale), 0.0)
     quotient = y * inverse
-    quotient = tl.fma(tl.fma(-scale, quotient, y), inverse, quotient)
-    # +128 is the one value out of range. Adding 1.5 * 2^23 rounds it, and leaves it in the low bits.
-    rounded = (tl.minimum(quotient, 127.0) + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
-    return tl.where(scale < float("inf"), rounded, 0).to(tl.int8)
+    quotient = tl.fma(tl.fma(-divisor, quotient, y), inverse, quotient)
+    # +128 is the one value out of range. By a bad scale every quotient is 0 or NaN, of which the minimum makes 0.
+    quotient = tl.minimum(quotient, tl.where(good, 127.0, 0.0))
+    # adding 1.5 * 2^23 rounds it, and leaves it in the low bits
+    return ((quotient + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS).to(tl.int8)

@@ -243,7 +243,7 @@ def int8_mm(device):
         [(quantized, (134, 136, 200), None) for quantized in (block, row)]
         if device.type == "cpu"
         else [
-            (block, large, ("qkv", "self o", "cross q", "cross o", "up", "down", "groups")),
+            (block, large, ("qkv", "self o", "cross q", "cross o", "up", "groups")),
             (row, large, ("qkv", "self o", "up")),  # the rest differs where the formats do not
             (block, (134, *large[1:]), ("cross q",)),  # k and v of a text: other launch parameters
             (row, (134, *large[1:]), ("cross q",)),
@@ -261,16 +261,15 @@ def _int8_mm_forms(x, weights, block):
     m, n = len(x[0]), len(weights[0][0])
     biases = [_draw(1, n, dtype=BF16, seed=seed)[0] for seed in (4, 5, 6)]
     residual, gates = _draw(m, n, dtype=BF16, seed=7), _draw(2, n, seed=8)
-    gate = gates[:1]
+    gate, stats = gates[:1], {"stats": block}  # as the norms of the format want them
     layer = (*x, *weights[0], biases[0])
     return {
         "qkv": ("int8_mm_qkv", (*x, *map(list, zip(*weights)), biases), {}, None),
-        "self o": ("int8_mm_residual", (*layer, residual, gate), {}, None),
+        "self o": ("int8_mm_residual", (*layer, residual, gate), stats, None),
         "cross q": ("int8_mm", layer, {}, None),
-        "cross o": ("int8_mm_residual", (*layer, residual), {}, None),
+        "cross o": ("int8_mm_residual", (*layer, residual), stats, None),
         "up": ("int8_mm_quantize", layer, {}, None) if block else ("int8_mm", layer, {"gelu": True}, None),
-        "down": ("int8_mm_residual", (*layer, residual, gate), {"stats": False}, None),
-        "groups": ("int8_mm_residual", (*layer, residual, gates), {}, None),
+        "groups": ("int8_mm_residual", (*layer, residual, gates), stats, None),
         "half": ("int8_mm", layer, {"out_dtype": FP16}, None),
     }
 

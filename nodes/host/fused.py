@@ -19,7 +19,7 @@ from ...turbo_core.dispatch import FLOATS, learning
 from ...turbo_core.int8 import is_row_scale, layout
 from ...turbo_core.wan import QUANTIZED_LINEARS, token_slices
 from ...turbo_core.wan import fused as wan_fused
-from .ops import ROW
+from .ops import ROW, part_of_host
 from .settings import log_once
 
 BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused block does not make
@@ -99,6 +99,11 @@ def borrowed(layers, dtype, device):
                 triple = tuple(None if t is None else t.clone() for t in triple)
             triples.append(triple)
         yield triples
+
+
+def may_record() -> bool:
+    """True for hosts that may record what a block allocates, to hand the same memory out at the next step."""
+    return part_of_host("model_prefetch", "pause_malloc_graph") is not None
 
 
 def attention_call(part, transformer_options):
@@ -188,7 +193,8 @@ class FusedWanBlock(wan.WanAttentionBlock):
             return optimized_attention(q, k, v, **attention_call(part, transformer_options))
 
         norm3 = copied(self.norm3, x.device)
-        return wan_fused.block(x, context, modulation, borrow, attend, attend_text, norm3, self.num_heads, self.eps)
+        parts = borrow, attend, attend_text, norm3, self.num_heads, self.eps
+        return wan_fused.block(x, context, modulation, *parts, leave=not may_record())
 
     def attend(self, qkv, sums, quantized, freqs, transformer_options):
         """Self-attention between the products, see turbo_core.wan.fused.block: the host's dense one. Overwrites qkv."""

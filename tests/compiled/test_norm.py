@@ -50,9 +50,9 @@ def test_rows(k, capability):
     x, vector = X[:, :k].contiguous(), VECTOR[None, :k]
     [launch] = sass.launches(norm.layer_norm_quantize, x, 1e-6, shift=vector, scale=vector, rows=True)
     compiled = sass.compile_launch(capability, *launch)
-    assert sass.registers(compiled) <= 168  # three programs of 4 warps, 28 KB of x under way
+    assert sass.registers(compiled) <= 176  # five programs of 2 warps, 50 KB of x under way
     found = sass.memory(compiled)
-    assert set(found) <= {"LDG 128", "STG 128", "STG 64", "STG 32"}, found
+    assert set(found) == {"LDG 128", "STG 128", "STG 32"} and found["STG 32"] == 1, found  # narrow: the scale
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

@@ -24,9 +24,9 @@ def test_blocks(dtype, capability):
 def test_rows(k, capability):
     [launch] = sass.launches(quantize.quantize_rows, torch.empty(64, k, dtype=BF16))
     compiled = sass.compile_launch(capability, *launch)
-    assert sass.registers(compiled) <= 96
+    assert sass.registers(compiled) <= 168  # three programs of 4 warps, 83 KB of x under way
     found = sass.memory(compiled)
     _, _, tile = launch
     values = tile["ROWS"] * tile["PARTS"] * tile["WIDTH"] // (32 * tile["num_warps"])
-    assert values <= 56
-    assert found["LDG 128"] == values // 8 and set(found) <= {"LDG 128", "STG 128", "STG 64", "STG 32"}, found
+    assert values <= 112
+    assert found == {"LDG 128": values // 8, "STG 128": values // 16, "STG 32": 1}, found

@@ -30,6 +30,7 @@ MACHINES = {
     86: Machine(256, 0, 0, 64, 128, 2, 1, 100 << 10, 48, 18, 33),
     89: Machine(256, 128, 256, 64, 128, 2, 1, 100 << 10, 48, 17, 33),
     90: Machine(1024, 1024, 1024, 512, 512, 2, 1, 228 << 10, 64, 32, 33),
+    100: Machine(2048, 2048, 2048, 1024, 1024, 2, 1, 228 << 10, 64, 32, 33),  # to find the loop: no cycles are told
     120: Machine(256, 128, 256, 64, 128, 1, 1, 100 << 10, 48, 17, 33),
 }
 WARP_LEVEL_ON_90 = 0.62  # of the rate, for products that are no wgmma
@@ -102,6 +103,8 @@ def _classify(one, machine, capability):
         columns = int(found[1])
         left_in_registers = re.match(r"R\d+, R\d+", one.operands)
         be("wgmma", columns / 2, 32, (0 if left_in_registers else 64 * 32) + columns * 32)
+    elif re.match("UTC.?MMA", name):
+        be("wgmma", 1, 32)
     elif base in ("IMMA", "HMMA", "QMMA"):
         be("tensor", _PRODUCTS[re.search(r"\.(\d{4,5})", name)[1]] / _rate(name, base, machine), machine.latency)
         one.busy /= WARP_LEVEL_ON_90 if capability == 90 else 1

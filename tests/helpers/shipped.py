@@ -3,8 +3,9 @@
 from unittest.mock import patch
 
 import torch
+from turbo_core.kernels.block_map import block_map
 from turbo_core.kernels.int8_mm import prepare
-from turbo_core.kernels.norm import layer_norm_quantize
+from turbo_core.kernels.norm import layer_norm_quantize, rms_norm
 from turbo_core.kernels.quantize import quantize_block, quantize_rows
 
 from turbo_core.kernels import int8_configs, sla_attention, sla_pool, sla_prepare
@@ -68,7 +69,7 @@ def product(capability, name, m, gates=1, config=None):
         "residual": {
             "residual": real(m, n, dtype=BF16),
             "gate": real(gates, n),
-            "stats": real(n // 128, m, 2),
+            "stats": real(n // 128, m, 2) if fmt == "block" else None,  # the row format's norms do without
         },
         "qkv": {"squares": real(2, n // 128, m)},
     }[form]
@@ -88,7 +89,7 @@ def streaming(capability) -> dict:
     q, k, v = (empty(1, LENGTH, HEADS, 128, dtype=BF16) for _ in range(3))
     raw = {"sums": empty(2, 1, LENGTH), "cos": empty(LENGTH, 64), "sin": empty(LENGTH, 64)}
     weight, x = empty(HEADS * 128), empty(LENGTH, HEADS * 128, dtype=BF16)
-    mean = empty(1, HEADS, 128)
+    mean, means = empty(1, HEADS, 128), empty(1, HEADS, -(-LENGTH // 128), 128)
     turn = {"shift": empty(1, HEADS * 128), "scale": empty(1, HEADS * 128)}
     with patch.object(sla_prepare, "processors", lambda device: 132):
         made = [
@@ -97,6 +98,9 @@ def streaming(capability) -> dict:
             *sass.launches(quantize_block, x),
             *sass.launches(quantize_rows, x),
             *sass.launches(layer_norm_quantize, x, 1e-6, stats=empty(40, LENGTH, 2), **turn),
+            *sass.launches(layer_norm_quantize, x, 1e-6, **turn),  # the first block's, which makes its statistics
             *sass.launches(layer_norm_quantize, x, 1e-6, rows=True, **turn),
+            *sass.launches(rms_norm, x, weight, 1e-6),
+            *sass.launches(block_map, means, empty(1, HEADS, -(-LENGTH // 64), 128), KEPT, mean),
         ]
     return {launch[0].__name__: launch for launch in made}

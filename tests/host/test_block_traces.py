@@ -38,7 +38,9 @@ class Trace(TorchDispatchMode):
 
     def alive_beside(self, out):
         """Sizes of what is left, without what was returned."""
-        returned = {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        # row statistics live as long as the tensor that they hang on
+        held = tree_leaves([out, list(vars(out).values())])
+        returned = {t.untyped_storage()._cdata for t in held if isinstance(t, torch.Tensor)}
         left = [storage for storage in (ref() for ref in self.made) if storage is not None]
         return [storage.nbytes() for storage in left if storage._cdata not in returned]
 

@@ -30,7 +30,7 @@ def fused(core, monkeypatch):
         calls, block = [], core.block
         with monkeypatch.context() as patch:
             patch.setattr(core, "pays", lambda device: True)
-            patch.setattr(core, "block", lambda *args: calls.append(1) or block(*args))
+            patch.setattr(core, "block", lambda *args, **given: calls.append(1) or block(*args, **given))
             return function(), len(calls)
 
     return run
@@ -171,6 +171,52 @@ def test_lora_in_the_weights_and_other_settings_stay_fused(comfy, lab, fused):
     assert seen.count("block") == 2 and seen.count("attention") == 2 * 4, "two evaluations, two attentions a block"
     assert lab.distance(lab.denoise(patched), lab.denoise(lab.dense(model))) > 0.01
     assert torch.equal(lab.denoise(model), plain)
+
+
+@pytest.fixture
+def given_stats(pack, monkeypatch):
+    """For each block that ran: was its first norm given the row statistics that the block before had left?"""
+    reference, seen = pack.part("turbo_core.int8.reference"), []
+    norm = reference.layer_norm_quantize
+
+    def watched(*args, stats=None, **kwargs):
+        seen.append(stats is not None)
+        return norm(*args, stats=stats, **kwargs)
+
+    monkeypatch.setattr(reference, "layer_norm_quantize", watched)
+    return lambda: seen[::3]
+
+
+def test_row_statistics_reach_the_next_block_unless_something_lies_between(comfy, lab, fused, given_stats, monkeypatch):
+    """In inference mode, as the host samples, where torch counts no writes to tensors that are made in it."""
+    taken = 0
+
+    def blocks(model):
+        nonlocal taken
+        with torch.inference_mode():
+            _, ran = fused(lambda: lab.denoise(model))
+        before, taken = taken, taken + ran
+        return given_stats()[before:taken]
+
+    def between(change):
+        def patch(args):
+            return args | {"img": change(args["img"])}
+
+        model = lab.quantize(lab.load(T2V))
+        model.model_options["transformer_options"]["patches"] = {"double_block": [patch]}
+        return model
+
+    assert blocks(lab.quantize(lab.load(T2V))) == [False, True]
+    assert blocks(lab.quantize(lab.load(T2V), "row")) == [False, False]
+    assert blocks(between(lambda x: x)) == [False, True]
+    assert blocks(between(lambda x: x + 1)) == blocks(between(lambda x: x.add_(1))) == [False, False]
+    bypassed = lab.quantize(lab.load(T2V))
+    assert blocks(lab.bypassed(bypassed, lab.lora(bypassed))) == [False], "one block goes the host's way"
+    prefetch = pytest.importorskip("comfy.model_prefetch")
+    monkeypatch.setattr(prefetch, "pause_malloc_graph", None, raising=False)
+    assert blocks(lab.quantize(lab.load(T2V))) == [False, True], "no such host"
+    monkeypatch.setattr(prefetch, "pause_malloc_graph", object())
+    assert blocks(lab.quantize(lab.load(T2V))) == [False, False]
 
 
 def test_compiled_model_gives_the_same(lab, fused):

@@ -13,6 +13,7 @@ import torch
 from tests.helpers.tensors import assert_close, gaussian, relative
 from tests.helpers.wan import DIM, HEADS, exact_block, inputs, quantized, weights
 from turbo_core import int8
+from turbo_core.int8 import reference as int8_reference
 from turbo_core.rope import rope_angles
 from turbo_core.wan import Attention, WanModel, fused
 
@@ -160,6 +161,55 @@ def test_gradients_flow_by_the_layers(monkeypatch):
         (gradient,) = torch.autograd.grad(block(x, *rest).square().sum(), learns)
         assert gradient.isfinite().all() and gradient.any()
         learns.requires_grad_(False)
+
+
+@pytest.fixture
+def given_stats(monkeypatch):
+    """For each block that ran: was its first norm given the statistics of the block before?"""
+    seen, norm = [], int8_reference.layer_norm_quantize
+
+    def watched(*args, stats=None, **kwargs):
+        seen.append(stats is not None)
+        return norm(*args, stats=stats, **kwargs)
+
+    monkeypatch.setattr(int8_reference, "layer_norm_quantize", watched)
+    return lambda: seen[::3]
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_row_statistics_reach_the_next_block(fuse, given_stats, inference):
+    sd, args = weights(layers=3, sla=True), inputs(2, grid=RAGGED)
+    for quantize, given in ((int8.quantize_block, [False, True, True]), (int8.quantize_rows, [False] * 3)):
+        model = WanModel.from_state_dict(quantized(sd, quantize))
+        before = len(given_stats())
+        with torch.inference_mode(inference):
+            model_out = fuse(lambda: model(*args, topk=0.5))  # noqa: B023
+        assert given_stats()[before:] == given and model_out.isfinite().all()
+
+
+def changed_within(x):
+    x[:, 0] += 1
+    return x
+
+
+def changed_by_a_view(x):
+    x.view(-1, DIM)[1].zero_()
+    return x
+
+
+@pytest.mark.parametrize("change", [changed_within, changed_by_a_view, lambda x: x * 2, torch.clone])
+@pytest.mark.parametrize("inference", [True, False])
+def test_row_statistics_are_of_what_the_next_block_is_given(fuse, given_stats, change, inference):
+    first, second = one_block(), one_block(seed=1)
+    x, *rest = block_inputs(2)
+    with torch.inference_mode(inference):
+        y = fuse(lambda: first(x, *rest))
+        stats = int8_reference.row_stats(y.flatten(0, 1))
+        assert torch.equal(fused._left_with(y), stats)
+        fuse(lambda: second(y, *rest))
+        y = change(y)
+        fuse(lambda: second(y, *rest))
+        assert given_stats() == [False, True, False]
 
 
 @pytest.mark.parametrize(("quantize", "topk"), [(int8.quantize_block, 0.5), (int8.quantize_rows, None)])

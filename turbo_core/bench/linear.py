@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..devices import has_int_mm
 from ..dispatch import why_not
-from ..int8 import dequantize_block, int8_linear, operations, quantize_block, quantize_rows, reference
+from ..int8 import dequantize_block, int8_linear, is_row_scale, operations, quantize_block, quantize_rows, reference
 from .harness import Case, Contender, Missing, exact, relative_error
 
 TOKENS_480P, TOKENS_720P = 32760, 75600
@@ -219,7 +219,7 @@ class _Gelu(_Operands):
 
 
 class _Residual(_Gelu):
-    """A linear, its gate and the residual; ours also makes the row statistics of the next norm."""
+    """A linear, its gate and the residual; in the block format ours also makes the row statistics of the next norm."""
 
     title, formats, bound = "linear + gate + residual", {"row": quantize_rows, "block": quantize_block}, INT8
 
@@ -231,9 +231,8 @@ class _Residual(_Gelu):
         return torch.addcmul(self.residual, F.linear(self.x, self.weight, self.bias), self.gate)
 
     def product(self, x, weight):
-        return operations(self.x.device).int8_mm_residual(
-            *x, *weight, self.bias, self.residual, self.gate.float()[None]
-        )
+        layer = *x, *weight, self.bias, self.residual, self.gate.float()[None]
+        return operations(self.x.device).int8_mm_residual(*layer, stats=not is_row_scale(*weight))
 
     def read(self, result):
         return result[0]

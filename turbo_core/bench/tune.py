@@ -54,6 +54,8 @@ def candidates(form: str, kind: str | None) -> list:
         plain += [wide._replace(stages=stages) for stages in (3, 4)] if form.startswith("row") else []
     if kind in ("sm_80", "sm_86", "sm_120"):
         plain += [c._replace(depth=64) for c in plain]
+    if kind == "sm_100" and form != "block quantize":
+        plain += [DEFAULT._replace(block_m=64), DEFAULT._replace(depth=64, stages=4)]
     if kind in ("sm_90", "sm_100", "sm_120"):
         apart = [DEFAULT._replace(warps=warps, stages=stages) for warps in (8, 4) for stages in (3, 4)]
         apart += [wide] if form.startswith("row") else []
@@ -189,7 +191,8 @@ def _operands(case, device):
     if form == "residual":
         residual = torch.ones(case.m, case.n, dtype=torch.bfloat16, device=device)
         gate = torch.ones(1, case.n, device=device)
-        return lambda config: int8_mm.int8_mm_residual(*x, *w, bias, residual, gate, config=config)
+        stats = fmt == "block"  # as a block of the network launches it
+        return lambda config: int8_mm.int8_mm_residual(*x, *w, bias, residual, gate, stats, config=config)
     (k, k_scale), (v, v_scale) = quantized(case.n), quantized(case.n)
     weights, scales = (w[0], k, v), (w[1], k_scale, v_scale)
     return lambda config: int8_mm.int8_mm_qkv(*x, weights, scales, [bias] * 3, config=config)

@@ -53,9 +53,7 @@ def row_stats(x):
     m, k = x.shape
     stats = x.new_empty(-(-k // BLOCK), m, 2, dtype=torch.float32)
     for part in _slices(x):
-        for i, span in enumerate(x[part].split(BLOCK, 1)[: len(stats)]):
-            variance, mean = torch.var_mean(span.float(), 1, correction=0)
-            stats[i, part] = torch.stack((mean, variance * span.shape[1]), 1)
+        stats[:, part] = _span_stats(x[part])
     return stats
 
 
@@ -125,7 +123,8 @@ def int8_mm_residual(x_q, x_scale, w_q, w_scale, bias, residual, gate=None, stat
     [M, N] in residual's dtype, row_stats of y as it is stored, or None without stats).
     """
     m, n = residual.shape
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    with torch.inference_mode(False):  # writes to it are counted: statistics hold until the first one
+        y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     sums = x_scale.new_empty(-(-n // BLOCK), m, 2) if stats else None
     for rows, columns, part in _products(x_q, x_scale, w_q, w_scale, bias, residual.dtype):
         if gate is not None:

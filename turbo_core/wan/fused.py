@@ -11,13 +11,15 @@ from ..dispatch import explained, use_triton
 from ..int8 import BLOCK, is_row_scale, operations
 from ..int8.paths import FAMILIES
 
+_LEFT = "_turbowan_row_stats"  # on a block's result: (writes to it so far, its row statistics)
+
 
 def pays(device) -> bool:
     """True where kernels compute these operations; elsewhere the layers one by one are as good, and the reference."""
     return all(use_triton(device, family) for family in FAMILIES)
 
 
-def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads: int, eps: float):
+def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads: int, eps: float, leave=True):
     """One block. x [B, L, dim] in a float dtype -> [B, L, dim]; context [B, keys, dim].
 
     modulation: shift, scale, gate before attention and shift, scale, gate before the feed-forward part, each
@@ -29,22 +31,28 @@ def block(x, context, modulation, borrow, attend, attend_text, norm3, num_heads:
     dim] with block scales. attend_text(q, project): cross-attention, q [B, L, dim] before its norm; project() computes
     keys and values [B, keys, dim] before their norm, for who has not kept them; returns [B, L, dim].
     norm3: (weight, bias) of the norm before cross-attention.
+    In the block format the last product leaves the result's row statistics with it: the next block, given this very
+    tensor, does not read it for them. Whoever makes another tensor of it, or writes to it, makes that block read it.
+    leave: False where nothing but the result may outlive the block.
     Who computes is asked once; whoever lends weights has checked them, and the kernels refuse shapes and strides that
     do not fit. Raises TurboError where a kernel cannot start.
     """
     with explained():
         run = operations(x.device)
-        return _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps)
+        out, stats = _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps)
+    return _leave(out, stats) if leave else out
 
 
 def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_heads, eps):
     shape, dtype = x.shape, x.dtype
     batch, length, dim = shape
     shift1, scale1, gate1, shift2, scale2, gate2 = (part.contiguous() for part in modulation)
+    left = _left_with(x)
     x = x.contiguous().view(-1, dim)
     with borrow("self_attn.q", "self_attn.k", "self_attn.v") as layers:
         rows = is_row_scale(*layers[0][:2])
-        y = run.layer_norm_quantize(x, eps, shift=shift1, scale=scale1, rows=rows)
+        stats = None if rows else left
+        y = run.layer_norm_quantize(x, eps, shift=shift1, scale=scale1, stats=stats, rows=rows)
         weights, scales, biases = map(list, zip(*layers))
         assert len({bias is None for bias in biases}) == 1, "biases of q, k and v: all or none"
         qkv, sums = run.int8_mm_qkv(*y, weights, scales, None if biases[0] is None else biases, out_dtype=dtype)
@@ -55,8 +63,8 @@ def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_
     del qkv, sums
     y = _quantize(run, y, rows)
     with borrow("self_attn.o") as (o,):
-        x, stats = run.int8_mm_residual(*y, *o, x, gate1)
-    y = run.layer_norm_quantize(x, eps, *norm3, stats=None if rows else stats, rows=rows)
+        x, stats = _residual(run, y, o, x, gate1, rows)
+    y = run.layer_norm_quantize(x, eps, *norm3, stats=stats, rows=rows)
     with borrow("cross_attn.q") as (q,):
         y = run.int8_mm(*y, *q, out_dtype=dtype)
 
@@ -67,13 +75,34 @@ def _block(run, x, context, modulation, borrow, attend, attend_text, norm3, num_
 
     y = _quantize(run, attend_text(y.view(shape), project), rows)
     with borrow("cross_attn.o") as (o,):
-        x, stats = run.int8_mm_residual(*y, *o, x)
-    y = run.layer_norm_quantize(x, eps, shift=shift2, scale=scale2, stats=None if rows else stats, rows=rows)
+        x, stats = _residual(run, y, o, x, None, rows)
+    y = run.layer_norm_quantize(x, eps, shift=shift2, scale=scale2, stats=stats, rows=rows)
     with borrow("ffn.0") as (up,):
         y = _inner(run, *y, up, rows, dtype)
     with borrow("ffn.2") as (down,):
-        x, _ = run.int8_mm_residual(*y, *down, x, gate2, stats=False)
-    return x.view(shape)
+        x, stats = _residual(run, y, down, x, gate2, rows)
+    return x.view(shape), stats
+
+
+def _residual(run, y, layer, x, gate, rows: bool):
+    """(x + gate * layer(y), its row statistics, or None in the row format, whose norms have whole rows at hand)."""
+    x, stats = run.int8_mm_residual(*y, *layer, x, gate, stats=not rows)
+    return x, None if rows else stats
+
+
+def _leave(x, stats):
+    """x with its row statistics."""
+    if stats is not None and not torch.compiler.is_compiling() and not x.is_inference():
+        setattr(x, _LEFT, (x._version, stats))
+    return x
+
+
+def _left_with(x):
+    """What the block before has left with x; None where x is another tensor, or was written to since."""
+    if torch.compiler.is_compiling():
+        return None  # a graph keeps values, not what hangs on tensors
+    writes, stats = getattr(x, _LEFT, (None, None))
+    return stats if writes is not None and writes == x._version else None
 
 
 def _quantize(run, x, rows: bool):
