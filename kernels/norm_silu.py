@@ -12,7 +12,7 @@ import triton.language as tl
 from . import launch
 from .norm import load_vector
 from .quantize import check_operand, matrix_shape
-from .rows import load_rows, part_columns, row_tile
+from .rows import inside_rows, load_rows, part_columns, row_tile
 
 _TINY = tl.constexpr(1e-12)  # the least length that a vector is divided by
 
@@ -30,10 +30,11 @@ def norm_silu_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,  # PARTS * WIDTH is K
 ):
     # one program owns ROWS whole rows, in registers from their one read to their one write
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH)
+    x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
     squares = x[0] * x[0]
     for part in tl.static_range(1, PARTS):
         squares += x[part] * x[part]
@@ -41,11 +42,10 @@ def norm_silu_kernel(
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
         y = x[part] * inverse
-        y *= load_vector(gamma_ptr, cols, K, y) * root
+        y *= load_vector(gamma_ptr, cols, K, y, EVEN) * root
         y *= tl.sigmoid(y)
         target = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        mask = (rows < M)[:, None] & (cols < K)[None, :]
-        tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=inside_rows(rows, cols, M, K, EVEN))
 
 
 def norm_silu(x, gamma, out=None):
@@ -57,6 +57,6 @@ def norm_silu(x, gamma, out=None):
     out = torch.empty((m, k), dtype=x.dtype, device=x.device) if out is None else out
     check_operand("gamma", gamma, (k,), x.device)
     check_operand("out", out, (m, k), x.device)
-    tile = row_tile(k)
+    tile = row_tile(k, values=56)
     launch.run(norm_silu_kernel, (triton.cdiv(m, tile["ROWS"]),), (x, gamma, out, m, k, k**0.5, *x.stride()), tile)
     return out

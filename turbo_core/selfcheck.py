@@ -2,7 +2,7 @@
 
 prove(device) is called when a model is loaded or kernels are brought to one; its verdicts stand in turbo_core.dispatch.
 On a card it launches what a Wan block launches with bfloat16 activations, one video at a time, and one of each other
-form. That is 43 kernels to compile: quantize 3, norm 9, int8_mm 13, sla 15, vae 3 (counted by a test), which somebody
+form. That is 42 kernels to compile: quantize 3, norm 9, int8_mm 12, sla 15, vae 3 (counted by a test), which somebody
 waits for, once per Triton version. Through the interpreter: every form at a small ragged size. The reference computes
 on the CPU: there its integer products are exact and nothing depends on what the card's libraries round. Rounding is
 allowed, a wrong block, row or value is not. What no proof can survive is a kernel that reads or writes where it must
