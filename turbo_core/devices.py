@@ -76,6 +76,14 @@ def _stream_beside(device):
     return torch.cuda.Stream(device)
 
 
+def page_locked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Copies in memory that stays where it is, which a card reads by itself; None where the system gives no more."""
+    try:
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    except RuntimeError:
+        return None
+
+
 def release(device: torch.device) -> None:
     """Give back the memory of tensors that are gone."""
     gc.collect()

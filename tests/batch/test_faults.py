@@ -10,6 +10,7 @@ import pytest
 from tests.batch.test_batch import command, made, prompts, records
 from tests.helpers.certificates import make_keys
 from turbo_core.batch import Manifest, folder
+from turbo_core.batch.workers import settings_at
 from turbo_core.cli import batch, main
 from turbo_core.parallel import Alone, Sequence
 from turbo_core.pipeline import resident
@@ -154,3 +155,11 @@ def test_what_is_done_and_unsigned_is_signed_by_the_next_run(tiny, tmp_path, pro
     (out / "batch.jsonl").unlink()
     assert main(command(tiny, prompts, out, "--no-metadata", *sign)) == 0
     assert "4 of 4 videos are there already" in capsys.readouterr().err
+
+
+def test_several_processes_on_a_device_divide_what_is_given():
+    devices, given = ["cuda:0", "cuda:1", "cuda:1"], {"dit": "a", "memory": 100}
+    found = [settings_at(place, devices, given) for place in range(3)]
+    assert [one["memory"] for one in found] == [100, 50, 50]
+    assert [one["sharing"] for one in found] == [(1, 3), (2, 3), (2, 3)]
+    assert settings_at(2, devices, {"memory": None})["memory"] is None

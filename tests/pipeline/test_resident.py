@@ -377,3 +377,52 @@ def test_the_processes_of_a_team_compare_the_files_of_a_folder(tiny, tmp_path):
     assert f"the file {tmp_path / 'model.safetensors'}" in told and "bytes, " in told[f"the file {vae}"]
     Pipeline(tmp_path, tmp_path / "gone.pth", tiny / "tiny_umt5.safetensors", device="cpu", team=Asked())
     assert told[f"the file {tmp_path / 'gone.pth'}"] == "no such file"  # loading it names the cure
+
+
+def test_experts_that_come_again_wait_in_locked_memory(tiny, monkeypatch):
+    """Copies stand in for page-locked memory, from which a card takes copies. The second reading locks, the third is
+    none."""
+
+    class Locked(dict):
+        def items(self):
+            return [(name, tensor.clone()) for name, tensor in super().items()]
+
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(4)]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    monkeypatch.setattr(experts, "page_locked", lambda state: Locked((n, t.clone()) for n, t in state.items()))
+    reads, weights, opened = [], experts.weights, experts.opened
+    monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path[-14:]) or weights(file))
+    monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
+    for in_place in (True, False):
+        reads.clear()
+        with i2v(tiny) as pipe:
+            pipe.experts.files, pipe.experts.in_place, pipe.experts.waits = {}, in_place, True
+            made = [result for clip in clips for result in pipe.map([clip])]
+            assert sorted(pipe.experts.waiting) == [0, 1]
+        assert not pipe.experts.waiting
+        assert all(same(one, other) for one, other in zip(made, expected, strict=True))
+        assert sorted(reads) == ["-low-quant.pth"] * 2 + ["high-quant.pth"] * 2
+
+
+def test_where_the_system_locks_no_more_they_come_from_their_files(tiny, monkeypatch):
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (_ for _ in ()).throw(RuntimeError("no more")))
+    with i2v(tiny) as pipe:
+        pipe.experts.waits = True
+        for seed in range(3):
+            pipe("a", seed=seed, image=tiny / "image.png", steps=3, **SMALL)
+        assert not pipe.experts.waiting and not pipe.experts.waits
+
+
+def test_processes_that_share_a_device_divide_its_memory(tiny, monkeypatch):
+    waiting, make = [], resident.Experts
+    monkeypatch.setattr(resident, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(resident, "waiting_memory", lambda device: 600)
+    monkeypatch.setattr(resident, "Experts", lambda *given: waiting.append(given[-1]) or make(*given))
+    left = []
+    for settings in ({}, {"sharing": (4, 6)}, {"sharing": (4, 4), "memory": 7}, {"memory": 0}):
+        with i2v(tiny, **settings) as pipe:
+            left.append(pipe.memory)
+    assert left == [1000, 250, 7, 0]
+    assert waiting == [600, 100, 150, 0], "generate, with no memory, reads each file once"

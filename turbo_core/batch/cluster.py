@@ -52,6 +52,9 @@ def make_by_ray(
         ray.data.DataContext.get_current().enable_progress_bars = False
         on_cpu = settings.get("device") == "cpu"
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
+        most = max(int(node["Resources"].get("CPU" if on_cpu else "GPU", 1)) for node in ray.nodes())
+        most = min(most, actors or most, len(jobs))  # on one machine
+        settings = settings | {"sharing": (most if on_cpu else 1, most)}
         constants = {"settings": settings, "folder": folder.shared(), "options": options}
         rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in enumerate(jobs)]
         there = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 0))

@@ -26,7 +26,7 @@ def make_by_workers(
     devices: list, settings: dict, jobs: list[Job], folder, tell: Callable[[Outcome], None], **options
 ) -> None:
     """Make all jobs by a process on each of `devices`, which may be there twice; settings: of Pipeline, without its
-    device.
+    device; a memory that is given there is that of a device.
 
     options: of make. Raises TurboError where a process finds the models at fault, or dies before it begins a job.
     """
@@ -38,7 +38,7 @@ def make_by_workers(
         while True:
             while todo and len(workers) < len(devices):
                 place = next(place for place in range(len(devices)) if place not in {w.place for w in workers})
-                workers.append(_Worker(place, settings | {"device": devices[place]}, folder.shared(), options))
+                workers.append(_Worker(place, settings_at(place, devices, settings), folder.shared(), options))
             for worker in workers:
                 if not worker.chunk and todo:
                     # large at first, so that prompts are encoded together; small at the end, so that none waits
@@ -78,6 +78,13 @@ def make_by_workers(
     finally:
         for worker in workers:
             worker.end()
+
+
+def settings_at(place: int, devices: list, settings: dict) -> dict:
+    """The settings of the pipeline of one process: several on a device divide its memory, all that of the machine."""
+    count, memory = devices.count(devices[place]), settings.get("memory")
+    more = {"device": devices[place], "sharing": (count, len(devices))}
+    return settings | more | {"memory": None if memory is None else memory // count}
 
 
 class _Worker:

@@ -19,7 +19,7 @@ def add_verbs(verbs, common) -> None:
     add_models(command)
     add_settings(command)
     add("--check", action="store_true", help="check every line, file and the memory, and make nothing")
-    add("--memory", type=float, metavar="GIB", help="that the models may take; default what is free")
+    add("--memory", type=float, metavar="GIB", help="that the models may take of a device; default what is free")
     add("--workers", type=int, metavar="N", help="processes; default one for each CUDA device, else one")
     add("--ray", nargs="?", const="local", metavar="ADDRESS", help="many machines: a Ray cluster; default a local one")
     add_parallel(command)
@@ -150,12 +150,16 @@ def _check(arguments, settings, jobs, faults, team) -> int:
     """Hold every job to the models without reading them, look at devices and the folder, and say what will stay in
     memory."""
     from ..batch.checking import about_devices, about_folder
+    from ..batch.workers import settings_at
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
     from .console import progress_bars, table
 
     bad, rooms, pixels = [*faults], Counter(), 0
-    about = about_devices(_devices(arguments))
+    devices = _devices(arguments)
+    about = about_devices(devices)
+    if len(devices) > 1:
+        settings = settings_at(0, devices, settings)
     with Pipeline(**(settings | {"cache": None})) as pipe, progress_bars() as progress:
         pipe.coders.load("meta", pipe.dtype)
         load_text_encoder(settings["text_encoder"], settings["tokenizer"], "meta", pipe.dtype)
@@ -172,7 +176,7 @@ def _check(arguments, settings, jobs, faults, team) -> int:
     _tell_faults(arguments.jobs, sorted(bad))
     about += about_folder(arguments.output, pixels)
     rows = [
-        (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words())
+        (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words(pipe.experts.waits))
         for (size, frames, stay), count in rooms.items()
     ]
     table("Planned by count of bytes, not measured", [*(rows or [("no video can be made", "", "")]), *about])

@@ -1,7 +1,9 @@
 """The diffusion models of a pipeline in memory: one, or two experts that take turns or stay both."""
 
+from collections import Counter
+
 from ..checkpoint import Opened, opened, weights
-from ..devices import release
+from ..devices import page_locked, release
 from ..errors import TurboError
 from ..lora import Library, put_on
 from ..wan import WanModel
@@ -13,17 +15,22 @@ class Experts:
 
     On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
     the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
+    Models that an accelerator asks for again wait in page-locked memory where there is room for all of them: from
+    there they come as fast as the bus takes them, whatever became of the file's pages.
     """
 
-    def __init__(self, files: list[Opened], device, dtype, sequence=None):
+    def __init__(self, files: list[Opened], device, dtype, sequence=None, waiting: int = 0):
         """files: of the only model, or of the high- and the low-noise expert; the caller must not keep them, for a file
-        stays mapped as long as it is referred to. sequence: see WanModel.sequence."""
+        stays mapped as long as it is referred to. sequence: see WanModel.sequence. waiting: bytes of main memory for
+        models that wait."""
         self.descriptions = [file.description for file in files]
         self.library = Library(files)
         self.bytes = [_bytes(file, dtype) for file in files]  # in memory, each
         self.files = dict(enumerate(files))
         self.device, self.dtype, self.sequence = device, dtype, sequence
         self.in_place = device.type != "cpu"
+        self.waits = self.in_place and sum(self.bytes) <= waiting
+        self.waiting, self._reads = {}, Counter()  # state dicts by model; how often each came from its file
         self.models, self.handover = {}, None
         self._loras, self._changed = {}, {}  # of the models: what is on them, which float parameters hold some of it
 
@@ -41,11 +48,9 @@ class Experts:
             if not keep or self.handover is not None:
                 self.free()
             with stage("load DiT") as progress:
-                file = self._opened(wanted)
-                state, heads = weights(file), file.description.num_heads
-                del file
+                heads = self.descriptions[wanted].num_heads
                 self.models[wanted] = WanModel.from_state_dict(
-                    state, self.dtype, self.device, num_heads=heads, progress=progress
+                    self._state(wanted), self.dtype, self.device, num_heads=heads, progress=progress
                 )
                 self.models[wanted].sequence = self.sequence
         model = self.models[wanted]
@@ -54,13 +59,26 @@ class Experts:
                 self._put_on(wanted, loras[wanted])
         if leaves and self.in_place and not keep and self.handover is None:
             with stage("load DiT"):
-                file = self._opened(1)
-                state = weights(file)
+                file = None if 1 in self.waiting else self._opened(1)
+                state = self._state(1, file)
                 if can_follow(model, state):
                     self.handover = Handover(model, state)
-                else:
+                elif file is not None:
                     self.files[1] = file
         return model
+
+    def _state(self, which, file=None):
+        """The weights of a model where they wait, or in its file."""
+        if which in self.waiting:
+            return self.waiting[which]
+        state = weights(file or self._opened(which))
+        self._reads[which] += 1
+        if self.waits and self._reads[which] > 1:  # a third time is likely
+            locked = page_locked(state)
+            self.waits = locked is not None  # the system may allow less than there is
+            if self.waits:
+                self.waiting[which] = state = locked
+        return state
 
     def _put_on(self, which, loras):
         try:
@@ -86,6 +104,11 @@ class Experts:
         """Let go of the models unless size() more bytes fit beside them into memory."""
         if self.models and sum(self.bytes[which] for which in self.models) + size() > memory:
             self.free()
+
+    def close(self):
+        """Let go of all, also of what waits."""
+        self.free()
+        self.waiting.clear()
 
     def free(self):
         """Let go of the models, and end a hand-over."""

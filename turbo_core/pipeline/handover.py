@@ -139,6 +139,9 @@ class CardLane:
         start = 0
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             for own, following in pairs:
+                if following.is_pinned():
+                    own.copy_(following, non_blocking=True)
+                    continue
                 size = own.numel() * own.element_size()
                 staged = buffer[start : start + size].view(own.dtype).view(own.shape)
                 staged.copy_(following)

@@ -12,6 +12,7 @@ from .clip import Ready
 
 GROUP = 8  # clips that pass one expert, or the DiT, before the next network is read
 _SHARE = 0.8  # of main memory that is free
+_LOCKED = 0.5  # of the same: what is locked nobody else gets, pages of files neither
 
 
 class Stay(NamedTuple):
@@ -21,11 +22,12 @@ class Stay(NamedTuple):
     dit: bool = False  # one of them and the VAE
     overlap: bool = False  # sampling and decoding at the same time
 
-    def words(self) -> str:
-        """The same for a person."""
+    def words(self, waits: bool = False) -> str:
+        """The same for a person. waits: what does not stay on the device waits in page-locked memory, not on disk."""
+        place = ", which wait in page-locked memory" if waits else ""
         if not self.dit:
-            return f"networks take turns, {GROUP} videos at a time"
-        stays = "all diffusion models stay" if self.experts else "one diffusion model stays"
+            return f"networks take turns{place}, {GROUP} videos at a time"
+        stays = "all diffusion models stay" if self.experts else f"one diffusion model stays{place}"
         return f"{stays}, {'sampling beside decoding' if self.overlap else 'sampling and decoding in turn'}"
 
     def together(self, has_low: bool) -> int:
@@ -54,3 +56,9 @@ def free_memory(device: torch.device) -> int:
         return max(0, torch.cuda.mem_get_info(device)[0] - plan.RESERVED)
     known = available_memory()
     return 0 if known is None else int(_SHARE * known[0])
+
+
+def waiting_memory(device: torch.device) -> int:
+    """Bytes of page-locked memory that models may wait in for a card; on others there is none."""
+    known = available_memory() if device.type == "cuda" else None
+    return 0 if known is None else int(_LOCKED * known[0])

@@ -24,7 +24,7 @@ from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, raised, r
 from .embeddings import Embeddings, padded
 from .experts import Experts
 from .inputs import open_models
-from .residence import Stay, free_memory, what_stays
+from .residence import Stay, free_memory, waiting_memory, what_stays
 from .sampling import Trajectory, decode_frames, encode_image
 from .video import prepare_image
 
@@ -41,7 +41,8 @@ class Pipeline:
     folder in which embeddings of prompts are kept, default none. progress: callable (stage, done, total), called from a
     second thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the
     same with their pipelines on its device, only the first one has the frames and writes, and the first failure ends it
-    all. Diffusion models are validated here, and nothing is read but their headers. Raises TurboError.
+    all. sharing: how many processes share the device, and the machine, whose free memory they divide. Diffusion models
+    are validated here, and nothing is read but their headers. Raises TurboError.
     """
 
     def __init__(
@@ -59,15 +60,17 @@ class Pipeline:
         cache=None,
         progress: Callable | None = None,
         team=None,
+        sharing: tuple[int, int] = (1, 1),
     ):
         self.team = team or Alone()
         self.device = pick_device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence)
+        waiting = 0 if memory == 0 else waiting_memory(self.device) // max(sharing[1], self.team.size)
+        self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence, waiting)
         models = [path for path in (dit, dit_low, vae, vae_fast) if path is not None]
         self.team.agree(lambda: program_facts(self.device, [file for path in models for file in files_of(path)]))
         self.model, self.has_low = self.experts.descriptions[0], dit_low is not None
-        self.memory = free_memory(self.device) if memory is None else memory
+        self.memory = free_memory(self.device) // sharing[0] if memory is None else memory
         self.progress = progress or (lambda stage, done, total: None)
         self.paths = {"dit": dit, "vae": vae, "text encoder": text_encoder}
         self.embeddings = Embeddings(text_encoder, tokenizer, self.device, self.dtype, cache)
@@ -82,7 +85,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Let go of all models."""
-        self.experts.free()
+        self.experts.close()
         self.embeddings.free()
         self.coders.free()
         release(self.device)
