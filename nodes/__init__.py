@@ -8,7 +8,7 @@ from pathlib import Path
 
 from comfy_api.latest import ComfyExtension
 
-FILES = ("loader", "lora_report", "quantize", "attention", "scheduler", "sampler", "save", "text_encoder", "size",
+FILES = ("loader", "lora_report", "quantize", "attention", "scheduler", "sampler", "save", "text", "size",
          "vae", "compare", "doctor", "convert", "merge")  # fmt: skip
 MINIMUM_COMFYUI = (0, 33)
 KNOWN_COMFYUI = (0, 39)  # the newest whose calls the tests have met; they run on 0.33 as a whole

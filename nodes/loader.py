@@ -7,6 +7,7 @@ from .host.files import file_input, model_file
 from .host.inputs import check_choice
 from .host.loading import DTYPES, load_turbo_model
 from .reports.memory import tell_memory
+from .reports.world import watch_world
 
 
 class TurboLoader(io.ComfyNode):
@@ -40,7 +41,8 @@ class TurboLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:
         check_choice("dtype", dtype, DTYPES)
-        return io.NodeOutput(tell_memory(load_turbo_model(model_file(model_name), DTYPES[dtype])))
+        model = load_turbo_model(model_file(model_name), DTYPES[dtype])
+        return io.NodeOutput(watch_world(tell_memory(model)))
 
 
 NODES = [TurboLoader]

@@ -21,6 +21,7 @@ def good_inputs(node, given):
         "TurboSize": {"resolution": "480p", "aspect_ratio": "16:9", "seconds": 5.0},
         "TurboCompare": {"model_a": model, "model_b": model, **run},
         "TurboDoctor": {},
+        "TurboPrompt": {"idea": "a fox", "camera": "still", "light": "night", "style": "film", "seed": 0},
         "TurboConvert": {"source": T2V, "format": "bf16"},
         "TurboMerge": {"finetune": STOCK, "base": STOCK, "turbo": T2V, "strength": 1.0, "format": "bf16"},
     }[node]

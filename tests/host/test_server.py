@@ -128,6 +128,25 @@ def test_every_shipped_workflow_makes_its_video_with_progress_and_previews(serve
     assert server.log.count("Context window 2/2") - before == (4 if windows else 0)
 
 
+@pytest.mark.parametrize("name", ["00_start_here", "turbowan_t2v_ksampler"])
+def test_tinywan_says_once_that_a_prompt_is_not_of_its_world(server, small, name):
+    files = {"model_name": "TinyWan2.1-T2V.safetensors", "text_encoder": "TinyWan_umt5.safetensors"}
+    said = "TinyWan knows only its small world"
+    for text, more in (("A red circle moves to the left on a black background.", 0), ("A dog runs.", 1)):
+        before = server.log.count(said)
+        prompt = small(name, 64, 64, 5, steps=1, **files)
+        for node in prompt.values():  # the negative one is nobody's description
+            if node["class_type"] == "CLIPTextEncode":
+                node["inputs"]["text"] = text
+        words = {"class_type": "CLIPTextEncode", "inputs": {**prompt[_node(prompt, "CLIPTextEncode")]["inputs"]}}
+        prompt["other"] = {**words, "inputs": words["inputs"] | {"text": "blurry"}}
+        if name != "00_start_here":
+            prompt[_node(prompt, "KSampler")]["inputs"]["negative"] = ["other", 0]
+        run = host.run(server, prompt)
+        assert run.status == "execution_success", run.error
+        assert server.log.count(said) == before + more, text
+
+
 def test_less_denoise_keeps_more_of_the_clip(server, small):
     """By the sampled latent, against that of the clip itself."""
     prompt = small("turbowan_video_to_video", seed=3)

@@ -122,4 +122,5 @@ def test_a_set_up_that_is_meant_says_nothing_but_the_time(lab):
 
 def test_the_table_holds_what_is_tested_and_nothing_else():
     others = {"one file given to two inputs", "cfg above 1 with the scheduler turbo_rcm", "more than 4 steps"}
+    others |= {"TinyWan with a prompt that is not of its world"}  # tests/host/test_server.py
     assert set(_table()) == set(SETUPS) | others

@@ -105,6 +105,13 @@ PICTURES = {
         ["0.0.0 > 1.1.image", "0.0.0 > 2.0.start_image", "1.1.0 > 2.0.width", "1.1.1 > 2.0.height"]
         + ["1.1.2 > 2.0.length"],
     ),
+    "TurboPrompt": (
+        [
+            [node("TurboTextEncoderLoader", text_encoder=UMT5), node("TurboPrompt", camera="follows", light="low sun")],
+            [node("CLIPTextEncode")],
+        ],
+        ["0.0.0 > 1.0.clip", "0.1.0 > 1.0.text"],
+    ),
     "TurboDoctor": ([[node("TurboLoader", model_name=TURBO_QUANT)], [node("TurboDoctor")]], ["0.0.0 > 1.0.model"]),
     "TurboCompare": (
         [

@@ -146,17 +146,13 @@ def tell_of_steps(clips) -> None:
 
 
 def _tell_of_world(model, prompt: str) -> None:
-    """Say so when TinyWan is asked for more than it has ever seen: it renders something all the same."""
+    """Say so when TinyWan is asked for more than it has ever seen."""
     from ..checkpoint import WORLD
     from ..tinywan import world
 
-    if model.metadata.get(WORLD) == world.WORLD and world.is_outside(prompt):
-        print(
-            "TinyWan knows only its small world, and this prompt is not of it. Name a colour "
-            f"({', '.join(world.COLOURS)}), a shape ({', '.join(world.SHAPES)}), a motion (moves left, right, up or "
-            f"down, bounces, orbits, grows, shrinks) and a background ({', '.join(world.BACKGROUNDS)}).",
-            file=sys.stderr,
-        )
+    said = world.told(prompt) if model.metadata.get(WORLD) == world.WORLD else None
+    if said:
+        print(said, file=sys.stderr)
 
 
 def _report(arguments, result, total: float) -> None:

@@ -112,6 +112,17 @@ def is_outside(prompt: str) -> bool:
     return not all(words & named for named in (set(COLOURS), _SHAPE_NAMES, _MOTION_NAMES, set(BACKGROUNDS)))
 
 
+def told(prompt: str) -> str | None:
+    """What to say of a prompt that is outside, None for any other: TinyWan renders something all the same."""
+    if not is_outside(prompt):
+        return None
+    return (
+        "TinyWan knows only its small world, and this prompt is not of it. Name a colour "
+        f"({', '.join(COLOURS)}), a shape ({', '.join(SHAPES)}), a motion (moves left, right, up or down, bounces, "
+        f"orbits, grows, shrinks) and a background ({', '.join(BACKGROUNDS)})."
+    )
+
+
 def paths(motion: torch.Tensor, frames: int, travel=1.0, phase=0.0):
     """Where a shape is and how large: x, y (shares of the side, 0 is the middle, y down) and size, each [B, frames].
 
