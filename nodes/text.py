@@ -56,8 +56,8 @@ class TurboTextEncoderLoader(io.ComfyNode):
             node_id="TurboTextEncoderLoader",
             display_name="Turbo Text Encoder Loader",
             category="model/loaders",
-            description="Loads Wan's umT5 text encoder as CLIPLoader with type wan does, and small ones such "
-            "as TinyWan's, which CLIPLoader does not take.",
+            description="Loads Wan's umT5 text encoder as Load CLIP with type wan does, and small ones such as "
+            "TinyWan's, which Load CLIP does not take.",
             search_aliases=["umt5", "TurboWan", "load clip"],
             inputs=[file_input("text_encoder", "A umT5 file in models/text_encoders.", "text_encoders")],
             outputs=[io.Clip.Output()],

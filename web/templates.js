@@ -1,5 +1,5 @@
 // This pack's templates: in the order of their names, where the start comes first, and opened at the size they were
-// laid out for. The host lists files in the order of the disk, and shrinks a template until all of it is in the window.
+// laid out for, with the notes of the first ones in the language of the page. The host lists files in the order of the disk, and shrinks a template until all of it is in the window.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -13,12 +13,25 @@ api.getWorkflowTemplates = async function (...given) {
   return templates;
 };
 
+// notes.json: {language: {English note: translation}}. A note that was changed is found no more and stays as it is.
+async function translateNotes() {
+  const language = app.extensionManager?.setting?.get("Comfy.Locale");
+  const notes = app.graph.nodes.filter((node) => node.type === "MarkdownNote");
+  const answer = await fetch(new URL("./notes.json", import.meta.url));
+  const known = answer.ok ? (await answer.json())[language] : undefined;
+  for (const note of known ? notes : []) {
+    const text = note.widgets?.[0];
+    if (text && known[text.value]) text.value = known[text.value];
+  }
+}
+
 app.registerExtension({
   name: "TurboWan.Templates",
   afterConfigureGraph() {
     const extra = app.graph.extra;
     if (!extra?.[MARK]) return;
     delete extra[MARK];
+    translateNotes();
     const { scale, offset } = extra.ds;
     const show = () => {
       app.canvas.ds.scale = scale;

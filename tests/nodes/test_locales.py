@@ -5,12 +5,15 @@ being imported, so that a forgotten recording shows without a host as well.
 """
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import workflow_api
 from tests.tools.record_schemas import read
+from turbo_core.diagnostics import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
@@ -109,6 +112,41 @@ def test_facts_survive_the_translation(language):
             for fact in FACT.findall(english):
                 wanted = {fact, fact.strip(".-"), names.get(fact, fact)}
                 assert any(word in texts[path] for word in wanted), f"{node_id} {path}: {fact!r} not in {texts[path]}"
+
+
+NOTES = json.loads((ROOT / "web" / "notes.json").read_text("utf-8"))
+STARTS = [n["widgets_values"][0] for name in workflow_api.COMES_ALONG for n in workflow_api.load(name)["nodes"]
+          if n["type"] == "MarkdownNote"]  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_notes_of_the_start_workflows_are_translated(language):
+    """By their English as it is now: web/templates.js finds them by that."""
+    assert set(NOTES[language]) == set(STARTS), "translate the note again in web/notes.json"
+    titles = {node["display_name"]: read(language)[name]["display_name"] for name, node in EN.items()}
+    for english, text in NOTES[language].items():
+        assert re.search(SCRIPTS[language], text) and not re.search(FOREIGN[language], text)
+        assert len(re.findall("^## ", text, re.M)) == len(re.findall("^## ", english, re.M))
+        prose, translated = ("\n".join(row for row in t.splitlines() if row[:1] != "|") for t in (english, text))
+        for word in re.findall(r"\b[a-z]+_\w+|`[^`]+`|TinyWan|\b\d[\d.]*\b", prose):
+            assert word in translated, f"{word} of {english[:40]!r}"
+        rows, theirs = ([row for row in t.splitlines() if row[:1] == "|"] for t in (english, text))
+        assert rows[1:] == theirs[1:], "the same table under a translated head"
+        for title, shown in titles.items():
+            if f"**{title}**" in english:
+                assert shown in translated, f"{title} is called {shown} there"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_readme_in_this_language(language):
+    """Titles of nodes as the page shows them, the table of cards, and the workflows by their files."""
+    text = (ROOT / "docs" / f"README.{language}.md").read_text("utf-8")
+    assert re.search(SCRIPTS[language], text) and not re.search(FOREIGN[language], text.split("\n", 3)[3])
+    for node in read(language).values():
+        assert f"| **{node['display_name']}** |" in text
+    for row in cards.table().splitlines()[2:]:
+        assert row in text
+    assert {name for name in workflow_api.names() if f"workflows/{name}.json" in text} == set(workflow_api.names())
 
 
 @pytest.mark.parametrize("language", ("en", *LANGUAGES))

@@ -201,6 +201,13 @@ def test_a_workflow_without_downloads_asks_for_files_that_come_along(name):
     assert not workflow_api.files(workflow) and "http" not in json.dumps(workflow), "the page would offer a download"
 
 
+def test_notes_call_nodes_by_their_titles(workflow, schema):
+    titles = {name: node["display_name"] for name, node in schema.items() if node.get("display_name")}
+    renamed = [name for name, title in titles.items() if title != name and " " in title]
+    assert "CLIPLoader" in renamed
+    assert not [name for name in renamed if re.search(rf"\b{name}\b", _notes(workflow))]
+
+
 def test_links_offered_for_download_are_those_of_the_note(workflow):
     models = [model for node in workflow_api.flat(workflow)[0] for model in node["properties"].get("models", ())]
     assert all(model["url"] in _notes(workflow) for model in models)

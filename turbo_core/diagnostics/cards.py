@@ -80,7 +80,7 @@ def advice(memory: float) -> tuple[str, str, str]:
     whole = [f"{fit.file} at {fit.size}" for fit in fits(memory) if fit.sampling.fits == "resident"]
     begin = " or ".join(dict.fromkeys([whole[0], whole[-1]])) if whole else "TinyWan, or fewer frames than 81"
     text = next(s for s in stages(PUBLISHED["t2v-1.3b"], 832, 480, FRAMES, memory) if s.name == "text encoder")
-    encoder = "fp8 or bf16" if text.fits == "resident" else "fp8; where it runs out, device cpu in CLIPLoader"
+    encoder = "fp8 or bf16" if text.fits == "resident" else "fp8; where it runs out, device cpu in Load CLIP"
     room = memory * GIB - RESERVED
     pieces = [size for size, pixels in (("480p", 832 * 480), ("720p", 1280 * 720)) if _HOST_DECODES * pixels <= room]
     otherwise = "VAE Decode (Tiled)" if memory > CARDS[0] else "VAE Decode (Tiled), tile_size 256"
