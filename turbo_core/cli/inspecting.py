@@ -72,7 +72,8 @@ def _lora(path, file):
     known = in_comfyui_names(file.tensors, layers)
     parts = {stored: split_name(name) for stored, name in known.items()}
     down = {stored: layer for stored, (layer, part) in parts.items() if "_A" in part or "down" in part}
-    ranks = Counter(file.tensors[stored].shape[0] for stored in down if file.tensors[stored].ndim > 1)
+    down = {stored: layer for stored, layer in down.items() if file.tensors[stored].ndim > 1}
+    ranks = Counter(file.tensors[stored].shape[0] for stored in down)
     dims = {file.tensors[stored].shape[1] for stored, layer in down.items() if layer.endswith("self_attn.q")}
     sizes = {1536: "1.3B", 3072: "5B", 5120: "14B"}
     of = ", ".join(f"dim {dim}{f', {sizes[dim]}' if dim in sizes else ''}" for dim in sorted(dims))
