@@ -76,10 +76,13 @@ def _stream_beside(device):
     return torch.cuda.Stream(device)
 
 
-def page_locked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Copies in memory that stays where it is, which a card reads by itself; None where the system gives no more."""
+def page_locked(tensors: dict[str, torch.Tensor], read=None) -> dict[str, torch.Tensor] | None:
+    """Copies in memory that stays where it is, which a card reads by itself; None where the system gives no more.
+
+    read: brings a tensor from its file into memory.
+    """
     try:
-        return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: (tensor if read is None else read(tensor)).pin_memory() for name, tensor in tensors.items()}
     except RuntimeError:
         return None
 

@@ -1,14 +1,20 @@
 """Files read from the disk and not from where they are mapped: a mapped file that is cut short ends the process."""
 
+import functools
+import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from .devices import available_memory
 from .errors import TurboError
+from .files import human_bytes
 
 _BLOCK = 1 << 12  # bytes kept of the last place: a directory and a pickle are read by the byte
+_SHARE = 0.8  # of the memory that is free, what files may be read into
 
 
 class Shorter(OSError):
@@ -31,6 +37,18 @@ class Source:
 
     def __len__(self):
         return self._size
+
+    def check(self) -> None:
+        """Raise TurboError where the file has become shorter."""
+        if os.fstat(self.fd).st_size < self._size:
+            raise self.shorter()
+
+    def shorter(self) -> TurboError:
+        """The error of a file that has become shorter."""
+        return TurboError(
+            f"{self.path} changed while it was read: it was cut short. Nothing was written: try again when it stays "
+            "as it is."
+        )
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size)
@@ -94,6 +112,38 @@ class Disk:
         address = tensor.data_ptr()
         return next(((source, address - a) for a, end, source in self._places if a <= address < end), None)
 
+    def check(self) -> None:
+        """Raise TurboError where one of the files has become shorter: what lies there must not be touched."""
+        for _, _, source in self._places:
+            source.check()
+
+    def stays_mapped(self, tensors, copies: int = 1) -> bool:
+        """Whether tensors are to stay where they are mapped: the free memory does not hold so many copies of them.
+
+        Else they are to be read: it takes the memory of a private copy, where mapped pages are the system's to drop,
+        and no change of the file can end the process then. Windows lets nobody cut a file that is mapped.
+        """
+        size, free = sum(tensor.nbytes for tensor in tensors), available_memory()
+        if os.name != "nt" and (free is None or copies * size <= _SHARE * free[0]):
+            return False
+        if os.name != "nt":
+            names = ", ".join(dict.fromkeys(str(source.path) for _, _, source in self._places))
+            logging.info(
+                "TurboWan: %s stays mapped (%s, %s of memory are free): do not change the file meanwhile.",
+                names,
+                human_bytes(size),
+                human_bytes(free[0]),
+            )
+        return True
+
+    def reader(self, tensors, device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What brings tensors of a file that go to a device into memory, one at a time; None where they stay mapped."""
+        if torch.device(device).type == "meta":
+            return None
+        if torch.device(device).type != "cpu":
+            return functools.partial(self.read, again=True)  # until the copy to the device is made
+        return None if self.stays_mapped(tensors) else self.read
+
     def read(self, tensor: torch.Tensor, again: bool = False) -> torch.Tensor:
         """A copy of a tensor that lies in a mapping, in memory, by reading the file; any other one as it is.
 
@@ -109,10 +159,7 @@ class Disk:
         try:
             source.fill(numbers.view(torch.uint8).numpy(), start)
         except Shorter as error:
-            raise TurboError(
-                f"{source.path} changed while it was read: it was cut short. Nothing was written: try again when it "
-                "stays as it is."
-            ) from error
+            raise source.shorter() from error
         return numbers.as_strided(tensor.shape, tensor.stride())
 
     def _again(self, count, dtype):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
@@ -76,13 +77,24 @@ def listed_files(*names, kind=MODELS):
 def read_tensors(path):
     """(tensors, metadata) of a file that turbo_core's reader, which trusts nothing, found whole.
 
-    A safetensors file that is called so is then read by the host, whose memory management knows its own mapping.
-    Raises TurboError for one that is damaged, refused or no such file.
+    A safetensors file that is called so and stays mapped is then read by the host, whose memory management knows its
+    own mapping. Raises TurboError for one that is damaged, refused, cut short meanwhile or no such file.
     """
     file = open_tensors(path, writable=True)
+    if not stays_mapped(file):
+        return {name: file.disk.read(tensor) for name, tensor in file.tensors.items()}, file.metadata
     if file.container == "safetensors" and Path(path).suffix.lower() in SAFETENSORS_SUFFIXES:
         return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     return file.tensors, file.metadata
+
+
+def stays_mapped(file, disable_dynamic=False):
+    """Whether the tensors of an open file are to stay mapped: where the host counts on it, and drops and reads weights
+    again as memory asks, and where the free memory does not hold the two copies that loading makes."""
+    if comfy.utils.DISABLE_MMAP:
+        return False
+    dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher and not disable_dynamic
+    return dynamic or file.disk.stays_mapped(file.tensors.values(), copies=2)
 
 
 def format_input(default=None):

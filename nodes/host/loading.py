@@ -21,7 +21,7 @@ from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.errors import TurboError, shown
 from ...turbo_core.pipeline.text import check_encoder
 from .blocks import SLAWanBlock, watch_replaced
-from .files import read_tensors
+from .files import read_tensors, stays_mapped
 from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
 from .ops import names_in, part_of_host, quant_entry, quantized_ops
@@ -138,7 +138,8 @@ def load_turbo_model(path, dtype=None, disable_dynamic=False):
     """Load any supported file; the factory that the host calls again when it needs a fresh copy."""
     description = checkpoint.inspect(path)
     if is_ours(description):
-        sd, description = checkpoint.load(path)
+        file = checkpoint.opened(path, writable=True)
+        sd = checkpoint.weights(file, mapped=stays_mapped(file, disable_dynamic))
         patcher = build_patcher(sd | attention_tensors(description.attention), description, dtype, disable_dynamic)
         if description.has_sla:
             patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "turbowan", _as_distilled)

@@ -105,13 +105,12 @@ def test_experts_that_follow_in_place_serve_a_group_with_one_reading_each(tiny, 
     expected = [alone(i2v(tiny), clip) for clip in clips]
     monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
     reads, weights = [], experts.weights
-    monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path[-14:]) or weights(file))
+    monkeypatch.setattr(
+        experts, "weights", lambda file, **how: reads.append(file.description.path[-14:]) or weights(file, **how)
+    )
     for _ in range(2):
         with i2v(tiny) as pipe:
-            # on a CPU a model lies in its mapped file, which must then be a private copy
-            opened = [experts.opened(file.path, writable=True) for file in pipe.experts.descriptions]
-            pipe.experts.files, pipe.experts.in_place = dict(enumerate(opened)), True
-            del opened
+            pipe.experts.in_place = True
             assert all(same(one, other) for one, other in zip(pipe.map(clips), expected, strict=True))
     assert reads == ["high-quant.pth", "-low-quant.pth"] * 2
 
@@ -263,10 +262,7 @@ def test_a_second_group_begins_with_the_high_noise_expert_again(tiny, monkeypatc
     clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(2)]
     expected = [alone(i2v(tiny), clip) for clip in clips]
     monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
-    opened = experts.opened
     with i2v(tiny) as pipe:
-        # on a CPU a model lies in its mapped file, which must then be a private copy
-        monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
         pipe.experts.files, pipe.experts.in_place = {}, True
         made = [result for clip in clips for result in pipe.map([clip])]
     assert all(same(one, other) for one, other in zip(made, expected, strict=True))
@@ -329,9 +325,7 @@ def test_a_fault_of_decoding_leaves_the_experts_to_the_clip_that_is_sampled(tiny
 
     monkeypatch.setattr(resident, "decode_frames", spoiled)
     with i2v(tiny) as pipe:
-        opened = [experts.opened(file.path, writable=True) for file in pipe.experts.descriptions]
-        pipe.experts.files, pipe.experts.in_place = dict(enumerate(opened)), True
-        del opened
+        pipe.experts.in_place = True
         free = pipe.experts.free
         monkeypatch.setattr(pipe.experts, "free", lambda: (freed.append(threading.current_thread().name), free()))
         made = list(pipe.map(clips, failed=lambda *failure: failures.append(failure)))
@@ -390,7 +384,7 @@ def test_experts_that_come_again_wait_in_locked_memory(tiny, monkeypatch):
     clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(4)]
     expected = [alone(i2v(tiny), clip) for clip in clips]
     monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
-    monkeypatch.setattr(experts, "page_locked", lambda state: Locked((n, t.clone()) for n, t in state.items()))
+    monkeypatch.setattr(experts, "page_locked", lambda state, read: Locked((n, read(t)) for n, t in state.items()))
     reads, weights, opened = [], experts.weights, experts.opened
     monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path[-14:]) or weights(file))
     monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))

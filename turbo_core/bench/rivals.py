@@ -5,7 +5,7 @@ import torch
 
 from .. import checkpoint
 from ..checkpoint.others.diffusers import official_name
-from ..pipeline.text import PAD, TEXT_LENGTH, load_text_encoder
+from ..pipeline.text import PAD, TABLE, TEXT_LENGTH, load_text_encoder
 from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, load_vae
 from ..vae.files import diffusers_name
 from .harness import Missing
@@ -82,7 +82,8 @@ def text_encoder(transformers, ours):
         feed_forward_proj="gated-gelu",
     )
     model = transformers.UMT5EncoderModel(config).eval().requires_grad_(False)
-    model.load_state_dict(ours.state_dict(), strict=False)  # it holds the table of tokens under a second name
+    state = ours.state_dict() | {TABLE: ours.shared.weight}
+    model.load_state_dict(state, strict=False)  # it holds the table of tokens under a second name
     return model
 
 

@@ -34,16 +34,19 @@ def inspect(path) -> Description:
     return _open(path, contents=False).description
 
 
-def load(path, device="cpu") -> tuple[dict[str, torch.Tensor], Description]:
+def load(path, device="cpu", mapped: bool | None = None) -> tuple[dict[str, torch.Tensor], Description]:
     """(state dict under official names, description).
 
-    Tensors on the CPU stay mapped to the file, are read when touched, and may be written to (the file keeps its
-    bytes). int8 stays int8; fp8 becomes bf16, since nothing here computes in it. Keys of Wan variants (VACE, the image
-    branch ...) are passed through; what modules ask ComfyUI for is in the description, see `attention`. Raises
-    TurboError like inspect, for formats that are not read here, and when a scale is not finite.
+    Tensors are read, and may be written to (the file keeps its bytes). mapped: those on the CPU stay in the mapped file
+    and are read when touched, by default where the free memory does not hold them. int8 stays int8; fp8 becomes bf16,
+    since nothing here computes in it. Keys of Wan variants (VACE, the image branch ...) are passed through; what
+    modules ask ComfyUI for is in the description, see `attention`. Raises TurboError like inspect, for formats that are
+    not read here, and when a scale is not finite.
     """
     file = opened(path, writable=True)
-    return weights(file, device), file.description
+    if mapped is None:
+        mapped = torch.device(device).type == "cpu" and file.disk.stays_mapped(file.tensors.values())
+    return weights(file, device, mapped), file.description
 
 
 def opened(path, writable: bool = False) -> Opened:
@@ -85,20 +88,25 @@ def check_read(found: Description) -> None:
     )
 
 
-def weights(file: Opened, device="cpu") -> dict[str, torch.Tensor]:
-    """The state dict that load gives of an opened checkpoint. Raises TurboError when a scale is not finite."""
-    result = {}
-    stays = torch.device(device).type == "cpu"
+def weights(file: Opened, device="cpu", mapped: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict that load gives of an opened checkpoint. mapped: on the CPU, what needs no change is not read.
+
+    Raises TurboError when a scale is not finite, and where the file is cut short meanwhile.
+    """
+    result, read = {}, file.disk.read
     for name, tensor in file.tensors.items():
         if is_helper(name) or is_attention(name):
             continue
-        tensor = tensor if stays else file.disk.read(tensor)
         if is_scale(name, file.tensors):
             if file.tensors[name.removesuffix("_scale")].dtype != torch.int8:
                 continue
+            tensor = read(tensor)
             check_scale_values(name, tensor, file.description.path)
             tensor = tensor.float().contiguous()
         elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            tensor = decode(tensor, file.tensors.get(f"{name}_scale"))
+            scale = file.tensors.get(f"{name}_scale")
+            tensor = decode(read(tensor, again=True), None if scale is None else read(scale))
+        elif not mapped:
+            tensor = read(tensor)
         result[name] = tensor.to(device)
     return result

@@ -14,7 +14,8 @@ class Experts:
     """Reads a model when it is asked for, in the place of the other one unless both may stay.
 
     On an accelerator the low-noise expert comes block by block behind the last high-noise step where both files hold
-    the same tensors; else, and on a CPU, whose weights lie in the mapped file, it is read after the other is gone.
+    the same tensors; else, and on a CPU, it is read after the other is gone. What is larger than the free memory stays
+    mapped on a CPU, and its file is looked at before each evaluation.
     Models that an accelerator asks for again wait in page-locked memory where there is room for all of them: from
     there they come as fast as the bus takes them, whatever became of the file's pages.
     """
@@ -31,7 +32,7 @@ class Experts:
         self.in_place = device.type != "cpu"
         self.waits = self.in_place and sum(self.bytes) <= waiting
         self.waiting, self._reads = {}, Counter()  # state dicts by model; how often each came from its file
-        self.models, self.handover = {}, None
+        self.models, self.mapped, self.handover = {}, {}, None
         self._loras, self._changed = {}, {}  # of the models: what is on them, which float parameters hold some of it
 
     def at(self, wanted: int, stage, keep: bool = False, leaves: bool = False, loras=((), ())) -> WanModel:
@@ -48,37 +49,41 @@ class Experts:
             if not keep or self.handover is not None:
                 self.free()
             with stage("load DiT") as progress:
-                heads = self.descriptions[wanted].num_heads
-                self.models[wanted] = WanModel.from_state_dict(
-                    self._state(wanted), self.dtype, self.device, num_heads=heads, progress=progress
-                )
+                (state, read), heads = self._state(wanted), self.descriptions[wanted].num_heads
+                self.models[wanted] = WanModel.from_state_dict(state, self.dtype, self.device, heads, read, progress)
                 self.models[wanted].sequence = self.sequence
         model = self.models[wanted]
+        if wanted in self.mapped:
+            self.mapped[wanted].check()
         if self._loras.get(wanted, ()) != loras[wanted]:
             with stage("load LoRA"):
                 self._put_on(wanted, loras[wanted])
         if leaves and self.in_place and not keep and self.handover is None:
             with stage("load DiT"):
                 file = None if 1 in self.waiting else self._opened(1)
-                state = self._state(1, file)
+                state, read = self._state(1, file)
                 if can_follow(model, state):
-                    self.handover = Handover(model, state)
+                    self.handover = Handover(model, state, read)
                 elif file is not None:
                     self.files[1] = file
         return model
 
     def _state(self, which, file=None):
-        """The weights of a model where they wait, or in its file."""
+        """(the weights of a model where they wait, None), or where they are mapped with what reads them."""
         if which in self.waiting:
-            return self.waiting[which]
-        state = weights(file or self._opened(which))
+            return self.waiting[which], None
+        file = file or self._opened(which)
+        state, read = weights(file, mapped=True), file.disk.reader(file.tensors.values(), self.device)
+        if read is None:
+            self.mapped[which] = file.disk
         self._reads[which] += 1
         if self.waits and self._reads[which] > 1:  # a third time is likely
-            locked = page_locked(state)
+            locked = page_locked(state, read)
             self.waits = locked is not None  # the system may allow less than there is
             if self.waits:
-                self.waiting[which] = state = locked
-        return state
+                self.waiting[which] = locked
+                return locked, None
+        return state, read
 
     def _put_on(self, which, loras):
         try:
@@ -117,6 +122,7 @@ class Experts:
         self.handover = None
         self.models.clear()
         self._loras, self._changed = {}, {}
+        self.mapped.clear()
         release(self.device)
 
     def _opened(self, which: int) -> Opened:

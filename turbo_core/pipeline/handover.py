@@ -31,12 +31,13 @@ class Handover:
     """Made before the last forward of `model` as it is; from the next forward on it is the model of `state`.
 
     model: a WanModel for which can_follow(model, state) holds. state: canonical state dict on the CPU, best mapped
-    from its file. When reading fails, the next forward raises TurboError. After that, or after `cancel`, the model is
-    a mixture of the two: drop it.
+    from its file; read(tensor, again=True) then reads what lies there. When reading fails, the next forward raises
+    TurboError. After that, or after `cancel`, the model is a mixture of the two: drop it.
     """
 
-    def __init__(self, model, state):
+    def __init__(self, model, state, read=None):
         assert can_follow(model, state)
+        self._read = read
         own = model.state_dict()
         self._groups = {}  # number of the block, None for all that is in no block -> [(own tensor, the next one)]
         for name, tensor in own.items():
@@ -94,10 +95,15 @@ class Handover:
             try:
                 if self._error is None:
                     with torch.inference_mode():
-                        self._lane.copy(self._groups[group], ticket)
+                        self._lane.copy(self._pairs(group), ticket)
             except (OSError, RuntimeError, ValueError) as error:
                 self._error = error
             copied.set()
+
+    def _pairs(self, group):
+        """(own tensor, the next one in memory, until the pair after it is asked for)"""
+        for own, following in self._groups[group]:
+            yield own, following if self._read is None else self._read(following, again=True)
 
 
 class _HostLane:

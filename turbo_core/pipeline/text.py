@@ -11,7 +11,7 @@ from ..checkpoint.formats import check_scale_values
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, missing_library, shown
 from ..files import counted
-from .umt5 import UMT5
+from .umt5 import UMT5, RowsOfFile
 
 TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded with zeros
 PAD, _EOS = 0, 1
@@ -52,19 +52,26 @@ def load_text_encoder(path, tokenizer=None, device="cpu", dtype=torch.bfloat16, 
     float8 files (plain or scaled) are widened to dtype. progress: callable (bytes done, total). Raises
     TurboError for anything else; never downloads.
     """
-    state = open_tensors(path).tensors
+    file = open_tensors(path)
+    state = file.tensors
     embedded = state.pop(EMBEDDED, None)
+    embedded = None if embedded is None else file.disk.read(embedded)
     state = _canonical(state, path)
     tokenize = _load_tokenizer(embedded, tokenizer, Path(path))
     sizes = _infer_sizes(state, path)
     tokenize = _within(tokenize, sizes["vocabulary"], path)
     with torch.device("meta"):
         model = UMT5(**sizes)
-    tensors = {}
-    for name, like in counted(model.state_dict().items(), progress):
+    expected = model.state_dict()
+    for name, like in expected.items():
         _check_shape(state, name, like.shape, path)
-        keep = name == TABLE and state[name].dtype not in _FLOAT8  # of the largest tensor a prompt needs few rows
-        tensors[name] = _floats(state, name, path) if keep else _widened(state, name, path, device).to(device, dtype)
+    if state[TABLE].dtype not in _FLOAT8:  # of the largest tensor a prompt needs few rows
+        model.shared = RowsOfFile(_floats(state, TABLE, path), file.disk.read)
+        del expected[TABLE]
+    wanted = {name: state[name] for name in expected}
+    read = file.disk.reader(wanted.values(), device) or (lambda tensor: tensor)
+    counting = counted(wanted.items(), progress)
+    tensors = {name: _widened(state, name, path, device, read).to(device, dtype) for name, _ in counting}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), tokenize
 
@@ -193,18 +200,19 @@ def _floats(state: dict, name: str, path) -> torch.Tensor:
     return weight
 
 
-def _widened(state: dict, name: str, path, device) -> torch.Tensor:
+def _widened(state: dict, name: str, path, device, read) -> torch.Tensor:
     """One weight as floats; float8 repacks keep a scale beside it, and cross to a card before they are widened."""
-    weight = _floats(state, name, path)
+    weight = read(_floats(state, name, path))
     if weight.dtype not in _FLOAT8:
         return weight
     if torch.device(device).type == "cuda":
         weight = weight.to(device)
-    scale = _scale_of(state, name)
+    weight, scale = weight.float(), _scale_of(state, name)
     if scale is None:
-        return weight.float()
+        return weight
+    scale = read(scale)
     check_scale_values(f"the scale of {name}", scale, path)
-    return weight.float() * scale.to(weight.device, torch.float32).reshape(-1, 1)
+    return weight * scale.to(weight.device, torch.float32).reshape(-1, 1)
 
 
 def _within(tokenize, vocabulary: int, path):

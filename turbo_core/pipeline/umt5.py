@@ -18,8 +18,7 @@ EPS = 1e-6
 class UMT5(nn.Module):
     """The encoder for its sizes, see text.py; its weights are to be loaded.
 
-    The table of tokens may be of another dtype than the rest and lie on the CPU, in a mapped file: only the rows of
-    the tokens that are there are read.
+    The table of tokens may be of another dtype than the rest, and a RowsOfFile in its place.
     """
 
     def __init__(self, vocabulary: int, width: int, ffn: int, blocks: int, heads: int, head: int):
@@ -36,7 +35,7 @@ class UMT5(nn.Module):
     def forward(self, ids, mask):
         """ids int64 [B, L], mask bool [B, L], False for padding -> [B, L, width] in the dtype of the weights."""
         like = self.encoder.final_layer_norm.weight
-        x = self.shared(ids.to(self.shared.weight.device)).to(like)
+        x = self.shared(ids).to(like)
         buckets = distance_buckets(ids.shape[1]).to(like.device)
         hidden = ~mask[:, None, None].to(like.device)
         for block in self.encoder.block:
@@ -83,7 +82,22 @@ class _Table(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, ids):
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids.to(self.weight.device), self.weight)
+
+
+class RowsOfFile(nn.Module):
+    """The same of a table in a file, of which the rows of the tokens that are there are read: a prompt needs few.
+
+    weight: the table where it is mapped; read(row) reads one.
+    """
+
+    def __init__(self, weight, read):
+        super().__init__()
+        self.weight, self._read = weight, read
+
+    def forward(self, ids):
+        tokens, places = ids.cpu().unique(return_inverse=True)
+        return torch.stack([self._read(self.weight[token]) for token in tokens])[places]
 
 
 class _Norm(nn.Module):

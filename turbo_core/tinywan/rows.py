@@ -97,6 +97,5 @@ def _load(path: Path, format: str | None) -> tuple[WanModel, int]:
     with tempfile.TemporaryDirectory() as aside:
         if format is not None:
             path = Path(checkpoint.quantize(path, Path(aside) / "quantized.safetensors", format).path)
-        state, described = checkpoint.load(path)
-        state = {name: tensor.clone() for name, tensor in state.items()}  # the file goes
+        state, described = checkpoint.load(path, mapped=False)  # the file goes
         return WanModel.from_state_dict(state, torch.float32, num_heads=described.num_heads), path.stat().st_size

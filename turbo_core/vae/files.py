@@ -26,11 +26,13 @@ def load_vae(path, device="cpu", dtype=torch.float32) -> WanVAE:
 
     The base width is read from the file (96 in the published one). Raises TurboError for any other kind of VAE.
     """
-    return build_vae(open_tensors(path).tensors, path, device, dtype)
+    file = open_tensors(path)
+    return build_vae(file.tensors, path, device, dtype, read=file.disk.read)
 
 
-def build_vae(state: dict, path, device="cpu", dtype=torch.float32, kind=WanVAE) -> WanVAE:
-    """The same of tensors by name; path names them in errors. kind: the class to make."""
+def build_vae(state: dict, path, device="cpu", dtype=torch.float32, kind=WanVAE, read=None) -> WanVAE:
+    """The same of tensors by name; path names them in errors. kind: the class to make. read: brings a tensor from its
+    file into memory."""
     diffusers = _check_kind(state, path)
     dim = _base_dim(state, "decoder.norm_out.gamma" if diffusers else "decoder.head.0.gamma", path)
     with torch.device("meta"):
@@ -39,7 +41,8 @@ def build_vae(state: dict, path, device="cpu", dtype=torch.float32, kind=WanVAE)
         official = {diffusers_name(name): name for name in model.state_dict()}
         state = {official.get(name, name): value for name, value in state.items()}
     check_shapes(model, state, path)
-    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    read = read or (lambda value: value)
+    model.load_state_dict({key: read(value).to(device, dtype) for key, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -120,16 +120,17 @@ def load_fast(path, device="cpu", dtype=torch.float32):
     TAEHV and LightTAE have the same names and shapes and take other latents; which one a file is its name tells, else
     its numbers: TAEHV's are float16. Raises TurboError for a decoder of another model, and for any other file.
     """
-    state = open_tensors(path).tensors
+    file = open_tensors(path)
+    state = file.tensors
     if is_wan_vae(state):
-        return build_vae(state, path, device, dtype)
+        return build_vae(state, path, device, dtype, read=file.disk.read)
     _check_kind(state, path)
     with torch.device("meta"):
         model = TinyDecoder(_takes_raw(path, state["decoder.1.weight"].dtype))
     own = {}
     for name, tensor in state.items():
         if name.startswith("decoder."):  # there is an encoder in the files too
-            twice = name.endswith(".conv.0.weight") and tensor.ndim == 4
+            tensor, twice = file.disk.read(tensor), name.endswith(".conv.0.weight") and tensor.ndim == 4
             own[name] = torch.stack(tensor.chunk(2, 1)[::-1], 2) if twice else tensor
     check_shapes(model, own, path, _CURE)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in own.items()}, assign=True)

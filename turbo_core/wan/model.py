@@ -101,12 +101,12 @@ class WanModel(nn.Module):
         return self.blocks[0].self_attn.proj_l is not None
 
     @classmethod
-    def from_state_dict(cls, sd, dtype=None, device="cpu", num_heads=None, progress=None):
+    def from_state_dict(cls, sd, dtype=None, device="cpu", num_heads=None, read=None, progress=None):
         """Build the model that a canonical state dict describes (turbo_core.checkpoint.load) and load it.
 
         dtype: of the float matrices, default as stored; int8 weights stay int8, norms, modulation and proj_l become
-        float32. num_heads: default from proj_l, else heads of 128. progress: callable (bytes done, total). Raises
-        TurboError when keys or shapes do not fit.
+        float32. num_heads: default from proj_l, else heads of 128. read: brings a tensor of sd, one at a time, from its
+        file into memory. progress: callable (bytes done, total). Raises TurboError when keys or shapes do not fit.
         """
 
         def size(name, axis):
@@ -134,6 +134,7 @@ class WanModel(nn.Module):
             model.set_submodule(layer, Int8Linear(weight, sd[f"{layer}.weight_scale"], sd[f"{layer}.bias"]))
 
         def place(name, t):
+            t = t if read is None else read(t)
             if t.is_floating_point():
                 keep_float = name.endswith(("norm_q.weight", "norm_k.weight", "modulation", "weight_scale"))
                 keep_float = keep_float or ".proj_l." in name or ".norm3." in name
