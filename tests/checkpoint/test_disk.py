@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from turbo_core import checkpoint
+from turbo_core import checkpoint, disk
 from turbo_core.checkpoint.read import open_tensors
 from turbo_core.disk import Shorter, Source
 from turbo_core.errors import TurboError
@@ -41,6 +41,28 @@ def test_views_are_read_as_they_are(tmp_path):
         assert torch.equal(copy.float(), tensor.float()), name
     there = torch.ones(3)
     assert file.disk.read(there) is there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody cut a mapped file: it stays so")
+def test_weights_are_read_where_they_fit(ragged, monkeypatch, caplog):
+    """A private copy is memory that the system cannot drop: what is larger than 80 % of what is free stays mapped."""
+    file = checkpoint.opened(ragged)
+    size = sum(tensor.nbytes for tensor in file.tensors.values())
+    large = [name for name, tensor in file.tensors.items() if file.disk.source_of(tensor)]
+    caplog.set_level("INFO")
+    for free, copies, stays in ((size * 1.26, 1, False), (size * 1.24, 1, True), (size * 2.4, 2, True)):
+        monkeypatch.setattr(disk, "available_memory", lambda free=free: (free, 1 << 40))
+        assert file.disk.stays_mapped(file.tensors.values(), copies) is stays
+    assert len(caplog.records) == 2 and f"{ragged} stays mapped" in caplog.text
+    monkeypatch.setattr(disk, "available_memory", lambda: None)
+    assert not file.disk.stays_mapped(file.tensors.values())
+    for mapped in (False, True):
+        loaded = checkpoint.weights(file, mapped=mapped)
+        assert {file.disk.source_of(loaded[name]) is not None for name in large} == {mapped}
+    file.disk.check()
+    os.truncate(ragged, size // 2)
+    with pytest.raises(TurboError, match=r"ragged\.pth changed while it was read: it was cut short"):
+        file.disk.check()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

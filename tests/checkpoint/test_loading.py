@@ -185,7 +185,7 @@ def test_published_sizes_are_recognized_without_reading_28_gigabytes(tmp_path, s
     assert time.perf_counter() - start < 2  # 0.05 s alone; reading the 14B would take far longer
     assert found.family == family
     assert found.num_heads == sizes.dim // 128
-    loaded, _ = checkpoint.load(path)  # more than the memory of many machines: mapped, not read
+    loaded, _ = checkpoint.load(path, mapped=True)  # more than the memory of many machines
     assert loaded["blocks.0.ffn.0.weight"][0, 0] == 0
 
 

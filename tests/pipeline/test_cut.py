@@ -37,10 +37,6 @@ FILES = {
     "vae.pth": "TinyWan2.1_VAE.pth",
     "text.safetensors": "tiny_umt5.safetensors",
 }
-    "dit.pth": "TinyWan2.1-T2V-quant.pth",
-    "vae.pth": "TinyWan2.1_VAE.pth",
-    "text.safetensors": "tiny_umt5.safetensors",
-}
 
 
 def run(tiny, folder, when):
