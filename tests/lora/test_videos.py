@@ -48,9 +48,9 @@ def whole_reads(monkeypatch):
     """Models read: parts of them, of which a LoRA is taken off, do not count."""
     reads, weights = [], experts.weights
 
-    def counted(file, *device):
+    def counted(file, *device, **how):
         reads.extend([file.description.path] * ("head.head.weight" in file.tensors))
-        return weights(file, *device)
+        return weights(file, *device, **how)
 
     monkeypatch.setattr(experts, "weights", counted)
     return reads

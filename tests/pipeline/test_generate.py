@@ -71,7 +71,7 @@ def test_progress_times_and_memory_are_reported(tiny):
     assert order == ["load VAE", "text encoder", "encode image", "load DiT", "sampling", "decode"], "as they happen"
     for stage in ("text encoder", "load DiT"):
         bytes_read = [event[1:] for event in events if event[0] == stage and event[2] > 1]
-        assert len(bytes_read) > 20 and all(0 < done < total for done, total in bytes_read)
+        assert len(bytes_read) > 15 and all(0 < done < total for done, total in bytes_read)
     assert all(seconds >= 0 for seconds in result.seconds.values())
     assert len(result.step_seconds) == 4
     assert result.peak_memory.get("process", 1e8) > 1e7
