@@ -385,9 +385,10 @@ def test_experts_that_come_again_wait_in_locked_memory(tiny, monkeypatch):
     expected = [alone(i2v(tiny), clip) for clip in clips]
     monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
     monkeypatch.setattr(experts, "page_locked", lambda state, read: Locked((n, read(t)) for n, t in state.items()))
-    reads, weights, opened = [], experts.weights, experts.opened
-    monkeypatch.setattr(experts, "weights", lambda file: reads.append(file.description.path[-14:]) or weights(file))
-    monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
+    reads, weights = [], experts.weights
+    monkeypatch.setattr(
+        experts, "weights", lambda file, **how: reads.append(file.description.path[-14:]) or weights(file, **how)
+    )
     for in_place in (True, False):
         reads.clear()
         with i2v(tiny) as pipe:

@@ -10,6 +10,7 @@ import argparse
 import collections
 import hashlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -210,6 +211,8 @@ def main():
     from tests.helpers.tiny_family import make_tiny
     from tests.tools.soak_plot import plot
 
+    # glibc learns to keep buffers of up to 32 MB, the size of all weights here: what is resident would tell of that
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 17))
     jobs, warm_up = schedule(args.runs, args.seed), min(WARM_UP, args.runs // 3)
     with tempfile.TemporaryDirectory() as folder:
         make_tiny(Path(folder) / "tiny")
