@@ -17,6 +17,7 @@ MODEL = 9e6  # bytes of the smallest network of the family as it is in memory
 def base(tiny, tmp_path_factory):
     base = host.make_base(tmp_path_factory.mktemp("soak"), tiny)
     put_wrong(base / "models")
+    soak.put_trim(base)
     return base
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,24 +127,40 @@ def _sha256(paths: list[Path], count) -> str:
 
 
 def _hash(path: Path, digest, count) -> None:
-    at, crc = 0, 0
-    records = stored_checksums(path)
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+    # the next piece is read and the checksums are computed beside the hash, which takes longer than both
+    held = _Held(path)
+    with open(path, "rb") as file, ThreadPoolExecutor(1, "checksums") as beside:
+        chunk = file.read(_CHUNK)
+        while chunk:
+            checked, following = beside.submit(held.take, chunk), beside.submit(file.read, _CHUNK)
             digest.update(chunk)
+            checked.result()
             count(len(chunk))
-            while records and records[0][0] < at + len(chunk):
-                start, end, expected, name = records[0]
-                crc = zlib.crc32(memoryview(chunk)[max(0, start - at) : end - at], crc)
-                if end > at + len(chunk):
-                    break
-                if crc != expected:
-                    raise TurboError(
-                        f"{path} is damaged: {shown(name)} is not what its checksum says. Download it again."
-                    )
-                del records[0]
-                crc = 0
-            at += len(chunk)
+            chunk = following.result()
+
+
+class _Held:
+    """A file, piece by piece, held to the checksums that a .pth has of its records."""
+
+    def __init__(self, path: Path):
+        self.path, self.records = path, stored_checksums(path)[::-1]
+        self.at = self.crc = 0
+
+    def take(self, chunk: bytes) -> None:
+        """Raises TurboError where a record that ends in this piece is not what its checksum says."""
+        end_here, whole = self.at + len(chunk), memoryview(chunk)
+        while self.records and self.records[-1][0] < end_here:
+            start, end, expected, name = self.records[-1]
+            self.crc = zlib.crc32(whole[max(0, start - self.at) : end - self.at], self.crc)
+            if end > end_here:
+                break
+            if self.crc != expected:
+                raise TurboError(
+                    f"{self.path} is damaged: {shown(name)} is not what its checksum says. Download it again."
+                )
+            self.records.pop()
+            self.crc = 0
+        self.at = end_here
 
 
 def _warnings(description: Description, stored: dict[str, str], planned: Plan) -> list[str]:
