@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from tests.helpers import comfyui as host
-from tests.tools.soak import RESULTS, THRESHOLD, growth
+from tests.tools.soak import RESULTS, growth, put_trim, resident
 
 KINDS = ("made", "failed", "interrupted")
 NODES = 10
@@ -58,20 +58,19 @@ def graph(kind, seed):
 
 def kept(server, kind, runs):
     """Bytes a run that stay resident, by the line through all runs after the first ones."""
-    import psutil
 
     def react(message):
         if message["type"] == "executing" and message["data"]["node"] == f"node{NODES - 2}" and kind == "interrupted":
             host.post(server, "/interrupt", {})
 
-    process, resident = psutil.Process(server.process.pid), []
+    after = []
     wanted = {"made": "success", "failed": "error", "interrupted": "interrupted"}[kind]
     for number in range(runs + WARM_UP):
         ran = host.run(server, graph(kind, number), react, patience=600)
         assert ran.status == f"execution_{wanted}", (kind, ran.status, ran.error)
         host.post(server, "/history", {"clear": True})
-        resident.append(process.memory_info().rss)
-    first, *_, by_line = growth(resident, WARM_UP)
+        after.append(resident(server))
+    first, *_, by_line = growth(after, WARM_UP)
     return first * by_line / (runs - 1)
 
 
@@ -80,10 +79,9 @@ def main():
     parser.add_argument("--runs", type=int, default=150, help="of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of soak.json")
     args = parser.parse_args()
-    os.environ.setdefault(*THRESHOLD)
     with tempfile.TemporaryDirectory() as folder:
         base = host.make_base(Path(folder) / "base", copies=())
-        (base / "custom_nodes").mkdir(exist_ok=True)
+        put_trim(base)
         (base / "custom_nodes" / "wait.py").write_text(NODE)
         server = host.start(host.find_comfyui(), base)
         try:
