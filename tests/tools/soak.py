@@ -25,8 +25,8 @@ from tests.tools.soak_prompts import WRONG, prompt, put_wrong, schedule
 RESULTS = PACK / "benchmarks" / "results" / "cpu"
 WARM_UP = 39  # runs: every kind was there three times, every node of the host imported what it needs
 GROWTH = 0.01
-# Gives free pages in the heap back to the system, where glibc knows how: the weights of these models are small enough to
-# lie there, and what is resident would tell of the gaps between them.
+# Gives free pages in the heap back to the system, where glibc knows how: the weights of these models are so small that
+# they lie there, and what is resident would tell of the gaps between them.
 TRIM = """
 import ctypes
 from aiohttp import web
