@@ -22,7 +22,7 @@ KINDS = {
     "tokenizers": Kind(states.tokenizer, 20, "fine where the library reads it and it encodes"),
     "VAEs": Kind(states.vae, 20, "fine where only weights were touched"),
     "pictures": Kind(pictures.picture, 60, "fine where the library reads it; other formats and bombs never"),
-    "LoRA names": Kind(words.lora, 20, "always fine: a name of any length is looked at, in bounded time"),
+    "LoRA names": Kind(words.lora, 20, "fine where some name is a layer's; names of any length take bounded time"),
     "commands": Kind(words.command, 30, "fine where the arguments make sense, however odd"),
     "training data": Kind(states.training, 20, "fine where shapes and numbers still fit together"),
     "training checkpoints": Kind(dumps.checkpoint, 30, "fine where parts and history still fit together"),

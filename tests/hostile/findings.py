@@ -315,7 +315,7 @@ FINDINGS = {  # {what: (what makes the case, what its message must hold; "" wher
     "memory inf": (lambda: _command("plan", "model.pth", "--memory=inf"), "memory"),
     "a prompt that is no UTF-8": (lambda: _generate(prompt="\ud800"), "prompt"),
     "a sheet that cannot be written": (lambda: _generate("--contact-sheet=x.psd"), "psd"),
-    "a LoRA name of 100 kB": (lambda: Case("lora", arguments=("lora_unet__" + "blocks_0_" * 11_000,)), ""),
+    "a LoRA name of 100 kB": (lambda: Case("lora", arguments=("lora_unet__" + "blocks_0_" * 11_000,)), "for Wan"),
 }  # fmt: skip
 
 

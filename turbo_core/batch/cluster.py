@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import TurboError, shown
 from ..pipeline import Clip, Pipeline
 from .jobs import Job
-from .making import Faults, Outcome, make
+from .making import Faults, Outcome, in_a_line, make
 from .remote import folder_of
 
 _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
@@ -92,8 +92,8 @@ class _Maker:
             self.folder = folder_of(folder)
             self.folder.check_shared()
             self.pipe = Pipeline(**settings)
-        except TurboError as error:
-            self.fatal = str(error)
+        except Exception as error:  # Ray would start it again without end
+            self.fatal = in_a_line(error)
 
     def __call__(self, block):
         told = []
@@ -101,8 +101,8 @@ class _Maker:
             try:
                 rows = (json.loads(row) for row in block["job"])
                 self._make([(number, Job(*job, Clip.of_plain(clip))) for number, *job, clip in rows], told)
-            except TurboError as error:
-                self.fatal = str(error)
+            except Exception as error:
+                self.fatal = in_a_line(error)
         if self.fatal is not None:
             told.append({"fatal": self.fatal})
         return {"outcome": [json.dumps(outcome) for outcome in told]}

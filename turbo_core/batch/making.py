@@ -45,7 +45,7 @@ class Faults:
         self._kind = kind
         if self._count == _ALIKE:
             raise TurboError(
-                f"{_ALIKE} videos in a row failed alike ({_in_a_line(error)}), and the rest would. Try one of them by "
+                f"{_ALIKE} videos in a row failed alike ({in_a_line(error)}), and the rest would. Try one of them by "
                 "turbo-core generate --debug, which shows where; then start again: what is done stays."
             ) from error
 
@@ -80,9 +80,8 @@ def make(
     def failed(clip, error):
         if folder.free() < LEAST_FREE:
             raise DiskFull(f"The disk of {folder} is full ({error}) Free space and start again: what is done stays.")
-        ours = not isinstance(error, TurboError)
-        tell(Outcome(of[id(clip)], "failed", error=_in_a_line(error) if ours else str(error)))
-        if ours:
+        tell(Outcome(of[id(clip)], "failed", error=in_a_line(error)))
+        if not isinstance(error, TurboError):
             faults.add(error)
 
     clips, alone = [job.clip for job in jobs], pipe.team.size == 1
@@ -93,7 +92,10 @@ def make(
         pass
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What a person is told of an error of any kind."""
+    if isinstance(error, TurboError):
+        return str(error)
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {shown(first, 200)}"
 
