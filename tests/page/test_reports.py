@@ -74,7 +74,8 @@ def _graph(mark):
         ["save", "TurboSave", {"filename_prefix": f"diffusion_models/{mark}"}, model],
         ["doctor", "TurboDoctor", {}, model],
         ["lora", "TurboLoraReport", {"lora_name": host.LORAS[0].removeprefix("loras/")}, model],
-        ["convert", "TurboConvert", {"source": DENSE, "format": "int8_row", "filename": f"{mark} {NAME}"}, {}],
+        ["convert", "TurboConvert",
+         {"source": f"{NAME}.pth", "format": "int8_row", "filename": f"{mark} {NAME}"}, {}],
         ["merge", "TurboMerge", {"finetune": "finetune.safetensors", "base": STOCK, "turbo": DENSE,
                                  "filename": f"{mark} merged"}, {}],
         ["compare", "TurboCompare", {"steps": 2},
@@ -101,6 +102,7 @@ def _run(page):
 def test_every_report_shows_its_last_line(browser, host_page, vue):
     models = host_page.server.base / "models" / "diffusion_models"
     shutil.copy(models / STOCK, models / "finetune.safetensors")
+    shutil.copy(models / DENSE, models / f"{NAME}.pth")
     page = opened(browser, host_page.server.url, viewport={"width": 1600, "height": 1100})
     page.server = host_page.server
     setting = "value => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', value)"
@@ -136,6 +138,36 @@ def test_every_report_shows_its_last_line(browser, host_page, vue):
     finally:
         page.evaluate(setting, False)
         page.close()
+
+
+def test_a_page_that_is_loaded_again_in_the_middle_of_a_run_and_a_second_tab(browser, host_page):
+    """Both show what their own nodes say, and neither what the other's do."""
+    context = browser.new_context(viewport={"width": 1600, "height": 1100})
+    server = host_page.server
+    first = opened(context, server.url)
+    spec = {row[0]: row for row in _graph("tabs")}
+    spec["latent"][2].update(width=480, height=320, length=33)
+    spec["sampler"][2]["steps"] = 4
+    first.evaluate(BUILD, [[spec[name] for name in ("sparse", "clip", "text", "latent", "sampler", "keep")], 60])
+    said = f"([kind, words]) => ({FIELD})(kind).includes(words)"
+    try:
+        first.wait_for_timeout(1500)  # in which the page keeps the graph for the case that it is loaded again
+        first.evaluate("() => app.queuePrompt(0, 1)")
+        first.wait_for_function("() => app.graph.nodes.some(n => n.type === 'TurboSampler' && n.progress > 0)")
+        first.reload()
+        first.wait_for_function("window.app?.vueAppReady && app.graph?.nodes.some(n => n.type === 'TurboSampler')")
+        assert host.get_json(server, "/queue")["queue_running"], "the run was over before the page was there again"
+        first.wait_for_function(said, arg=["TurboSampler", "4 steps in "], timeout=120_000)
+        second = opened(context, server.url)
+        second.evaluate(BUILD, [[["doctor", "TurboDoctor", {}, {}]], 60])
+        second.evaluate("() => app.queuePrompt(0, 1)")
+        second.wait_for_function(said, arg=["TurboDoctor", "TurboWan"])
+        first.bring_to_front()
+        first.wait_for_timeout(500)
+        assert first.evaluate(FIELD, "TurboSampler").startswith("4 steps in ")
+        assert first.errors == second.errors == []
+    finally:
+        context.close()
 
 
 RED = """() => app.graph.nodes.filter(n => n.has_errors)
