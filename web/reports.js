@@ -9,7 +9,7 @@ const NAME = "report";
 const LINE = 15; // height of a line in px
 const SMALLEST = 3 * LINE + 12; // the field when its node is made as small as it gets
 const TALLEST = 20 * LINE; // to which a node grows by itself
-const WIDTH = 320;
+const WIDTH = 240; // of a node that gets a field, at least
 const SECONDS_RED = 20; // that a message stays in the corner of the page; in the node it stays until the next run
 // Nodes whose every run ends in a report have its field from the start, and room for it.
 const ROOM = {

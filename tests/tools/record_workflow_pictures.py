@@ -24,7 +24,7 @@ from turbo_core.tinywan import world
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, GAP, BAND, TILE, TITLE, COLUMNS = 528, 8, 72, 240, 26, 4
 DARK, LIGHT, FAINT = (24, 24, 26), (240, 240, 240), (170, 170, 175)
-SIZE, FRAMES = 128, 33
+SIZE, FRAMES, MODEL = 128, 33, "TinyWan"
 TURBO, TEACHER, STUDENT = (Path(tinywan.FILES[name]).name for name in ("turbo", "teacher", "student"))
 HIGH, LOW = (Path(tinywan.PAIR[name]).name for name in ("high", "low"))
 FILES = {  # published: TinyWan's
@@ -43,7 +43,7 @@ SHOWN = {
     "00_start_here": ("text to video, 4 steps", ()),
     "01_start_here_image": ("a picture that moves, two experts", ()),
     "turbowan_compare": ("what top-k 0.1 and int8 cost", ("yellow circle right navy",)),
-    "turbowan_finish_video": ("above: a clip; below: larger, twice the frames", ()),
+    "turbowan_finish_video": ("below: larger; between two frames, their mean", ()),
     "turbowan_first_last_frame": ("between two pictures, two experts", ("red circle right black",)),
     "turbowan_i2v_a14b": ("a picture that moves, two experts", ("green cross up black",)),
     "turbowan_long_chained": (
@@ -60,7 +60,7 @@ SHOWN = {
     "turbowan_t2v_14b_720p": ("text to video, tiled VAE", ("magenta circle grows black",)),
     "turbowan_t2v_ksampler": ("text to video, KSampler", ("blue triangle up black",)),
     "turbowan_t2v_turbo_sampler": ("text to video, one node", ("cyan square down black",)),
-    "turbowan_video_to_video": ("above: the clip; below: as a green square", ("green square right navy",)),
+    "turbowan_video_to_video": ("above: a drawn clip; below: as a green square", ("green square right navy",)),
     "wan_stock_faster": ("a stock model with a few-step LoRA", ("red circle down grey", "blurry")),
 }
 TYPED = "text", "value"  # inputs in which prompts are typed
@@ -164,7 +164,8 @@ def _drawn(name, run, base):
         return labelled([chart], what)
     if name in ("turbowan_video_to_video", "turbowan_finish_video"):
         before = [_on_ground(frame, clips[0][0].size) for frame in moments(_frames(base / "input" / "clip.mp4"), 2)]
-        return labelled(before + moments(clips[0], 2), what)
+        head = MODEL if name == "turbowan_video_to_video" else "A drawn clip"  # no model runs, and none is there
+        return labelled(before + moments(clips[0], 2), what, head)
     if len(clips) > 1:
         return labelled([frame for clip in clips for frame in moments(clip, 3)], what)
     return labelled(moments(clips[0], 4), what)
@@ -187,8 +188,8 @@ def moments(frames, count):
     return [frames[i * (len(frames) - 1) // (count - 1)] for i in range(count)]
 
 
-def labelled(tiles, what):
-    """Tiles in as many columns as rows, and below them that TinyWan made them, and what."""
+def labelled(tiles, what, head=MODEL):
+    """Tiles in as many columns as rows, and below them who made them, and what."""
     columns = round(len(tiles) ** 0.5)
     side = (WIDTH - GAP * (columns - 1)) // columns
     high = side * tiles[0].height // tiles[0].width
@@ -198,7 +199,7 @@ def labelled(tiles, what):
         place = i % columns * (side + GAP), i // columns * (high + GAP)
         sheet.paste(tile.resize((side, high), Image.LANCZOS), place)
     pen, top = ImageDraw.Draw(sheet), rows * (high + GAP)
-    pen.text((6, top), "TinyWan", fill=LIGHT, font=ImageFont.load_default(30))
+    pen.text((6, top), head, fill=LIGHT, font=ImageFont.load_default(30))
     pen.text((6, top + 38), what, fill=FAINT, font=ImageFont.load_default(24))
     return sheet
 
@@ -206,8 +207,8 @@ def labelled(tiles, what):
 def contact_sheet():
     """All recorded pictures, in the order of the README's table, with their names there."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    paths = sorted((ROOT / "workflows").glob("*.jpg"), key=lambda path: readme.index(f"workflows/{path.stem}.json"))
-    names = [readme.split(f"](workflows/{path.stem}.json")[0].rsplit("[", 1)[1] for path in paths]
+    paths = sorted((ROOT / "workflows").glob("*.jpg"), key=lambda path: readme.rindex(f"workflows/{path.stem}.json"))
+    names = [readme.rsplit(f"](workflows/{path.stem}.json", 1)[0].rsplit("[", 1)[1] for path in paths]
     tiles = [Image.open(path) for path in paths]
     tiles = [tile.resize((TILE, tile.height * TILE // tile.width), Image.LANCZOS) for tile in tiles]
     high = max(tile.height for tile in tiles) + TITLE + GAP
