@@ -1,5 +1,6 @@
 """Models that stay: the same videos as one at a time, each file read once, one clip's fault not the others'."""
 
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -208,6 +209,19 @@ def test_memory_that_runs_out_fails_one_clip_and_keeps_nothing_after_it(tiny, mo
         assert pipe.memory == 0 and not pipe.experts.models
     assert failures[0][0] is CLIPS[1] and "Out of memory (CUDA out of memory" in failures[0][1]
     assert len(made) == 2 and "no model stays" in caplog.text
+
+
+def test_more_than_the_machine_has_is_told_and_not_tried(tiny, monkeypatch):
+    """Linux gives memory that is not there, and kills a process when it is used."""
+    with t2v(tiny) as pipe, pytest.raises(TurboError, match=r"99984x99984 with 81 frames: a step takes .* TB"):
+        pipe("a", size=(99984, 99984), frames=81)
+    ready = pipe.check(Clip("a", **SMALL))
+    need = int(residence._step_bytes(pipe.model, ready, torch.float32))
+    for total, fits in ((need + 1, True), (need - 1, False)):
+        monkeypatch.setattr(residence, "available_memory", lambda total=total: (0, total))
+        with contextlib.nullcontext() if fits else pytest.raises(TurboError, match="smaller --size"):
+            pipe.check(Clip("a", **SMALL))
+    residence.check_room(pipe.model, ready, torch.float32, torch.device("cuda"))  # a card says so itself
 
 
 def test_what_stays_follows_from_memory(tiny):

@@ -7,6 +7,8 @@ import torch
 from ..checkpoint import Description
 from ..checkpoint.formats import INTEGERS
 from ..devices import available_memory
+from ..errors import TurboError
+from ..files import human_bytes
 from . import plan
 from .clip import Ready
 
@@ -37,17 +39,33 @@ class Stay(NamedTuple):
 
 def what_stays(model: Description, ready: Ready, expert_bytes: list[int], memory: int, dtype) -> Stay:
     """memory: bytes beside the VAE's weights."""
-    width, height = ready.size
-    share = dtype.itemsize / 2  # the planner counts in types of two bytes
-    linears = model.format if model.format in INTEGERS else "float"
-    planned = plan.model_of(model)
-    step = plan.step_peak(planned, ready.tokens, linears, ready.topk, ready.clip.precision)[0]
-    step = (step + plan.kept_text_bytes(planned)) * share
-    decode = plan.vae_peak(width, height, "decode", ready.clip.tiled) * share
+    step = _step_bytes(model, ready, dtype)
+    decode = plan.vae_peak(*ready.size, "decode", ready.clip.tiled) * dtype.itemsize / 2
     dit = max(expert_bytes) + max(step, decode) <= memory
     experts = sum(expert_bytes) + max(step, decode) <= memory
     held = sum(expert_bytes) if experts else max(expert_bytes)
     return Stay(experts, dit, dit and held + step + decode <= memory)
+
+
+def check_room(model: Description, ready: Ready, dtype, device: torch.device, processes: int = 1) -> None:
+    """Raise TurboError where a step on a CPU, or this one of several processes' part of it, takes more than the machine
+    has: no error of torch would say so, the system would end this process, or another one."""
+    known = available_memory() if device.type == "cpu" else None
+    step = _step_bytes(model, ready, dtype) / processes
+    if known is not None and step > known[1]:
+        raise TurboError(
+            "{}x{}".format(*ready.size) + f" with {ready.clip.frames} frames: a step takes {human_bytes(step)} of "
+            f"memory, and there are {human_bytes(known[1])}. Use a smaller --size or fewer --frames."
+        )
+
+
+def _step_bytes(model, ready, dtype) -> float:
+    """What sampling takes beside the weights."""
+    linears = model.format if model.format in INTEGERS else "float"
+    planned = plan.model_of(model)
+    step = plan.step_peak(planned, ready.tokens, linears, ready.topk, ready.clip.precision)[0]
+    # the planner counts in types of two bytes
+    return (step + plan.kept_text_bytes(planned)) * dtype.itemsize / 2
 
 
 def free_memory(device: torch.device) -> int:

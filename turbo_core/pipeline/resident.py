@@ -24,7 +24,7 @@ from .clip import Clip, Ready, Result, Work, check_clip, check_prompt, raised, r
 from .embeddings import Embeddings, padded
 from .experts import Experts
 from .inputs import open_models
-from .residence import Stay, free_memory, waiting_memory, what_stays
+from .residence import Stay, check_room, free_memory, waiting_memory, what_stays
 from .sampling import Trajectory, decode_frames, encode_image
 from .video import prepare_image
 
@@ -94,6 +94,7 @@ class Pipeline:
         """Hold a clip to the models before anything computes. Raises TurboError, which names the cure."""
         ready = check_clip(clip, self.model, self.has_low)
         self.team.check(self.model.num_heads, ready.tokens)
+        check_room(self.model, ready, self.dtype, self.device, self.team.size)
         self._expert_bytes(clip)  # a LoRA file that does not fit is found by its header
         return ready
 
