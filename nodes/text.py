@@ -8,7 +8,7 @@ from ..turbo_core.errors import TurboError
 from .checks.red import red
 from .checks.red import text_encoder as check
 from .host.files import file_input, model_file
-from .host.inputs import check_choice, check_number, seed_input
+from .host.inputs import MAX_SEED, check_choice, check_number, seed_input
 from .host.loading import load_text_encoder
 from .reports.show import report
 
@@ -118,9 +118,10 @@ class TurboPrompt(io.ComfyNode):
         for name, value, options in (("camera", camera, CAMERA), ("light", light, LIGHT), ("style", style, STYLE)):
             check_choice(name, value, options)
         check_number("max_length", max_length, 1, MAX_LENGTH)
+        check_number("seed", seed, -(2**63), MAX_SEED)  # as samplers take them: -1 is one too
         text = in_sentences(idea or "", CAMERA[camera], LIGHT[light], STYLE[style])
         if clip is not None:
-            text = write_text(clip, TASK + text, max_length, seed)
+            text = write_text(clip, TASK + text, int(max_length), int(seed))
             return io.NodeOutput(text, ui=report(text))
         words = len(text.split())
         advice = (

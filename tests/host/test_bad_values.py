@@ -72,6 +72,16 @@ NOTHING = [
             "tokens": "from 16 to 8192",
         },
     ),
+    (
+        "TurboPrompt",
+        {
+            "idea": "idea is empty",
+            "camera": "one of as written",
+            "light": "one of as written",
+            "style": "one of as written",
+            "seed": "seed must be a number",
+        },
+    ),
     ("TurboConvert", {"source": "choose one", "format": "Expected one of int8_block"}),
     (
         "TurboMerge",
@@ -115,7 +125,8 @@ NUMBERS = {
     "start_percent": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN]),
     "end_percent": ("from 0 to 1", ["SparseLowBitAttention"], [-1, 2, NAN]),
     "min_tokens": ("from 0 to", ["SparseLowBitAttention"], [-1, NAN, 1e18]),
-    "seed": ("seed must be", ["TurboSampler", "TurboCompare"], [2**64, -(2**70), NAN]),
+    "max_length": ("from 1 to 4096", ["TurboPrompt"], [0, -1, 10**9, NAN, "9"]),
+    "seed": ("seed must be", ["TurboSampler", "TurboCompare", "TurboPrompt"], [2**64, -(2**70), NAN]),
     "sigma_max": ("sigma_max must be", ["TurboSampler", "TurboScheduler"], [NAN, math.inf, -1, 1, 5.0, "80"]),
     "boundary": ("from 0 to 1", ["TurboSampler"], [-1, 5, NAN]),
     "tokens": ("from 16 to", ["TurboCompare"], [0, -1, 10**9, NAN]),
@@ -151,6 +162,9 @@ CHOICES = [
     ("TurboCompare", "mode", "x"),
     ("TurboSize", "resolution", "999p"),
     ("TurboSize", "aspect_ratio", "5:9"),
+    ("TurboPrompt", "camera", "x"),
+    ("TurboPrompt", "light", "x"),
+    ("TurboPrompt", "style", "x"),
     ("TurboConvert", "format", "int3"),
     ("TurboMerge", "format", "int3"),
 ]
