@@ -16,6 +16,7 @@ FLOORS = (GROUND, "schedule sampler", "int8 channels", "sla parallel", "wan", "s
           "pipeline", "batch diagnostics train", "bench tinywan", "cli", "__main__")  # fmt: skip
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
         "node_helpers", "server"}  # fmt: skip
+RIVALS = "turbo_core.bench.rivals"  # what we are measured against may be anything, and be missing
 MOST_LINES, REASON = 350, "Long because"  # a longer file says why in its docstring
 
 
@@ -101,6 +102,8 @@ def foreign(pack):
         top, room = name.partition(".")[0], module.partition(".")[0]
         allowed = {"torch", "triton", "kernels", *sys.stdlib_module_names}
         unknown = (room == "kernels" and top not in allowed) or (room == "turbo_core" and top in {"nodes", *HOST})
+        if module == RIVALS and top == "comfy":
+            continue
         if unknown or (top in ROOMS and not relative):
             found.append(f"{module}, line {line}, imports {name}")
     return found

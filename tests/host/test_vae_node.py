@@ -1,5 +1,8 @@
 """Turbo VAE: the pixels of the host's own VAE from its own nodes, in less memory; the VAE that came stays as it was."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -159,3 +162,14 @@ def test_tiny_decoders_are_the_host_s(host_tiny, name, parallel, tmp_path):
     assert expected.std() > 0.1
     found = decode_video(load_fast(tmp_path / name), sampled)
     torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_the_benchmark_decodes_by_the_host_s_own_vae(comfy, pack, monkeypatch):
+    from turbo_core.bench import rivals
+    from turbo_core.vae import decode_video, load_vae
+
+    path, sampled = pack.root / "models" / "tinywan" / FILES["vae"], latent(2)
+    monkeypatch.setenv("COMFYUI_DIR", str(Path(comfy.__path__[0]).parent))
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    video = rivals.host_decode(rivals.host_vae(path, torch.device("cpu")), sampled)
+    assert (video - decode_video(load_vae(path), sampled)[0]).norm() < 0.02 * video.norm()

@@ -60,6 +60,7 @@ WAYS = (
     Way("diffusers, teacher, 50 steps", "theirs", "teacher", 50, 3.0, twin=GUIDED),
     Way(GUIDED, "guided", "teacher", 50, 3.0),
     Way("diffusers, 4 steps", "theirs", "student", 4, twin=FEW),
+    Way("turbo-core, 4 steps, ComfyUI's VAE", "hosted", "student", 4, twin=FEW),
     Way(FEW, "ours", "student", 4),
     Way(FAST, "ours", "turbo", 4, topk=0.15, format="int8_block"),
 )
@@ -136,7 +137,8 @@ def _child(job) -> dict:
     by that on the wall."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
     root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    paths = [root, os.environ.get("COMFYUI_DIR"), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", f"{__package__}.one_clip"]
     begun, start, spent = time.time(), time.perf_counter(), _computed()
     try:

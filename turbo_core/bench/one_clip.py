@@ -19,6 +19,7 @@ from ..pipeline.sizes import latent_shape
 from ..pipeline.text import encode_text, load_text_encoder
 from ..pipeline.video import to_frames, write_video
 from ..schedule import rcm_sigmas
+from ..vae import LATENT_CHANNELS
 from ..wan import Text, WanModel
 from . import rivals
 from .harness import Missing
@@ -59,12 +60,14 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.read() - start
 
     def follow(self, names):
-        """A progress callback for our pipeline, which reads the DiT within sampling. names: {stage there: here}."""
+        """A progress callback for our pipeline, which reads a second expert within sampling. names: {stage there:
+        here}."""
 
         def told(stage, done, total):
             now = self.read()
             if done == 0:
                 self.marks[stage] = now
+                self.step_begins()
             if stage not in self.marks or done == 0:
                 return
             if stage == "sampling":
@@ -73,7 +76,7 @@ class Clock:
                 spent = now - self.marks.pop(stage)
                 name = names.get(stage, stage)
                 self.seconds[name] = self.seconds.get(name, 0.0) + spent
-                if stage == "load DiT":
+                if stage == "load DiT" and "sampling" in self.marks:
                     self.marks["sampling"] += spent
                     self.step_begins()
 
@@ -123,6 +126,30 @@ def guided(job, clock):
     return frames, latents
 
 
+def hosted(job, clock):
+    """(frames, latents) of the clip by our network, decoded by ComfyUI's VAE."""
+    device, dtype = _place(job)
+    with clock.stage("load"):
+        vae = rivals.host_vae(job["vae"], device)
+        state, described = checkpoint.load(job["dit"])
+        model = WanModel.from_state_dict(state, dtype, device, num_heads=described.num_heads)
+    with clock.stage("text"):
+        encoder, tokenize = load_text_encoder(job["text"], device=device, dtype=dtype)
+        context = encode_text(encoder, tokenize, [job["prompt"]])
+    clock.step_begins()
+    with clock.stage("sampling"), torch.inference_mode():
+        shape = (1, LATENT_CHANNELS, *latent_shape(job["width"], job["height"], job["frames"]))
+        latents = pipeline.sample(
+            lambda _: model, context, shape, rcm_sigmas(job["steps"]), progress=clock.step, seed=job["seed"],
+            device=device,
+        )  # fmt: skip
+    with clock.stage("decode"):
+        frames = to_frames(rivals.host_decode(vae, latents))
+    with clock.stage("write"):
+        write_video(job["output"], frames)
+    return frames, latents
+
+
 def theirs(job, clock):
     """(frames, latents) of the clip by diffusers alone."""
     from ..train import teacher
@@ -152,13 +179,13 @@ def theirs(job, clock):
     return frames, latents
 
 
-MAKERS = {"ours": ours, "guided": guided, "theirs": theirs}
+MAKERS = {"ours": ours, "guided": guided, "hosted": hosted, "theirs": theirs}
 
 
 def noise(job):
     """A function that draws the noise of a job, as pipeline.sample draws it."""
     generator = torch.Generator().manual_seed(job["seed"])
-    shape = (1, 16, *latent_shape(job["width"], job["height"], job["frames"]))
+    shape = (1, LATENT_CHANNELS, *latent_shape(job["width"], job["height"], job["frames"]))
     return lambda: torch.randn(shape, generator=generator).to(pick_device(job["device"]))
 
 

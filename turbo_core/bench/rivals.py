@@ -1,5 +1,8 @@
-"""What others offer for the same work: diffusers' Wan pipeline with the weights of our files, for `turbo-core bench
-clip`, and comfy_kitchen's functions."""
+"""What others offer for the same work: diffusers' Wan pipeline with the weights of our files and ComfyUI's VAE, for
+`turbo-core bench clip`, and comfy_kitchen's functions."""
+
+import os
+import sys
 
 import torch
 
@@ -137,6 +140,28 @@ def vae(path, device, dtype):
     state = {diffusers_name(name): value for name, value in ours.state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model
+
+
+def host_vae(path, device):
+    """The VAE of a file as ComfyUI loads it; COMFYUI_DIR names ComfyUI's folder, which is on the path of Python too."""
+    if not os.path.isdir(os.path.join(os.environ.get("COMFYUI_DIR", ""), "comfy")):
+        raise Missing("no ComfyUI: COMFYUI_DIR names its folder")
+    sys.argv[1:] = ["--cpu"] if device.type == "cpu" else []
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.sd
+        import comfy.utils
+    except ImportError as error:
+        raise Missing(f"ComfyUI is there, its {error.name} is not installed") from error
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
+
+
+def host_decode(vae, latents):
+    """Video float [3, T, H, W] of latents [1, 16, T, H, W], as ComfyUI's VAE Decode decodes them."""
+    mean, std = (torch.tensor(row).view(1, -1, 1, 1, 1) for row in (LATENT_MEAN, LATENT_STD))
+    return vae.decode(latents.float().cpu() * std + mean)[0].permute(3, 0, 1, 2).float() * 2 - 1
 
 
 @torch.no_grad()

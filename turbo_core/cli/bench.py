@@ -20,7 +20,7 @@ def add_verbs(verbs, common) -> None:
         choices=(*BENCHMARKS, CLIP, "all"),
         default="all",
         metavar="WHAT",
-        help=f"{', '.join(BENCHMARKS)}; or {CLIP}: prompt to MP4 with TinyWan, beside diffusers",
+        help=f"{', '.join(BENCHMARKS)}; or {CLIP}: prompt to MP4, beside diffusers and the ComfyUI of COMFYUI_DIR",
     )
     add(
         "--shapes",
