@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny_family import official_text_names, tiny_tokenizer
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import text
 from turbo_core.pipeline.text import clean_prompt, encode_text, load_text_encoder
 from turbo_core.tinywan.text import TEXT_CONFIG, tiny_text_encoder
 
@@ -99,7 +100,7 @@ def test_official_and_huggingface_names_give_the_same(folder, encoder):
 
 
 @pytest.mark.parametrize("key", ["scale_weight", "weight_scale", None])
-def test_float8_repacks_are_widened_with_their_scale(key, folder, tokenizer, encoder, tmp_path):
+def test_float8_repacks_are_widened_with_their_scale(key, folder, tokenizer, encoder, tmp_path, monkeypatch):
     state = tiny_text_encoder(tokenizer)
     name = "encoder.block.1.layer.1.DenseReluDense.wo"
     scale = torch.tensor(1.0 if key is None else 1 / 64)
@@ -107,7 +108,11 @@ def test_float8_repacks_are_widened_with_their_scale(key, folder, tokenizer, enc
     if key:
         state[f"{name}.{key}"] = scale
     save_file(state, tmp_path / "fp8.safetensors")
+    with monkeypatch.context() as patched:  # what it takes is known without reading it
+        patched.setattr(text, "check_scale_values", lambda *_: pytest.fail("widened to know a size"))
+        sized, _ = load_text_encoder(tmp_path / "fp8.safetensors", device="meta", dtype=torch.float32)
     model, _ = load_text_encoder(tmp_path / "fp8.safetensors", dtype=torch.float32)
+    assert sum(p.nbytes for p in sized.parameters()) == sum(p.nbytes for p in model.parameters())
     original = encoder[0].state_dict()[f"{name}.weight"]
     loaded = model.state_dict()[f"{name}.weight"]
     assert ((loaded - original).norm() / original.norm()).item() < 0.04

@@ -203,7 +203,7 @@ def _floats(state: dict, name: str, path) -> torch.Tensor:
 def _widened(state: dict, name: str, path, device, read) -> torch.Tensor:
     """One weight as floats; float8 repacks keep a scale beside it, and cross to a card before they are widened."""
     weight = read(_floats(state, name, path))
-    if weight.dtype not in _FLOAT8:
+    if weight.dtype not in _FLOAT8 or torch.device(device).type == "meta":  # of which the size is wanted alone
         return weight
     if torch.device(device).type == "cuda":
         weight = weight.to(device)
