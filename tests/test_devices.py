@@ -19,6 +19,29 @@ def test_only_apple_gpus_lack_float64():
     assert [devices.widest_float(name) for name in ("cpu", "cuda:1", "mps")] == [torch.float64] * 2 + [torch.float32]
 
 
+def test_locked_memory_is_taken_in_pieces_that_torch_does_not_round_up(monkeypatch):
+    pieces, empty = [], torch.empty
+
+    def locked(size, dtype, pin_memory):
+        assert pin_memory
+        pieces.append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(devices, "_LOCKED", 1 << 12)
+    state = {str(n): torch.randn(n, 3) for n in (70, 1, 300, 0, 40)} | {
+        "a": torch.ones(5, 7, dtype=torch.int8), "b": torch.tensor(2.5, dtype=torch.bfloat16),
+    }  # fmt: skip
+    monkeypatch.setattr(torch, "empty", locked)
+    read = []
+    found = devices.page_locked(state, lambda tensor: read.append(1) or tensor.clone())
+    monkeypatch.setattr(torch, "empty", empty)
+    assert list(found) == list(state) and len(read) == len(state)
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in state.items())
+    assert pieces == [1 << 12, 1 << 12, 1024]  # powers of two, the last no larger than what is left
+    if not torch.cuda.is_available():
+        assert devices.page_locked(state) is None  # no card: the system gives none
+
+
 def test_work_beside_other_work_has_one_stream_whose_memory_is_used_again(monkeypatch):
     made = []
 

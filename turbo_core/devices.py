@@ -81,10 +81,24 @@ def page_locked(tensors: dict[str, torch.Tensor], read=None) -> dict[str, torch.
 
     read: brings a tensor from its file into memory.
     """
+    found, room, left = {}, None, sum(_aligned(tensor.nbytes) for tensor in tensors.values())
     try:
-        return {name: (tensor if read is None else read(tensor)).pin_memory() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            tensor, size = tensor if read is None else read(tensor), _aligned(tensor.nbytes)
+            if room is None or len(room) < size:
+                room = torch.empty(max(size, min(_LOCKED, left)), dtype=torch.uint8, pin_memory=True)
+            place, room, left = room[: tensor.nbytes], room[size:], left - size
+            found[name] = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     except RuntimeError:
         return None
+    return found
+
+
+_LOCKED = 1 << 30  # bytes at a time: torch rounds each piece up to a power of two, 71 MB of a matrix to 134
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
 
 
 def release(device: torch.device) -> None:
