@@ -104,7 +104,7 @@ def test_nothing_runs_at_installation():
 
 def test_the_shipped_package_has_all_that_runs_and_little_else():
     files = shipped()
-    code = {f for f in git("ls-files") if re.match(r"(nodes|turbo_core|kernels|web|workflows|locales)/", f)}
+    code = {f for f in git("ls-files") if re.match(r"(nodes|turbo_core|kernels|web|workflows|subgraphs|locales)/", f)}
     assert len(code) > 60 and any(f.startswith("web/docs/") for f in code)
     roots = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"}
     family = {f"models/tinywan/{name}" for name in ["README.md", *FILES.values(), *PAIR.values()]}
