@@ -42,7 +42,7 @@ class Pipeline:
     second thread too. team: turbo_core.parallel.Team of the processes that make each video together; all of them do the
     same with their pipelines on its device, only the first one has the frames and writes, and the first failure ends it
     all. sharing: how many processes share the device, and the machine, whose free memory they divide. Diffusion models
-    are validated here, and nothing is read but their headers. Raises TurboError.
+    are validated here, and nothing is read but their headers. For one thread at a time. Raises TurboError.
     """
 
     def __init__(
