@@ -9,9 +9,10 @@ from tests.lora.test_put_on import Loaded, saved
 from turbo_core.lora import Lora
 
 STRENGTH = 0.7
+KINDS = [kind for kind in MAKERS if kind != "DoRA"] + [name for name, how in SPELLINGS.items() if how[-1]]
 
 
-@pytest.mark.parametrize("what", ["LoRA", "diff", *(name for name, how in SPELLINGS.items() if how[-1])])
+@pytest.mark.parametrize("what", KINDS)
 def test_float_weights_are_those_of_the_host(comfy, lab, network, tmp_path, what):
     tensors = MAKERS[what](lab, network) if what in MAKERS else spelled(lab, network, what)
     patched = lab.merged(lab.as_kind("float"), tensors, STRENGTH)

@@ -118,6 +118,25 @@ def test_int8_weights_stay_and_the_product_is_beside_them(quant, tmp_path, what)
     assert same(quant.state(), state) and torch.equal(quant.velocity(), before) and quant.model.blocks[0].is_int8()
 
 
+@pytest.mark.parametrize("what", ["LoRA", "LoHa", "LoKr", "LoKr, full"])
+def test_every_kind_beside_int8_adds_what_it_adds_to_a_float_weight(plain, quant, tmp_path, what):
+    lora = Lora(saved(tmp_path, MAKERS[what](LAB, plain.model)), 0.5)
+    x = {name: LAB.draw(5, plain.model.get_submodule(name).weight.shape[1], seed=3) for name in LAYERS}
+    layers = [quant.model.get_submodule(name) for name in LAYERS]
+    weights = {name: plain.model.get_submodule(name).weight.double() for name in LAYERS}
+    before = [layer(x[name]) for name, layer in zip(LAYERS, layers)]
+    for loaded in (plain, quant):
+        loaded.put_on(lora)
+    for name, layer, without in zip(LAYERS, layers, before):
+        added = x[name].double() @ (plain.model.get_submodule(name).weight.double() - weights[name]).T
+        assert added.abs().max() > 0.05
+        torch.testing.assert_close((layer(x[name]) - without).double(), added, rtol=1e-3, atol=2e-5)
+    held = sum(part.numel() for layer in layers for pair in layer.beside for part in pair if part is not None)
+    assert quant.library.bytes([lora], 0, 4) >= 4 * held > 0
+    for loaded in (plain, quant):
+        loaded.put_on()
+
+
 def test_beside_int8_is_near_the_merged_float_model(plain, quant, tmp_path):
     """The same LoRA on both: as far apart as the two models are without it."""
     lora = Lora(saved(tmp_path, MAKERS["LoRA"](LAB, plain.model)))

@@ -44,7 +44,14 @@ BAD = {
     "no shape": (lambda good: changed(good, lambda t: torch.ones(())), "size of Wan"),
     "alpha": (lambda good: good | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(math.nan)}, "no finite"),
     "DoRA": (lambda good: MAKERS["DoRA"](LAB, MODEL[0]), "dora_scale is of a kind that is not added here.*Turbo Save"),
-    "LoKr": (lambda good: MAKERS["LoKr"](LAB, MODEL[0]), "is of a kind that is not added here.*Turbo Save"),
+    "OFT": (lambda good: good | {"diffusion_model.blocks.0.ffn.0.oft_blocks": torch.ones(4, 8, 8)}, "not added here"),
+    "half a LoHa": (lambda good: without(MAKERS["LoHa"](LAB, MODEL[0]), "hada_w2_b"), "one half of a pair"),
+    "half a LoKr": (lambda good: without(MAKERS["LoKr"](LAB, MODEL[0]), "lokr_w2_b"), "one half of a pair"),
+    "a LoKr of no matrix": (lambda good: without(MAKERS["LoKr"](LAB, MODEL[0]), "lokr_w1"), "one half of a pair"),
+    "another LoKr": (
+        lambda good: {n: t.repeat(3, 1) if n.endswith("w1") else t for n, t in MAKERS["LoKr"](LAB, MODEL[0]).items()},
+        "size of Wan",
+    ),
     "a bias of a norm without": (
         lambda good: good | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(256)},
         "norm_q.bias, which .* does not have",

@@ -6,12 +6,14 @@ would drown in the rounding. So int8 weights need not be read again when LoRAs c
 one had changed them.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from ..wan import Int8Linear
+from .kinds import low_rank, whole
 from .read import LoraFile, read
 
 
@@ -35,7 +37,8 @@ def put_on(
         for name, changes in file.changes.items():
             linear = model.get_submodule(name.rpartition(".")[0])
             where = beside if isinstance(linear, Int8Linear) and name.endswith(".weight") else added
-            where.setdefault(name, []).extend((opened, change, strength) for change in changes)
+            for change in changes:
+                where.setdefault(name, []).append((file, functools.partial(read, opened), change, strength))
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             module.beside = _factors(beside.get(f"{name}.weight", []), model.patch_embedding.weight)
@@ -50,15 +53,17 @@ def put_on(
 
 def _factors(changes, like) -> tuple:
     """The parts of Int8Linear.beside: low-rank changes of all LoRAs as one, then whole ones."""
-    pairs = [(opened, change, strength) for opened, change, strength in changes if change.down is not None]
-    whole = [(opened, change, strength) for opened, change, strength in changes if change.down is None]
-    parts = []
-    if pairs:
-        down = torch.cat([read(opened, change.down, like.device) for opened, change, _ in pairs])
-        up = [read(opened, change.up, like.device) * (strength * change.scale) for opened, change, strength in pairs]
-        parts.append((down.to(like.dtype), torch.cat(up, 1).to(like.dtype)))
-    for opened, change, strength in whole:
-        parts.append(((read(opened, change.up, like.device) * strength).to(like.dtype), None))
+    downs, ups, parts = [], [], []
+    for file, get, change, strength in changes:
+        on_device = functools.partial(get, device=like.device)
+        pair = low_rank(change, on_device, file.shapes)
+        if pair is None:
+            parts.append(((whole(change, on_device) * strength).to(like.dtype), None))
+        else:
+            downs.append(pair[0])
+            ups.append(pair[1] * strength)
+    if downs:
+        parts.insert(0, (torch.cat(downs).to(like.dtype), torch.cat(ups, 1).to(like.dtype)))
     return tuple(parts)
 
 
@@ -69,12 +74,8 @@ def _sum(base, changes, like) -> torch.Tensor:
     # first as the model holds it: a file in float32 must give the same sum as what was read of it into bfloat16
     total = base.to(like).to(torch.float32, copy=True)
     rows = total.view(total.shape[0], -1)
-    for opened, change, strength in changes:
-        up = read(opened, change.up, like.device)
-        if change.down is None:
-            rows += strength * up.view_as(rows)
-        else:
-            rows.addmm_(up, read(opened, change.down, like.device), alpha=strength * change.scale)
+    for _, get, change, strength in changes:
+        rows.add_(whole(change, functools.partial(get, device=like.device)).view_as(rows), alpha=strength)
     return total.to(like.dtype)
 
 

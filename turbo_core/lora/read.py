@@ -1,14 +1,13 @@
 """A LoRA file held to a Wan model: which of its tensors change which parameter.
 
-The low-rank kind of all training tools, and the plain differences (diff, diff_b) that are extracted beside it. What of
-a file belongs to no layer of the model is told in the log, a kind that is not computed here is an error: left out, it
-would silently be another LoRA.
+The low-rank kind of all training tools, LoHa and LoKr, and the plain differences (diff, diff_b) that are extracted
+beside them. What of a file belongs to no layer of the model is told in the log, a kind that is not computed here is an
+error: left out, it would silently be another LoRA.
 """
 
 import logging
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -17,20 +16,14 @@ from ..checkpoint.lora_names import in_comfyui_names, spellings, split_name, why
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, shown
 from ..files import state_of
+from .kinds import LOHA, LOKR, LORA, WHOLE, Change, beside, size
 
 _PREFIX = "diffusion_model."
 _DOWN = {"lora_A.weight", "lora_A", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"}
 _UP = {"lora_B.weight", "lora_B", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight"}
 _OF_WEIGHT, _OF_BIAS = {"diff", "w_norm"}, {"diff_b", "b_norm"}
+_HADA = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 _CURE = "Merge it in ComfyUI by Turbo LoRA Report and Turbo Save, and give the file that comes out as the model."
-
-
-class Change(NamedTuple):
-    """Tensors of a file that change one parameter: scale * up @ down, or without down the difference itself."""
-
-    up: str
-    down: str | None
-    scale: float
 
 
 class LoraFile:
@@ -51,13 +44,12 @@ class LoraFile:
         for stored, name in renamed.items():
             layer, part = split_name(name.removeprefix(_PREFIX))
             parts.setdefault(layer, {})[part] = stored
-        self.changes = {}
+        self.changes, self.shapes = {}, {name: tuple(tensors[name].shape) for name in renamed}
         for layer, found in parts.items():
             self._add(layer, found, tensors, shapes, model)
         for name, changes in self.changes.items():
             for change in changes:
                 self._check_shape(name, change, tensors, shapes, model)
-        self._sizes = {name: tensors[name].numel() for name in self._used(self.changes)}
         self._tell(why_not([name for name in tensors if name not in renamed], layers))
 
     def opened(self):
@@ -70,38 +62,52 @@ class LoraFile:
     def check_values(self) -> None:
         """Raise TurboError for NaN or infinity in what is used of the file. Reads all of it."""
         file = self.opened()
-        for name in self._sizes:
-            check_finite(name, file.disk.read(file.tensors[name]), self.path)
+        for changes in self.changes.values():
+            for name in (name for change in changes for name in change.parts):
+                check_finite(name, file.disk.read(file.tensors[name]), self.path)
 
     def size_of(self, parameters) -> int:
-        """How many numbers the changes of these parameters are."""
-        return sum(self._sizes[name] for name in self._used(parameters & self.changes.keys()))
-
-    def _used(self, parameters):
-        return [part for name in parameters for change in self.changes[name] for part in change[:2] if part]
+        """How many numbers lie beside these, int8 parameters."""
+        changes = [change for name in parameters & self.changes.keys() for change in self.changes[name]]
+        return sum(beside(change, self.shapes) for change in changes)
 
     def _add(self, layer, found, tensors, shapes, model):
         weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
+        alpha = self._alpha(found["alpha"], tensors) if "alpha" in found else None
+
+        def scale(inner):
+            return 1.0 if alpha is None or inner is None else alpha / max(1, *tensors[inner].shape[:1])
+
         down, up = ([found[part] for part in found if part in names] for names in (_DOWN, _UP))
-        strange = found.keys() - _DOWN - _UP - _OF_WEIGHT - _OF_BIAS - {"alpha"}
+        used = {"alpha"} | _DOWN | _UP | _OF_WEIGHT | _OF_BIAS
+        changes, wanted = [Change(LORA, (up, down), scale(down)) for up, down in zip(up[:1], down[:1])], []
+        if found.keys() & set(_HADA):
+            used |= set(_HADA)
+            wanted += _HADA
+            changes.append(Change(LOHA, tuple(map(found.get, _HADA)), scale(found.get(_HADA[1]))))
+        if any(part.startswith("lokr_w") for part in found):
+            matrices = [part for n in "12" for part in _kron(n, found)]
+            used |= {f"lokr_w{n}{half}" for n in "12" for half in ("", "_a", "_b")}
+            wanted += filter(None, matrices)
+            names = tuple(map(found.get, matrices))
+            changes.append(Change(LOKR, names, scale(names[3] or names[1])))
+        strange = found.keys() - used
         if strange:
             raise TurboError(f"{self.path}: {shown(found[min(strange)])} is of a kind that is not added here. {_CURE}")
-        if len(down) != len(up) or len(down) > 1:
-            half = (down + up)[0]
+        if len(down) != len(up) or len(down) > 1 or not found.keys() >= set(wanted):
+            half = next(iter((*down, *up, *found.values())))
             raise TurboError(
                 f"{self.path}: {shown(half)} is one half of a pair without the other. The file is damaged: download "
                 "or save it again."
             )
-        for down_name, up_name in zip(down, up):
-            rank = tensors[down_name].shape[0] if tensors[down_name].ndim else 0
-            alpha = self._alpha(found["alpha"], tensors) if "alpha" in found else rank
-            self.changes.setdefault(weight, []).append(Change(up_name, down_name, alpha / max(1, rank)))
+        if changes:
+            self.changes.setdefault(weight, []).extend(changes)
         for part, stored in found.items():
             if part in _OF_WEIGHT | _OF_BIAS:
                 name = weight if part in _OF_WEIGHT else f"{layer}.bias"
                 if name not in shapes:
                     raise TurboError(f"{self.path}: {shown(stored)} changes {name}, which {model} does not have.")
-                self.changes.setdefault(name, []).append(Change(stored, None, 1.0))
+                self.changes.setdefault(name, []).append(Change(WHOLE, (stored,)))
 
     def _alpha(self, name, tensors) -> float:
         value = tensors[name]
@@ -111,22 +117,15 @@ class LoraFile:
         return alpha
 
     def _check_shape(self, name, change, tensors, shapes, model):
-        for part in filter(None, change[:2]):
+        for part in change.parts:
             if not tensors[part].is_floating_point():
                 raise TurboError(f"{self.path}: {shown(part)} is {tensors[part].dtype}. Expected floats.")
-        up = tensors[change.up]
-        expected, got = (shapes[name][0], math.prod(shapes[name][1:])), None
-        if change.down is None:
-            got = (up.shape[0], math.prod(up.shape[1:])) if up.ndim else None
-        else:
-            down = tensors[change.down]
-            if up.ndim > 1 and down.ndim > 1 and math.prod(up.shape[1:]) == down.shape[0] > 0:
-                got = up.shape[0], math.prod(down.shape[1:])
-        if got != expected:
-            halves = " and ".join(str(list(tensors[part].shape)) for part in filter(None, change[:2]))
+        expected = shapes[name][0], math.prod(shapes[name][1:])
+        if size(change, self.shapes) != expected:
+            halves = " and ".join(str(list(tensors[part].shape)) for part in change.parts)
             raise TurboError(
-                f"{self.path}: {shown(change.up)} changes {name} by {halves}. Expected {list(expected)} in {model}: "
-                "use a LoRA for this size of Wan."
+                f"{self.path}: {shown(change.parts[0])} changes {name} by {halves}. Expected {list(expected)} in "
+                f"{model}: use a LoRA for this size of Wan."
             )
 
     def _of_another(self, tensors, layers, model) -> str:
@@ -152,3 +151,9 @@ def read(file, name: str, device) -> torch.Tensor:
     """A tensor of an opened file as float32 [rows, columns] on a device, vectors as one column."""
     tensor = file.disk.read(file.tensors[name])
     return tensor.to(device).float().reshape(tensor.shape[0], -1)
+
+
+def _kron(n, found) -> tuple[str, str | None]:
+    """Parts of one of LoKr's matrices: itself and nothing, or its two factors."""
+    full = f"lokr_w{n}"
+    return (full, None) if full in found else (f"{full}_a", f"{full}_b")
