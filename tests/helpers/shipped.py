@@ -6,6 +6,7 @@ import torch
 from turbo_core.kernels.block_map import block_map
 from turbo_core.kernels.int8_mm import prepare
 from turbo_core.kernels.norm import layer_norm_quantize, rms_norm
+from turbo_core.kernels.norm_silu import norm_silu
 from turbo_core.kernels.quantize import quantize_block, quantize_rows
 
 from turbo_core.kernels import int8_configs, sla_attention, sla_pool, sla_prepare
@@ -101,6 +102,7 @@ def streaming(capability) -> dict:
             *sass.launches(layer_norm_quantize, x, 1e-6, **turn),  # the first block's, which makes its statistics
             *sass.launches(layer_norm_quantize, x, 1e-6, rows=True, **turn),
             *sass.launches(rms_norm, x, weight, 1e-6),
+            *sass.launches(norm_silu, empty(LENGTH, 96, dtype=BF16), empty(96, dtype=BF16)),  # the VAE's widest frames
             *sass.launches(block_map, means, empty(1, HEADS, -(-LENGTH // 64), 128), KEPT, mean),
         ]
     return {launch[0].__name__: launch for launch in made}

@@ -10,7 +10,7 @@ from tests.helpers.tensors import gaussian
 from turbo_core import int8
 from turbo_core.int8 import reference
 from turbo_core.int8.formats import in_blocks
-from turbo_core.kernels import int8_configs
+from turbo_core.kernels import int8_configs, launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # GELU's, which is right at infinity
 HALF = torch.finfo(torch.bfloat16).eps / 2
@@ -112,6 +112,18 @@ def test_every_way_to_cut_it_up_gives_the_same(fmt, config, monkeypatch):
     monkeypatch.setattr(int8_configs, "config", lambda *_: config)
     for y, as_shipped in zip(results(), expected):
         assert_near(y, as_shipped, HALF)
+
+
+@pytest.mark.parametrize("variant", ["persistent", "converting"])
+def test_a_card_of_any_number_of_multiprocessors_gives_the_same_bits(variant, monkeypatch):
+    """One that walks through all nine tiles, one that leaves a ragged last round, more than there are tiles."""
+    config = int8_configs.DEFAULT._replace(variant=variant)
+    x, weights = quantized("block", 248, 256, 0), [quantized("block", 300, 256, 1 + i) for i in range(3)]
+    results = []
+    for count in (1, 7, 188):
+        monkeypatch.setattr(launch, "processors", lambda device, count=count: count)
+        results.append(torch.cat([t.flatten() for t in int8_mm_qkv(*x, *zip(*weights), config=config)]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_a_k_that_tma_cannot_address_takes_pointers():

@@ -55,6 +55,21 @@ def test_channels_and_heads_of_nothing():
     assert (k_out == 0).all() and (v_out.float() == 0).all() and (k_scale > 0).all() and (v_scale > 0).all()
 
 
+def test_a_card_of_any_number_of_multiprocessors_gives_the_same(monkeypatch):
+    """What a block of keys becomes is its own affair, and the sums over them differ in their last bits alone."""
+    q, k, v = draw(450)  # eight blocks, the last one ragged
+    k_mean, v_amax = pool_means(q, k, v)[2:]
+    results = []
+    for count in (1, 3, 400):
+        monkeypatch.setattr(sla_prepare, "processors", lambda device, count=count: count)
+        results.append(prepare(k, v, k_mean, v_amax))
+    for other in results[1:]:
+        for name, ours, theirs in zip(("k", "k_scale", "v", "v_scale"), results[0], other):
+            assert torch.equal(ours.float(), theirs.float()), name
+        for ours, theirs in zip(results[0][4:], other[4:]):
+            assert_near(theirs, ours, 1e-5)
+
+
 def test_the_common_offset_of_the_keys_costs_no_digits():
     q, k, v = draw(200)
     results = []
