@@ -15,6 +15,7 @@ _FILES = {  # of loaders whose file is the whole of what they give: (input, fold
     "UNETLoader": ("unet_name", "diffusion_models"),
     "TurboTextEncoderLoader": ("text_encoder", "text_encoders"),
     "CLIPLoader": ("clip_name", "text_encoders"),
+    "VAELoader": ("vae_name", "vae"),
 }
 _DEEPEST = 100  # nodes on the way from an input to a loader
 
@@ -50,6 +51,12 @@ def source(link) -> tuple[str, str] | None:
     node = _node(link[0])
     kind = node.get("class_type") if isinstance(node, dict) else None
     return (kind, str(link[0])) if isinstance(kind, str) else None
+
+
+def taking(number, output, name):
+    """Numbers of the nodes whose input of this name is an output of a node."""
+    link = [str(number), output]
+    return [other for other in _queued.get() or {} if inputs_of(other).get(name) in (link, [number, output])]
 
 
 def file_behind(link, through) -> str | None:

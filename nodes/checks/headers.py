@@ -11,6 +11,7 @@ from ...turbo_core.errors import TurboError
 from ...turbo_core.files import state_of
 from ..host.loading import text_encoder_sizes
 
+_FIRST_OF_DECODER = "decoder.conv1.weight", "decoder.conv_in.weight"  # of Wan's own VAEs, and of others
 KEPT = 128  # files whose header is remembered
 
 
@@ -27,6 +28,12 @@ def check_lora(path):
 def text_width(path) -> int:
     """Width of what a umT5 file makes of a prompt. Raises TurboError for any other file."""
     return _read(_text_width, path)
+
+
+def vae_channels(path) -> int | None:
+    """Channels of the latents that a VAE file decodes, None where its names do not tell. Raises TurboError like the
+    reader."""
+    return _read(_vae_channels, path)
 
 
 def _read(reader, path):
@@ -66,3 +73,9 @@ def _check_lora(path):
 
 def _text_width(path):
     return text_encoder_sizes(open_tensors(path, contents=False).tensors, path, contents=False)["width"]
+
+
+def _vae_channels(path):
+    tensors = open_tensors(path, contents=False).tensors
+    first = next((tensors[name] for name in _FIRST_OF_DECODER if name in tensors), None)
+    return first.shape[1] if first is not None and first.ndim in (4, 5) else None

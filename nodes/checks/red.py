@@ -13,8 +13,8 @@ from ...turbo_core.errors import TurboError
 from ..host.files import MODELS, as_listed, check_output, model_file, place_of_model
 from ..host.inputs import check_experts, check_text, no_picture
 from ..host.loading import is_ours
-from .graph import file_behind, inputs_of, source
-from .headers import check_lora, described, text_width
+from .graph import file_behind, inputs_of, source, taking
+from .headers import check_lora, described, text_width, vae_channels
 
 _SIZES = "task", "dim", "ffn_dim", "num_layers", "in_dim", "text_dim"
 
@@ -77,7 +77,7 @@ def merging(name, number, check_different):
 
 
 def sampling(number):
-    """What of Turbo Sampler's links can be followed to files: two experts, a picture, the text encoder."""
+    """What of Turbo Sampler's links can be followed to files: two experts, a picture, the text encoder, the VAE."""
     given = inputs_of(number)
     files = {name: file_behind(given.get(name), "model") for name in ("model", "model_low")}
     high, low = map(_known, files.values())
@@ -86,6 +86,7 @@ def sampling(number):
         check_experts(*facts, *map(os.path.basename, files.values()))
     if high:
         _prompt(high, given)
+        _decoding(high, number)
 
 
 def comparing(number, check_alike):
@@ -101,8 +102,13 @@ def comparing(number, check_alike):
 
 def _known(path):
     """What a file is; None where it is not known, or no sound file, which is for its loader to tell."""
+    return None if path is None else _read_or_none(described, path)
+
+
+def _read_or_none(reader, path):
+    """What a reader says of a file; None for one that is not ours to read: the host may do so well."""
     try:
-        return None if path is None else described(path)
+        return reader(path)
     except TurboError:
         return None
 
@@ -115,12 +121,21 @@ def _prompt(file, given):
     if file.task == "i2v" and file.in_dim == file.out_dim + 20:
         raise no_picture(os.path.basename(file.path))
     path = file_behind(inputs_of(number).get("clip"), "clip")
-    if path is not None:
-        try:
-            width = text_width(path)
-        except TurboError:  # a file of another kind: what it makes of a prompt is not known here
-            return
+    width = None if path is None else _read_or_none(text_width, path)
+    if width is not None:
         check_text(width, file.text_dim)
+
+
+def _decoding(file, number):
+    """The VAE that is to decode what a sampler makes: told before the sampling, not after it."""
+    for decoder in taking(number, 0, "samples"):
+        path = file_behind(inputs_of(decoder).get("vae"), "vae")
+        channels = None if path is None else _read_or_none(vae_channels, path)
+        if channels is not None and channels != file.out_dim:
+            raise TurboError(
+                f"{os.path.basename(path)} decodes latents of {channels} channels, {os.path.basename(file.path)} makes "
+                f"{file.out_dim}: choose the VAE of this model (Wan 2.1's for all but the 5B model)."
+            )
 
 
 def _chosen(name, kind=MODELS):

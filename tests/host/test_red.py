@@ -42,8 +42,11 @@ def misplaced(server):
     kept = {name: small[name] for name in small if "." not in name}
     sizes = {"vocabulary": len(small["shared.weight"]), "width": 32, "ffn": 64, "blocks": 2, "heads": 2, "head": 16}
     save_file(UMT5(**sizes).state_dict() | kept, models / "text_encoders" / "narrow.safetensors")
+    wide = {"decoder.conv1.weight": torch.zeros(8, 48, 3, 3, 3)}  # as the VAE of the 5B model begins
+    save_file(wide, models / "vae" / "wan2.2_vae.safetensors")
     yield
-    for target in (*copies.values(), "diffusion_models/flux.safetensors", "text_encoders/narrow.safetensors"):
+    made = "diffusion_models/flux.safetensors", "text_encoders/narrow.safetensors", "vae/wan2.2_vae.safetensors"
+    for target in (*copies.values(), *made):
         (models / target).unlink()
 
 
@@ -123,6 +126,10 @@ SETUPS = {
     "a text encoder for another model": (
         "TurboSampler",
         _set("turbowan_t2v_turbo_sampler", "TurboTextEncoderLoader", text_encoder="narrow.safetensors"),
+    ),
+    "the VAE of another model behind the sampler": (
+        "TurboSampler",
+        _set("turbowan_t2v_turbo_sampler", "VAELoader", vae_name="wan2.2_vae.safetensors"),
     ),
     "models of two sizes": ("TurboCompare", _of_two_sizes),
     "one file given to two inputs": ("TurboMerge", _merges(STOCK, STOCK, T2V)),
