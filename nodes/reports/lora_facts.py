@@ -1,7 +1,6 @@
 """What of a LoRA acts on a MODEL, what does not and why, and what int8 weights do to it."""
 
 import collections
-import json
 import math
 import re
 
@@ -163,17 +162,10 @@ class Examined:
 
     def _alpha(self):
         """A line where a file states its alpha beside the tensors, where the host does not look."""
-        try:
-            stated = json.loads(self.metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            return []
-        stated = stated if isinstance(stated, dict) else {}
-        stated = {name: value for name, value in stated.items() if type(value) in (int, float)}
-        pairs = {(stated[n], stated.get(n[: -len("lora_alpha")] + "r")) for n in stated if n.endswith("lora_alpha")}
         return [
             f"The file states alpha {alpha:g} at rank {rank}, which ComfyUI does not apply: strength {alpha / rank:g} "
             "is its full strength."
-            for alpha, rank in sorted(p for p in pairs if p[1] and p[0] != p[1])
+            for alpha, rank in lora_names.stated_alphas(self.metadata)
         ]
 
     def _quantized(self):

@@ -1,5 +1,6 @@
 """LoRA files that cannot be added: one line that names the file and the cure, and nothing has changed."""
 
+import json
 import math
 
 import pytest
@@ -105,6 +106,11 @@ def test_what_is_for_other_layers_is_told_and_the_rest_acts(plain, tmp_path, cap
     tensors = spelled(LAB, plain.model, "PEFT") | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}
     assert len(plain.library.file(Lora(saved(tmp_path, tensors)), 0).changes) == 4
     assert "1 tensors are left out, for a text encoder" in caplog.text
+    stated = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
+    path = tmp_path / "stated.safetensors"
+    safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, path, stated)
+    plain.library.file(Lora(path), 0)
+    assert "alpha 8 at rank 4" in caplog.text and "strength 2 is its full strength" in caplog.text
 
 
 def test_strengths_as_people_write_them(tmp_path):

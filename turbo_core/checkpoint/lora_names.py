@@ -1,5 +1,6 @@
 """Names in LoRA files for Wan: which layer a tensor belongs to in any tool's spelling, and why one belongs to none."""
 
+import json
 import re
 
 from .others import diffusers
@@ -63,6 +64,18 @@ def why_not(names, layers) -> dict[str, list[str]]:
     for name in names:
         reasons.setdefault(_reason(name, known, blocks), []).append(name)
     return reasons
+
+
+def stated_alphas(metadata: dict) -> list[tuple[float, float]]:
+    """(alpha, rank) that a file's metadata state beside its tensors, as Diffusers keeps them, where they differ."""
+    try:
+        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return []
+    stated = stated if isinstance(stated, dict) else {}
+    stated = {name: value for name, value in stated.items() if type(value) in (int, float)}
+    pairs = {(stated[n], stated.get(n[: -len("lora_alpha")] + "r")) for n in stated if n.endswith("lora_alpha")}
+    return sorted(pair for pair in pairs if pair[1] and pair[0] != pair[1])
 
 
 def _reason(name, known, blocks):

@@ -20,9 +20,9 @@ _LINEAR = re.compile(r"(?:vace_)?blocks\.\d+\.(?:" + "|".join(map(re.escape, QUA
 _DELICATE = re.compile(r"\.proj_l\.|(?:^|\.)modulation$|\.norm[^.]*\.")
 # (what it is, fragments that must all occur in some key); the first match wins
 _SIGNATURES = (
-    ("a LoRA. Load it with a LoRA node on top of a model", (".lora_A.",)),
-    ("a LoRA. Load it with a LoRA node on top of a model", (".lora_down.",)),
-    ("a LoRA. Load it with a LoRA node on top of a model", (".lora_up.",)),
+    ("a LoRA. Load it with a LoRA node on top of a model, or give it as --lora", (".lora_A.",)),
+    ("a LoRA. Load it with a LoRA node on top of a model, or give it as --lora", (".lora_down.",)),
+    ("a LoRA. Load it with a LoRA node on top of a model, or give it as --lora", (".lora_up.",)),
     (
         "part of a Wan model in the diffusers layout. Open its folder, or the .safetensors.index.json in it",
         ("condition_embedder.time_embedder.", "blocks.0.attn1.to_q."),

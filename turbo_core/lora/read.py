@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.formats import check_finite
-from ..checkpoint.lora_names import in_comfyui_names, spellings, split_name, why_not
+from ..checkpoint.lora_names import in_comfyui_names, spellings, split_name, stated_alphas, why_not
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, shown
 from ..files import state_of
@@ -34,7 +34,8 @@ class LoraFile:
         alone. Raises TurboError where nothing of the file is for such a model, or something of it is of a kind or
         shape that cannot be added."""
         self.path = Path(path)
-        tensors = open_tensors(self.path).tensors
+        file = open_tensors(self.path)
+        tensors = file.tensors
         self.state = state_of(self.path)
         layers = [name.removesuffix(".weight") for name in shapes if not name.endswith(".bias")]
         renamed = in_comfyui_names(tensors, layers)
@@ -50,7 +51,7 @@ class LoraFile:
         for name, changes in self.changes.items():
             for change in changes:
                 self._check_shape(name, change, tensors, shapes, model)
-        self._tell(why_not([name for name in tensors if name not in renamed], layers))
+        self._tell(why_not([name for name in tensors if name not in renamed], layers), stated_alphas(file.metadata))
 
     def opened(self):
         """The file as a TensorFile. Raises TurboError where it has changed since it was held to the model."""
@@ -139,7 +140,12 @@ class LoraFile:
             f"most of them {why}. Use a LoRA for Wan."
         )
 
-    def _tell(self, reasons):
+    def _tell(self, reasons, alphas):
+        for alpha, rank in alphas:
+            logging.warning(
+                "TurboWan: %s states alpha %g at rank %g in its metadata, which is not applied, as in ComfyUI: "
+                "strength %g is its full strength.", self.path, alpha, rank, alpha / rank,
+            )  # fmt: skip
         for why, names in reasons.items():
             logging.warning(
                 "TurboWan: %s: %d tensors are left out, %s: %s", self.path, len(names), why,
