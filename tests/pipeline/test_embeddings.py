@@ -124,3 +124,21 @@ def test_the_default_folder_is_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.setattr(embeddings.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "turbowan" / "embeddings"
+
+
+@pytest.mark.parametrize("home", ["read-only", "none"])
+def test_without_a_place_for_caches_nothing_is_kept_and_the_log_says_so(home, monkeypatch, tmp_path, caplog):
+    """A container's user may have no home: batch keeps embeddings there unless it is told otherwise."""
+    monkeypatch.setattr(embeddings.os, "name", "posix")
+    monkeypatch.setattr(embeddings.sys, "platform", "linux")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").touch()
+
+    def of_nobody():
+        if home == "none":
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path / "file"
+
+    monkeypatch.setattr(embeddings.Path, "home", of_nobody)
+    assert cache_folder() is None
+    assert "--cache names a folder" in caplog.text

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 
 from ..devices import release
-from ..errors import TurboError
+from ..errors import TurboError, shown
 from ..files import digest, state_of, sweep, written_aside
 from .text import TEXT_LENGTH, TOKENIZERS, clean_prompt, encode_text, load_text_encoder, tokenizer_place
 
@@ -168,12 +169,19 @@ def tokenizer_files(tokenizer, encoder) -> list[Path]:
     return [place]
 
 
-def cache_folder() -> Path:
-    """Where a person's programs keep what they can make again, for embeddings of ours."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "turbowan" / "embeddings"
+def cache_folder() -> Path | None:
+    """Where a person's programs keep what they can make again, for embeddings of ours; made. None where it cannot be,
+    which the log tells: nobody asked for it by name."""
+    try:
+        if os.name == "nt":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "turbowan" / "embeddings"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # in a container the home may be read-only, or none
+        logging.warning("TurboWan: no embeddings are kept (%s). --cache names a folder for them.", shown(error, 120))
+        return None
+    return folder
