@@ -117,7 +117,8 @@ def table_path(name: str) -> Path:
     folder = os.environ.get("TURBOWAN_CACHE")
     if not folder:
         base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-        folder = Path(base or Path.home() / ".cache") / "turbowan"
+        # no error where nobody has a home, as in a container: there is no table then
+        folder = Path(base or os.path.expanduser("~/.cache")) / "turbowan"
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     return Path(folder) / f"launch-{slug}.json"
 

@@ -77,6 +77,14 @@ def test_where_a_table_lies(monkeypatch, tmp_path):
     assert int8_configs.table_path(CARD) == tmp_path / "turbowan" / "launch-nvidia-test-9000.json"
 
 
+def test_without_a_home_there_is_no_table_and_no_error(monkeypatch):
+    """The kernels would have counted as broken."""
+    for name in ("TURBOWAN_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(int8_configs.os.path, "expanduser", lambda path: path)  # as it does for a user without one
+    assert int8_configs.read_table(int8_configs.table_path(CARD), CARD) == {}
+
+
 KINDS = {
     (7, 5): None,
     (8, 0): "sm_80",
