@@ -2,16 +2,19 @@
 
     python -m tests.tools.forecast_steps
 
-Writes docs/forecast.md, and what Turbo Doctor says of a card to turbo_core/diagnostics/steps.py, from
-benchmarks/results/forecast/kernels.json. Products and attention: the model's cycles, whole
+Writes docs/forecast.md, and what Turbo Doctor says of a card to turbo_core/diagnostics/steps.py and the READMEs,
+from benchmarks/results/forecast/kernels.json. Products and attention: the model's cycles, whole
 waves of tiles. What streams: bytes by the share of the memory's rate that copies reach. Nothing of it is measured.
 """
 
+import importlib
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.helpers.machine_code import recorded
+from turbo_core.diagnostics import cards, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, STEPS = ROOT / "docs" / "forecast.md", ROOT / "turbo_core" / "diagnostics" / "steps.py"
@@ -152,8 +155,8 @@ def steps_file() -> str:
     """The module with seconds of a step as the record makes them."""
     record, rows = recorded()["now"], []
     for title, card in (CARDS | MORE).items():
-        steps = {video: float(f"{step(record, card, model):.3g}") for video, model in VIDEOS.items()}
-        rows += [f'    ("{title}", "{model}", "{size}"): {seconds},\n' for (model, size), seconds in steps.items()]
+        each = {video: float(f"{step(record, card, model):.3g}") for video, model in VIDEOS.items()}
+        rows += [f'    ("{title}", "{model}", "{size}"): {seconds},\n' for (model, size), seconds in each.items()]
     return STEPS_HEAD + "".join(rows) + "}\n"
 
 
@@ -170,6 +173,13 @@ SECONDS = {  # (card, model of turbo_core.pipeline.plan, size)
 def main():
     PAGE.write_text(page(), "utf-8")
     STEPS.write_text(steps_file(), "utf-8")
+    importlib.reload(steps)
+    table = importlib.reload(cards).table()
+    for readme in (ROOT / "README.md", *sorted((ROOT / "docs").glob("README.*.md"))):
+        text = readme.read_text("utf-8")
+        readme.write_text(
+            re.sub(r"^\| file \| video \|.*?(?=\n\n)", table, text, flags=re.DOTALL | re.MULTILINE), "utf-8"
+        )
 
 
 if __name__ == "__main__":
