@@ -16,7 +16,7 @@ from turbo_core.errors import TurboError
 from turbo_core.parallel import Alone
 from turbo_core.pipeline import Clip, Pipeline, embeddings, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
-from turbo_core.vae import load_fast
+from turbo_core.vae import MOST_FRAMES, load_fast
 
 SMALL = {"size": (32, 32), "frames": 5}
 ALL = 1 << 40
@@ -180,8 +180,8 @@ def test_a_clip_that_fails_leaves_the_others_alone(tiny):
 def test_a_failure_of_decoding_or_writing_is_the_clips_own(tiny, monkeypatch):
     decode, failures = sampling.decode_each, []
 
-    def spoiled(vae, latents, keep, tiled, progress):
-        return decode(vae, latents, lambda piece: keep(piece * (float("nan") if tiled else 1)), tiled, progress)
+    def spoiled(vae, latents, keep, tiled, *more):
+        return decode(vae, latents, lambda piece: keep(piece * (float("nan") if tiled else 1)), tiled, *more)
 
     def write(clip, result):
         if clip.seed == 4:
@@ -306,6 +306,21 @@ def test_results_keep_the_order_of_the_clips_whatever_room_each_has(tiny, monkey
     with t2v(tiny, memory=ALL) as pipe:
         assert [result.settings["seed"] for result in pipe.map(clips)] == [0, 1, 2, 3, 4]
     assert not beside[1] and not beside[3]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_beside_sampling_a_card_decodes_as_little_at_a_time_as_was_counted(tiny, overlap, monkeypatch):
+    """Of the memory that is free when decoding begins, a step may want most in a moment."""
+    told, taken, decode = [], [], resident.decode_frames
+    monkeypatch.setattr(resident, "decode_frames", lambda *given: told.append(given[-1]) or decode(*given))
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(True, True, overlap))
+    with t2v(tiny) as pipe:
+        list(pipe.map(CLIPS[:2]))
+    assert told == [overlap] * 2
+    monkeypatch.setattr(sampling, "decode_each", lambda *given: taken.append(given[-1]) or [torch.zeros(1)])
+    for device in ("cpu", "meta"):
+        decode(None, torch.zeros(1, 16, 2, 4, 4, device=device), False, None, None, overlap)
+    assert taken == ([MOST_FRAMES, 1] if overlap else [MOST_FRAMES] * 2)
 
 
 def test_a_clip_that_is_done_leaves_neither_picture_nor_latents_behind(tiny, monkeypatch):

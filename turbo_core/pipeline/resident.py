@@ -137,7 +137,7 @@ class Pipeline:
                 if stay.overlap:
                     if pending is not None:
                         yield from pending.result()
-                    pending = worker.submit(self._finished, work, write, failed)
+                    pending = worker.submit(self._finished, work, write, failed, True)
                 elif stay.dit:
                     yield from self._finished(work, write, failed)
                 else:
@@ -290,7 +290,7 @@ class Pipeline:
             )
 
     @torch.inference_mode()
-    def _finished(self, work, write, failed) -> list[Result]:
+    def _finished(self, work, write, failed, beside=False) -> list[Result]:
         """The finished clip, in a list that is empty where it failed; runs beside sampling where both fit."""
         result = None
         with self._failing(work, failed, sampling=False):
@@ -299,7 +299,7 @@ class Pipeline:
             with work.stage("decode", steps, ends=False), self._vae_alone, own_stream(self.device):
                 frames = decode_frames(
                     self.coders.decoder.to(self.device), work.latents.to(self.device), clip.tiled,
-                    lambda done, total: self.progress("decode", done, total), self.team,
+                    lambda done, total: self.progress("decode", done, total), self.team, beside,
                 )  # fmt: skip
             made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
             made.peak_memory = peak_memory(self.device)

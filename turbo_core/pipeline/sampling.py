@@ -8,7 +8,7 @@ from ..devices import synchronize, widest_float
 from ..errors import TurboError
 from ..parallel import Rows
 from ..sampler import sample_rcm
-from ..vae import decode_each, decode_rows, encode_video, frames_of_a_piece
+from ..vae import MOST_FRAMES, decode_each, decode_rows, encode_video, frames_of_a_piece
 from ..wan import Text
 from .video import to_frames
 
@@ -80,11 +80,14 @@ def sample(model_at, context, shape, sigmas, *, step_seconds=None, progress=None
     return trajectory.latents()
 
 
-def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None, team=None) -> torch.Tensor | None:
+def decode_frames(
+    vae, latents: torch.Tensor, tiled: bool = False, progress=None, team=None, beside: bool = False
+) -> torch.Tensor | None:
     """Frames uint8 [4(T-1)+1, 8H, 8W, 3] on the CPU of normalized latents [1, 16, T, H, W]; a device holds numbers of a
     piece of the video only. progress: callable (done, total). team: processes that decode together, each some rows,
-    where there are as many and no tiles; the others than the first get None. Raises TurboError when the VAE gives NaN
-    or infinity."""
+    where there are as many and no tiles; the others than the first get None. beside: another clip is sampled meanwhile,
+    so on a card a piece is one latent frame, as residence counts it: what is free now sampling may want in a moment.
+    Raises TurboError when the VAE gives NaN or infinity."""
 
     def keep(piece):
         if not torch.isfinite(piece).all():
@@ -96,7 +99,8 @@ def decode_frames(vae, latents: torch.Tensor, tiled: bool = False, progress=None
             return _decoded_together(vae, latents, keep, progress, team)
         if not team.first:
             return None
-    return torch.cat(decode_each(vae, latents, keep, tiled, progress))
+    most = 1 if beside and latents.device.type != "cpu" else MOST_FRAMES
+    return torch.cat(decode_each(vae, latents, keep, tiled, progress, most))
 
 
 def _decoded_together(vae, latents, keep, progress, team):
