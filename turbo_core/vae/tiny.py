@@ -131,7 +131,8 @@ def load_fast(path, device="cpu", dtype=torch.float32):
     for name, tensor in state.items():
         if name.startswith("decoder."):  # there is an encoder in the files too
             tensor, twice = file.disk.read(tensor), name.endswith(".conv.0.weight") and tensor.ndim == 4
-            own[name] = torch.stack(tensor.chunk(2, 1)[::-1], 2) if twice else tensor
+            even = twice and tensor.shape[1] and tensor.shape[1] % 2 == 0
+            own[name] = torch.stack(tensor.chunk(2, 1)[::-1], 2) if even else tensor
     check_shapes(model, own, path, _CURE)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in own.items()}, assign=True)
     return model.eval().requires_grad_(False)
