@@ -111,6 +111,7 @@ def int_mm(a, b, room=None):
         if k > 1 if a.device.type == "cpu" else m > 16 and k % 8 == 0 and b.shape[0] % 8 == 0:
             return y.copy_(torch._int_mm(a, b.t(), out=y.view(torch.int32)))  # number by number in its own place
     for i, (x, w) in enumerate(zip(a.split(EXACT, 1), b.split(EXACT, 1))):
-        x, w = x.float(), w.float().t()
-        y = y.add_(x @ w) if i else torch.mm(x, w, out=y)
+        part = torch.empty_like(y) if i else y
+        torch.mm(x.float(), w.float().t(), out=part)  # out: as written, whatever torch.autocast says
+        y = y.add_(part) if i else part
     return y
