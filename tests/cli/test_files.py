@@ -6,6 +6,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.tiny_decoders import tiny_decoder
 from tests.helpers.tiny_dits import STOCK
 from turbo_core import checkpoint
 from turbo_core.cli import main
@@ -30,7 +31,8 @@ def test_inspect_says_what_other_files_are_and_goes_on_after_a_bad_one(tiny, tmp
     save_file(lora, tmp_path / "style.safetensors")
     save_file({"lora_unet_input_blocks_1.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "sd.safetensors")
     files = ["nowhere.pth", tiny / "tiny_umt5.safetensors", tiny / "tiny_wan_vae.safetensors"]
-    files += [tmp_path / "style.safetensors", tmp_path / "sd.safetensors"]
+    files += [tmp_path / "style.safetensors", tmp_path / "sd.safetensors", tmp_path / "lighttaew2_1.pth"]
+    torch.save(tiny_decoder(), files[-1])
     assert main(["inspect", *map(str, files)]) == 2
     out, err = capsys.readouterr()
     assert "nowhere.pth does not exist" in err and "Traceback" not in err
@@ -38,7 +40,7 @@ def test_inspect_says_what_other_files_are_and_goes_on_after_a_bad_one(tiny, tmp
     for text in ("umT5 text encoder", "inside", "VAE of Wan 2.1", "base width", "LoRA for Wan (dim 1536, 1.3B)"):
         assert text in tables
         tables = tables.split(text, 1)[1]
-    for text in ("4 in 2 blocks", "4 in 2, 5 in 2", "left out", "another model than Wan"):
+    for text in ("4 in 2 blocks", "4 in 2, 5 in 2", "left out", "another model than Wan", "LightTAE, a tiny decoder"):
         assert text in tables
 
 

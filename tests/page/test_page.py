@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 
@@ -66,6 +67,8 @@ def test_a_workflow_opens_whole(page, name):
     assert _overlaps(seen["boxes"]) == []
     # also proves the converter that the server tests run the workflows with
     prompt = {number: {k: v for k, v in node.items() if k != "_meta"} for number, node in seen["prompt"].items()}
+    for node in prompt.values():  # the picture in Load Video, once it has come
+        node["inputs"].pop("video-preview", None)
     assert prompt == workflow_api.to_api(workflow, workflow_api.recorded_object_info())
     assert page.errors == []
 
@@ -104,6 +107,25 @@ def test_the_newer_kind_of_node_does_not_overlap_either(stub_page, name):
         stub_page.evaluate(setting, False)
     assert {box[0] for box in boxes} == {node["id"] for node in workflow["nodes"]}
     assert _overlaps(boxes) == []
+
+
+def test_notes_of_the_start_are_in_the_language_of_the_page(host_page, language="ko"):
+    translated = json.loads((host.PACK / "web" / "notes.json").read_text("utf-8"))[language]
+    choose = "language => app.extensionManager.setting.set('Comfy.Locale', language)"
+    notes = "() => app.graph.nodes.filter(n => n.type === 'MarkdownNote').map(n => n.widgets[0].value)"
+    host_page.evaluate(choose, language)
+    host_page.wait_for_timeout(2500)  # the page reads the nodes anew and opens its graph again
+    try:
+        host_page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("00_start_here"))
+        host_page.wait_for_timeout(1500)
+        shown = host_page.evaluate(notes)
+        assert len(shown) == 3 and set(shown) <= set(translated.values())
+        host_page.evaluate("workflow => app.loadGraphData(workflow)", workflow_api.load("turbowan_lora"))
+        host_page.wait_for_timeout(500)
+        assert "## Files" in host_page.evaluate(notes)[0], "others stay as they are"
+    finally:
+        host_page.evaluate(choose, "en")
+        host_page.wait_for_timeout(2500)
 
 
 def test_a_missing_node_would_be_noticed(stub_page):

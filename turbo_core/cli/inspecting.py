@@ -16,6 +16,8 @@ def rows_of(path: Path) -> list[tuple[str, str]]:
         file = open_tensors(path, contents=False)
         kind = looks_like(file.tensors) or ""
         parts = {" LoRA": _lora, "umT5": _text_encoder, "VAE": _vae}
+        if "decoder.3.conv.0.weight" in file.tensors:
+            return _tiny_decoder(path, file)
         for word, rows in parts.items():
             if word in kind:
                 return rows(path, file)
@@ -61,6 +63,13 @@ def _vae(path, file):
 
     network = build_vae(file.tensors, path, "meta")
     return [("family", "VAE of Wan 2.1, for Wan 2.2 A14B too"), ("base width", str(network.dim)), *_file(path, file)]
+
+
+def _tiny_decoder(path, file):
+    from ..vae import load_fast
+
+    kind = "LightTAE" if load_fast(path, "meta").takes_raw else "TAEHV"
+    return [("family", f"{kind}, a tiny decoder for drafts of Wan 2.1: generate --vae-fast"), *_file(path, file)]
 
 
 def _lora(path, file):
