@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..turbo_core.errors import TurboError
+from ..turbo_core.errors import TurboError, quoted
 from ..turbo_core.int8 import quantize_block, quantize_rows
 from ..turbo_core.wan import QUANTIZED_LINEARS
 from .host.inputs import check_choice, network_of, parse_blocks, wan_network
@@ -68,7 +68,7 @@ class QuantizeW8A8(io.ComfyNode):
         if pattern.strip():
             if skip_blocks.strip() or layers != "all":
                 raise TurboError(
-                    f"pattern {pattern!r} stands in place of layers and skip_blocks: set layers to all, empty "
+                    f"pattern {quoted(pattern)} stands in place of layers and skip_blocks: set layers to all, empty "
                     'skip_blocks, and write what to leave out into pattern, as in "blocks.*, -blocks.0.*".'
                 )
             names = matching_layers(network_of(model, "QuantizeW8A8"), pattern)

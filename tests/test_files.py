@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +155,84 @@ def test_many_writers_to_one_name_leave_one_whole_file(target):
     done = [process.wait() for process in made]
     assert 0 in done and target.read_text() in [t[:1] * 9 for t, status in zip(texts, done) if status == 0]
     assert os.listdir(target.parent) == [target.name]
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Locks as Windows has them, of a byte of a file, and no removal of a file that is open. Not Windows itself."""
+    held, unlink, is_linux = {}, Path.unlink, os.path.isdir("/proc/self/fd")
+    if not is_linux:
+        pytest.skip("the open files of a process are looked up in /proc")
+
+    def locking(fd, mode, count):
+        byte = os.fstat(fd).st_ino, os.lseek(fd, 0, os.SEEK_CUR)
+        assert count == 1
+        if mode == "unlock":
+            if held.pop(byte, None) != fd:
+                raise PermissionError(errno.EACCES, "not locked")
+        elif byte in held:
+            raise PermissionError(errno.EACCES, "locked")
+        else:
+            held[byte] = fd
+
+    def removed(path, *missing):
+        if str(path) in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]:
+            raise PermissionError(errno.EACCES, "open")
+        unlink(path, *missing)
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(
+        files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK="lock", LK_UNLCK="unlock"), raising=False
+    )
+    monkeypatch.setattr(Path, "unlink", removed)
+    yield held
+    assert not held
+
+
+def test_locks_as_windows_has_them(target, windows):
+    write_whole(target, "new")
+    assert target.read_text() == "new" and os.listdir(target.parent) == [target.name]
+    with written_aside(target) as aside:
+        aside.write_text("half")
+        for call in (files.check_free, lambda path: write_whole(path, "ours")):
+            with pytest.raises(TurboError, match=rf"{target.name} is being written by process {os.getpid()} on "):
+                call(target)
+        files.sweep(target.parent)
+        assert aside.read_text() == "half"
+    assert target.read_text() == "half" and os.listdir(target.parent) == [target.name]
+
+
+def test_what_a_killed_process_left_is_removed_as_windows_lets_it(target, windows):
+    """The lock is open while it is looked at: it was never removed."""
+    (target.parent / f"{target.name}.part").write_text("half")
+    files._lock_of(target).write_text("process 1 on here")
+    files.check_free(target)
+    files.sweep(target.parent)
+    assert os.listdir(target.parent) == [target.name]
+
+
+def test_a_lock_that_its_owner_is_removing_is_tried_again(target, windows, monkeypatch):
+    made, left = open, [1, 1]
+
+    def opened(path, mode, **how):
+        if mode == "a+" and left:
+            left.pop()
+            raise PermissionError(errno.EACCES, "it is being removed")
+        return made(path, mode, **how)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    write_whole(target, "new")
+    assert not left and target.read_text() == "new"
+
+
+def test_names_that_are_devices_in_windows(tmp_path, windows):
+    for name in ("NUL.safetensors", "con", "Aux.tar.gz", "com1.mp4", "LPT9", "com\u00b9.mp4", "nul .mp4"):
+        assert files.is_device(name)
+        with pytest.raises(TurboError, match="keeps for a device"):
+            files.check_free(tmp_path / name)
+    for name in ("null.mp4", "console.mp4", "com10.mp4", "a.nul", "com.mp4"):
+        assert not files.is_device(name)
+        files.check_free(tmp_path / name)
 
 
 def test_a_disk_without_locks_lets_everybody_in(target, monkeypatch):

@@ -19,6 +19,11 @@ def shown(text, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def quoted(value) -> str:
+    """What a person or a file gave, as Python writes it, no longer than a line."""
+    return shown(repr(value))
+
+
 def missing_library(name: str, purpose: str) -> TurboError:
     """The error for a library that only the standalone pipeline needs and that is not installed, with the cure."""
     return TurboError(

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import socket
 import time
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ except ImportError:  # Windows
     import msvcrt
 
 _LOCK = ".turbowan-lock"
+_FAR = 1 << 20  # a byte that nobody reads: Windows keeps others from what is locked
 _LONGEST = 230  # bytes of a name: file systems take 255, and the lock beside it has a longer one
 
 
@@ -54,7 +56,14 @@ def alone(target: Path):
     """
     place, tries = _lock_of(target), 20
     while True:
-        file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        try:
+            file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (held until the end)
+        except PermissionError:
+            if fcntl or tries == 0:
+                raise
+            time.sleep(0.01)  # Windows, while its owner removes it
+            tries -= 1
+            continue
         if _lock(file) is False:
             with file:
                 if tries == 0 or _has_owner(file):
@@ -72,11 +81,7 @@ def alone(target: Path):
         file.flush()
         yield
     finally:
-        if not fcntl:  # Windows removes no open file
-            file.close()
-        with suppress(OSError):
-            place.unlink()
-        file.close()
+        _remove(file, place)
 
 
 def check_free(target) -> None:
@@ -92,9 +97,18 @@ def check_free(target) -> None:
         raise TurboError(f"{target.name} is a name that no disk takes. Choose another one.")
     if len(os.fsencode(target.name)) > _LONGEST:
         raise TurboError(f"{shown(target.name)} is too long a name. Expected at most {_LONGEST} bytes: shorten it.")
+    if not fcntl and is_device(target.name):
+        raise TurboError(f"{shown(target.name)} is a name that Windows keeps for a device. Choose another one.")
     with suppress(OSError), open(_lock_of(target), "r+", encoding="utf-8") as file:
-        if _has_owner(file) and _lock(file) is False:
-            raise _taken(target, file)
+        if _has_owner(file):
+            if _lock(file) is False:
+                raise _taken(target, file)
+            _unlock(file)
+
+
+def is_device(name: str) -> bool:
+    """Whether Windows takes a name, whatever its suffix, for a device."""
+    return re.fullmatch(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", name.lower(), re.S) is not None
 
 
 def _has_owner(lock) -> bool:
@@ -117,13 +131,32 @@ def _lock(file) -> bool | None:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(1 << 20)  # a byte that nobody reads: Windows keeps others from what is locked
+            file.seek(_FAR)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
         return None
     return True
+
+
+def _unlock(file) -> None:
+    """Let go of a lock before the file is closed, which Windows asks for."""
+    if not fcntl:
+        with suppress(OSError):
+            file.seek(_FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+
+def _remove(file, place: Path) -> None:
+    """Remove a lock that this process holds, while it does; Windows removes no open file, and none that another process
+    took meanwhile."""
+    if not fcntl:
+        _unlock(file)
+        file.close()
+    with suppress(OSError):
+        place.unlink()
+    file.close()
 
 
 def sweep(folder: Path) -> None:
@@ -135,7 +168,7 @@ def sweep(folder: Path) -> None:
                 if part.exists():
                     part.unlink()
                     logging.warning("TurboWan: removed %s, which a process that was killed had begun.", part)
-                place.unlink()
+                _remove(file, place)
 
 
 def state_of(path) -> tuple[int, int, int]:

@@ -14,11 +14,11 @@ from ...turbo_core import tinywan
 from ...turbo_core.checkpoint.formats import FORMATS
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.checkpoint.read import SAFETENSORS_SUFFIXES, open_tensors
-from ...turbo_core.errors import TurboError, shown
+from ...turbo_core.errors import TurboError, quoted, shown
+from ...turbo_core.files import is_device
 
 MODELS = "diffusion_models"
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]')
-_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _SHARD = re.compile(r"-\d+-of-\d+\.(?:safetensors|sft)$")
 _LONGEST = 200  # bytes of one part of a path: file systems hold 255, and a number, .safetensors and .part are added
 
@@ -59,7 +59,7 @@ def file_stem(name):
 def model_file(name, kind=MODELS):
     """Path of a file in models/`kind`. Raises TurboError where none is chosen or it is gone."""
     if not isinstance(name, str) or not name.strip():
-        raise TurboError(f"No file is chosen, got {name!r}: choose one that lies in models/{kind}.")
+        raise TurboError(f"No file is chosen, got {quoted(name)}: choose one that lies in models/{kind}.")
     try:
         return folder_paths.get_full_path_or_raise(kind, name)
     except (FileNotFoundError, ValueError) as error:  # ValueError: a name that no disk takes
@@ -161,25 +161,29 @@ def check_output(prefix):
 
 
 def _outside(name, folder):
-    return TurboError(f"{name!r} lies outside {folder}. Expected a file name, or a folder below it and a name.")
+    return TurboError(f"{quoted(name)} lies outside {folder}. Expected a file name, or a folder below it and a name.")
 
 
 def check_name(name):
     """Raise TurboError unless name, folders before it and all, can be written on Linux, macOS and Windows alike."""
     parts = name.replace(os.sep, "/").split("/")
     if parts[-1].strip(" .") == "":
-        raise TurboError(f"{name!r} names no file: write a name, with folders before it if you like.")
+        raise TurboError(f"{quoted(name)} names no file: write a name, with folders before it if you like.")
     for part in parts:
         forbidden = _FORBIDDEN.search(part)
         if forbidden:
             raise TurboError(
-                f"{name!r} holds {forbidden[0]!r}, which Windows does not allow in file names (nor any of "
+                f"{quoted(name)} holds {forbidden[0]!r}, which Windows does not allow in file names (nor any of "
                 '< > : " | ? * \\ and control characters): leave it out. Folders are separated by /.'
             )
-        if part.split(".")[0].rstrip().upper() in _RESERVED:
-            raise TurboError(f"{name!r} holds {part!r}, a name that Windows keeps for a device: choose another one.")
+        if is_device(part):
+            raise TurboError(
+                f"{quoted(name)} holds {quoted(part)}, a name that Windows keeps for a device: choose another one."
+            )
         if part not in (".", "..") and part != part.rstrip(" ."):
-            raise TurboError(f"{name!r}: {part!r} ends in a dot or a space, which Windows drops: leave it out.")
+            raise TurboError(
+                f"{quoted(name)}: {quoted(part)} ends in a dot or a space, which Windows drops: leave it out."
+            )
         if len(os.fsencode(part)) > _LONGEST:
             raise TurboError(f"{name[:40]!r}... is too long, more than {_LONGEST} bytes: choose a shorter name.")
 

@@ -10,7 +10,7 @@ import comfy.ldm.wan.model as wan
 import torch
 from comfy_api.latest import io
 
-from ...turbo_core.errors import TurboError
+from ...turbo_core.errors import TurboError, quoted
 from ...turbo_core.schedule import MOST_STEPS
 
 MAX_SEED = 2**64 - 1
@@ -63,13 +63,15 @@ def wan_network(model, node, otherwise="") -> wan.WanModel:
 def check_number(name, value, low, high):
     """Raise TurboError unless value is a number from low to high."""
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
-        raise TurboError(f"{name} must be a number from {low} to {high}, got {value!r}: set it within that range.")
+        raise TurboError(
+            f"{name} must be a number from {low} to {high}, got {quoted(value)}: set it within that range."
+        )
 
 
 def check_choice(name, value, options):
     """Raise TurboError unless value is one of the options."""
     if value not in options:
-        raise TurboError(f"{name} must be one of {', '.join(options)}, got {value!r}: choose one of them.")
+        raise TurboError(f"{name} must be one of {', '.join(options)}, got {quoted(value)}: choose one of them.")
 
 
 def parse_blocks(text: str | None, count: int) -> frozenset[int]:
@@ -79,7 +81,7 @@ def parse_blocks(text: str | None, count: int) -> frozenset[int]:
         first, last = _range(part, count)
         if not 0 <= first <= last < count:
             raise TurboError(
-                f"block list: {part!r} is not within 0 to {count - 1}; write it like "
+                f"block list: {quoted(part)} is not within 0 to {count - 1}; write it like "
                 f'"0, 1, {count - 1}" or "first 2, last 1".'
             )
         blocks.update(range(first, last + 1))

@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ...turbo_core.errors import TurboError
+from ...turbo_core.errors import TurboError, quoted
 from ...turbo_core.int8 import layout, quantize_block, quantize_rows
 from .fused import FusedWanBlock
 from .kernels import prove_for
@@ -50,7 +50,7 @@ def matching_layers(network, pattern):
     if not layers:
         kinds = dict.fromkeys(re.sub(r"\d+", "*", name) for name in linears)
         raise TurboError(
-            f"pattern {pattern!r} takes none of the {len(linears)} linear layers of {type(network).__name__}. "
+            f"pattern {quoted(pattern)} takes none of the {len(linears)} linear layers of {type(network).__name__}. "
             f"They are called {', '.join(list(kinds)[:12])}: write some of these, with commas between."
         )
     return layers

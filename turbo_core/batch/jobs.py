@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError, shown
-from ..files import digest
+from ..files import digest, is_device
 from ..lora import Lora, as_loras
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
@@ -263,13 +263,9 @@ def _file_name(name) -> str:
         stem, suffix = name, ".mp4"
     forbidden = set('/\\<>:"|?*') & set(stem)
     # the last are devices in Windows, whatever the suffix
-    if not stem or forbidden or stem[0] == "." or stem[-1] in ". " or not stem.isprintable() or _is_device(stem):
+    if not stem or forbidden or stem[0] == "." or stem[-1] in ". " or not stem.isprintable() or is_device(stem):
         raise TurboError(f"name is {shown(name)}. Expected the plain name of a file, without folders.")
     return stem + suffix.lower()
-
-
-def _is_device(stem: str) -> bool:
-    return re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", stem.lower()) is not None
 
 
 def _slug(prompt: str) -> str:

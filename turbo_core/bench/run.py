@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..diagnostics import charts
-from ..errors import TurboError
+from ..errors import TurboError, quoted
 from ..selfcheck import prove
 from . import attention, block, harness, linear, machine, streaming, vae
 from .report import SCHEMA, describe, rate, save, show, write
@@ -33,7 +33,7 @@ def parse_shapes(texts: list[str], groups) -> dict[str, list[tuple[int, ...]]]:
         fitting = [name for name in groups if GROUPS[name][1] == len(shape)]
         if not fitting or min(shape) < 1:
             expected = ", ".join(f"{FORMS[name]} for {name}" for name in groups)
-            raise TurboError(f"--shapes takes {expected}; got {text!r}")
+            raise TurboError(f"--shapes takes {expected}; got {quoted(text)}")
         for name in fitting:
             found[name].append(shape)
     return found

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import TurboError, shown
+from ..errors import TurboError, quoted, shown
 from ..files import state_of
 from .describe import Description, stored_formats
 from .encode import Plan, on_disk, plan, rewritten, while_unchanged
@@ -51,7 +51,7 @@ def convert(source, target, format: str, progress: Progress | None = None) -> Co
     interrupted conversion leaves neither a part nor a changed target behind.
     """
     if format not in FORMATS:
-        raise TurboError(f"Unknown format {format!r}. Expected one of {', '.join(FORMATS)}.")
+        raise TurboError(f"Unknown format {quoted(format)}. Expected one of {', '.join(FORMATS)}.")
     return _rewrite(Path(source), Path(target), format, progress)
 
 
@@ -61,7 +61,9 @@ def quantize(source, target, format: str = "int8_block", progress: Progress | No
     Raises TurboError for a source that is quantized already: convert takes those.
     """
     if format not in INTEGERS:
-        raise TurboError(f"Cannot quantize to {format!r}. Expected {' or '.join(INTEGERS)}; convert writes floats.")
+        raise TurboError(
+            f"Cannot quantize to {quoted(format)}. Expected {' or '.join(INTEGERS)}; convert writes floats."
+        )
     return _rewrite(Path(source), Path(target), format, progress, floats_only=True)
 
 

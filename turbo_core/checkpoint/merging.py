@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import TurboError, shown
+from ..errors import TurboError, quoted, shown
 from ..files import state_of
 from .converting import Progress, file_metadata
 from .describe import Description, describe, stored_formats
@@ -96,7 +96,7 @@ def merge(
 
 def _strengths(strength, count: int, format: str) -> list[float]:
     if format not in FORMATS:
-        raise TurboError(f"Unknown format {format!r}. Expected one of {', '.join(FORMATS)}.")
+        raise TurboError(f"Unknown format {quoted(format)}. Expected one of {', '.join(FORMATS)}.")
     if count == 0:
         raise TurboError("Nothing to merge: name at least one accelerated model (TurboWan, SLA or rCM weights).")
     strengths = [strength] * count if isinstance(strength, (int, float)) else list(strength)

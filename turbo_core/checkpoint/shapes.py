@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import TurboError, shown
+from ..errors import TurboError, quoted, shown
 from ..wan import QUANTIZED_LINEARS
 from .formats import transformer_config
 from .names import PROJ_L, is_helper, looks_like
@@ -66,8 +66,8 @@ def expected_shapes(blocks: int, has_sla: bool, sizes: Sizes = _ANY) -> dict[str
 def block_count(tensors: dict, path) -> int:
     """Number of blocks; raises TurboError saying what the file looks like when it is not a Wan model."""
     if "head.modulation" not in tensors or not any(name.startswith("blocks.") for name in tensors):
-        kind = looks_like(tensors)
-        looks = f"It looks like {kind}." if kind else f"Its first keys are {', '.join(map(shown, list(tensors)[:3]))}."
+        kind, first = looks_like(tensors), ", ".join(shown(name, 50) for name in list(tensors)[:2])
+        looks = f"It looks like {kind}." if kind else f"Its first keys are {first}."
         raise TurboError(
             f"{path} is not a Wan diffusion model{_shard_hint(path)}. {looks} Expected keys such as head.modulation "
             "and blocks.0.self_attn.q.weight: choose a TurboWan or Wan 2.1 / 2.2 checkpoint."
@@ -163,7 +163,7 @@ def read_sizes(tensors: dict, metadata: dict, path) -> Sizes:
 def _head_dim(tensors, dim, config, path) -> int:
     heads, proj_l = config.get("num_heads"), tensors.get(f"blocks.0.{PROJ_L}.weight")
     if heads is not None and (not isinstance(heads, int) or heads < 1 or dim % heads):
-        raise TurboError(f"{path}: the metadata says {heads!r} heads. Expected a divisor of dim {dim}.")
+        raise TurboError(f"{path}: the metadata says {quoted(heads)} heads. Expected a divisor of dim {dim}.")
     if proj_l is not None:
         head_dim, origin = proj_l.shape[0] if proj_l.ndim else 0, f"proj_l is {list(proj_l.shape)}, which makes it"
         if heads is not None and heads * head_dim != dim:

@@ -21,7 +21,7 @@ import torch
 from ..checkpoint import Description
 from ..devices import pick_device
 from ..dispatch import cannot_run, whole_name
-from ..errors import TurboError, missing_library, shown
+from ..errors import TurboError, missing_library, quoted, shown
 from ..pipeline.inputs import DEFAULT_TOPK
 from ..wan.model import PATCH
 
@@ -40,7 +40,9 @@ def target_of(text: str | None):
     if text is not None:
         match = re.fullmatch(r"sm_(\d{2,3})", text)
         if match is None or int(match[1]) < 80:
-            raise TurboError(f"--target is an NVIDIA card's architecture from sm_80 on, such as sm_90; got {text!r}.")
+            raise TurboError(
+                f"--target is an NVIDIA card's architecture from sm_80 on, such as sm_90; got {quoted(text)}."
+            )
         return ("cuda", int(match[1]), 32), None
     device = whole_name(pick_device())
     reason = cannot_run(device)

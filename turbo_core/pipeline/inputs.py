@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .. import checkpoint
-from ..errors import TurboError
+from ..errors import TurboError, quoted
 from ..sla import PRECISIONS
 
 DEFAULT_TOPK = 0.1  # what the published models were trained with; 0.15 is a little better and slower
@@ -65,7 +65,7 @@ def check_sampling(
             f"{boundary}: give the high-noise file as --dit and the low-noise file as --dit-low."
         )
     if precision not in PRECISIONS:
-        raise TurboError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        raise TurboError(f"precision must be one of {', '.join(PRECISIONS)}, got {quoted(precision)}.")
     if topk == "auto":
         return DEFAULT_TOPK if model.has_sla else None
     if topk is not None and not 0.0 < topk <= 1.0:

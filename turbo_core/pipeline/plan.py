@@ -19,7 +19,7 @@ from ..checkpoint.describe import Description
 from ..checkpoint.formats import FLOATS, FORMATS, INTEGERS
 from ..checkpoint.names import is_delicate, is_quantizable
 from ..checkpoint.shapes import Sizes, expected_shapes
-from ..errors import TurboError
+from ..errors import TurboError, quoted
 from ..int8 import block_scale_shape
 from ..int8.products import SLICE as INT8_SLICE
 from ..sla import PRECISIONS
@@ -77,7 +77,7 @@ def model_of(description: Description) -> Model:
 def weight_bytes(model: Model, format: str) -> tuple[int, int]:
     """(bytes of one expert, bytes of one of its blocks) in a format of turbo_core.checkpoint.convert."""
     if format not in FORMATS:
-        raise TurboError(f"Unknown format {format!r}. Expected one of {', '.join(FORMATS)}.")
+        raise TurboError(f"Unknown format {quoted(format)}. Expected one of {', '.join(FORMATS)}.")
     total = block = 0
     for name, shape in expected_shapes(model.blocks, model.has_sla, model.sizes).items():
         count = math.prod(shape)
@@ -211,7 +211,7 @@ def stages(
     if topk is not None and not 0 <= topk <= 1:
         raise TurboError(f"topk is the fraction of key blocks to keep, 0 to 1, got {topk}: use 0.1 to 0.15.")
     if precision not in PRECISIONS:
-        raise TurboError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+        raise TurboError(f"precision must be one of {PRECISIONS}, got {quoted(precision)}.")
     t, h, w = latent_shape(width, height, frames)
     tokens = t * (h // 2) * (w // 2)
     room = int(memory * GIB) - RESERVED

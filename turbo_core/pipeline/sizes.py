@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..errors import TurboError
+from ..errors import TurboError, shown
 
 FPS = 16
 STRIDE = 16  # 8 pixels a latent, 2 latents a token
@@ -22,11 +22,11 @@ def parse_size(text: str) -> tuple[int, int]:
         size = ratios and ratios.get(preset[2] or "16:9")
         if size is None:
             known = ", ".join(f"{name}-{ratio}" for name, ratios in PRESETS.items() for ratio in ratios)
-            raise TurboError(f"Unknown size preset {text!r}. Known: {known}; or write it like 832x480.")
+            raise TurboError(f"Unknown size preset {shown(text)!r}. Known: {known}; or write it like 832x480.")
         return size
     match = re.fullmatch(r"(\d{1,5})\s*[x×]\s*(\d{1,5})", text.strip().lower())
     if not match:
-        raise TurboError(f"Size {text!r} is not understood: write it like 832x480, 480p or 720p-9:16.")
+        raise TurboError(f"Size {shown(text)!r} is not understood: write it like 832x480, 480p or 720p-9:16.")
     size = int(match[1]), int(match[2])
     check_size(*size)
     return size

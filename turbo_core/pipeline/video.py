@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import TurboError, missing_library, shown
+from ..errors import TurboError, missing_library, quoted, shown
 from ..files import check_free, written_aside
 from .sizes import FPS
 
@@ -161,7 +161,9 @@ def check_video_path(path) -> None:
     """Raise TurboError, before any work, when no video could be written there; makes the folder."""
     known = ", ".join(VIDEO_SUFFIXES)
     if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
-        raise TurboError(f"The output must end in {known}, got {Path(path).name!r}: name it {Path(path).stem}.mp4.")
+        raise TurboError(
+            f"The output must end in {known}, got {quoted(Path(path).name)}: name it {shown(Path(path).stem)}.mp4."
+        )
     _pyav()
     check_place(path)
 

@@ -11,7 +11,7 @@ with L x L but the block map, 11 MB here; by cumulative score up to 0.11 GB, 0.2
 """
 
 from ..dispatch import FLOATS, explained
-from ..errors import TurboError
+from ..errors import TurboError, quoted
 from .blocks import covering_map as _covering_map
 from .blocks import kept_blocks, pool, top_map
 from .paths import operations
@@ -45,7 +45,7 @@ def _check(q, k, v, topk, precision="bf16", coverage=None):
     if coverage is not None and not 0.0 <= coverage <= 1.0:
         raise TurboError(f"coverage is the share of the pooled score to keep, 0 to 1, got {coverage}: use 0.5 or more")
     if precision not in PRECISIONS:
-        raise TurboError(f"precision must be one of {PRECISIONS}, got {precision!r}: use bf16")
+        raise TurboError(f"precision must be one of {PRECISIONS}, got {quoted(precision)}: use bf16")
     if precision == "int8" and q.device.type == "mps":
         raise TurboError("precision int8 needs float8, which Apple GPUs have not: use bf16")
 

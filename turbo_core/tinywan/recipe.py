@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..diagnostics import charts
-from ..errors import TurboError
+from ..errors import TurboError, quoted
 from ..pipeline.text import load_text_encoder
 from ..train import distill, engine, models, record, sparsify, teacher
 from ..train.data import Data
@@ -47,7 +47,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
     there gets them added. Raises TurboError for an unknown preset, or a folder made with another one.
     """
     if preset not in PRESETS:
-        raise TurboError(f"There is no preset {preset!r}. Expected one of {', '.join(PRESETS)}.")
+        raise TurboError(f"There is no preset {quoted(preset)}. Expected one of {', '.join(PRESETS)}.")
     folder, settings = Path(folder), PRESETS[preset]
     run = _Run(folder / "work", seed, device, log)
     plain = {name: value for name, value in settings.items() if name != "pair"}
