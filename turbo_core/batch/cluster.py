@@ -52,17 +52,21 @@ def make_by_ray(
         ray.data.DataContext.get_current().enable_progress_bars = False
         on_cpu = settings.get("device") == "cpu"
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
-        most = max(int(node["Resources"].get("CPU" if on_cpu else "GPU", 1)) for node in ray.nodes())
+        kind = "CPU" if on_cpu else "GPU"
+        most = max(int(node["Resources"].get(kind, 1)) for node in ray.nodes())
         most = min(most, actors or most, len(jobs))  # on one machine
         settings = settings | {"sharing": (most if on_cpu else 1, most)}
         constants = {"settings": settings, "folder": folder.shared(), "options": options}
         rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in enumerate(jobs)]
-        there = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 0))
+        there, free = (int(known.get(kind, 0)) for known in (ray.cluster_resources(), ray.available_resources()))
         blocks = _blocks(len(jobs), actors or there)
         outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _Maker,
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors or len(jobs)),
+            # those that can start do so at once: Ray adds the others one by one
+            compute=ray.data.ActorPoolStrategy(
+                min_size=max(1, min(free, actors or free, blocks)), max_size=actors or len(jobs)
+            ),
             fn_constructor_kwargs=constants | {"version": __version__},
             **each,
         )
