@@ -1,15 +1,13 @@
 """Set-ups that run and do not do what was meant: a sentence each, for the node that can be changed."""
 
-import logging
 
 from comfy.quant_ops import QuantizedTensor
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ...turbo_core.schedule import untrained
 from ..host.blocks import has_trained_sla
 from ..host.loading import SOURCE, file_name
 from ..host.weights import PREFIX, original_weight
+from .running import running, warn
 
 
 def of_sampling(model, low, boundary, sigmas) -> list[str]:
@@ -70,11 +68,11 @@ def of_quantizing(model, layers) -> list[str]:
 
 def tell_of_scheduler(scheduler, steps):
     """Say on the KSampler that runs what is not for models that need this scheduler: CFG above 1, more steps than 4."""
-    server, context = getattr(PromptServer, "instance", None), get_executing_context()
-    if server is None or context is None:
+    now = running()
+    if now is None:
         return
-    running = [item[2] for item in server.prompt_queue.get_current_queue_volatile()[0] if item[1] == context.prompt_id]
-    given = running[0].get(context.node_id, {}).get("inputs", {}) if running else {}
+    graph, number = now
+    given = graph.get(number, {}).get("inputs", {})
     cfg, said = given.get("cfg"), []
     if isinstance(cfg, (int, float)) and cfg > 1:
         said.append(
@@ -85,7 +83,4 @@ def tell_of_scheduler(scheduler, steps):
         denoise = given.get("denoise")
         part = f" (KSampler's steps / denoise {denoise:g})" if isinstance(denoise, float) and denoise < 1 else ""
         said.append(f"{scheduler}{part}: {untrained(steps)}")
-    for text in said:
-        logging.warning("TurboWan: %s", text)
-    if said:
-        server.send_progress_text("\n".join(said), context.node_id)
+    warn(*said)

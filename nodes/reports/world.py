@@ -3,15 +3,12 @@
 A sampler is handed the prompt as numbers. Its words are those of the queued graph, from positive upwards.
 """
 
-import logging
-
 from comfy.patcher_extension import WrappersMP
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ...turbo_core.checkpoint import WORLD
 from ...turbo_core.tinywan import world
 from ..host.loading import SOURCE
+from .running import running, warn
 
 _KEY = "turbowan_world"
 _WORDS = ("text", "value", "idea", "string")  # inputs in which nodes hold what a person types
@@ -27,21 +24,14 @@ def watch_world(patcher):
 
 
 def _tell(executor, *given, **named):
-    for text in filter(None, map(world.told, prompts_of_run())):
-        logging.warning("TurboWan: %s", text)
-        PromptServer.instance.send_progress_text(text, get_executing_context().node_id)
-        break
+    warn(*[text for text in map(world.told, prompts_of_run()) if text][:1])
     return executor(*given, **named)
 
 
 def prompts_of_run() -> list[str]:
     """What was typed for the node that runs now; empty in a script, and where no node upstream holds text."""
-    server, context = getattr(PromptServer, "instance", None), get_executing_context()
-    if server is None or context is None:
-        return []
-    running = server.prompt_queue.get_current_queue_volatile()[0]
-    graph = next((item[2] for item in running if item[1] == context.prompt_id), {})
-    return typed(graph, str(context.node_id))
+    now = running()
+    return [] if now is None else typed(*now)
 
 
 def typed(graph: dict, number: str) -> list[str]:

@@ -95,7 +95,7 @@ def test_guidance_above_one_with_our_scheduler_is_told_on_the_ksampler(lab, monk
     node, said = _table()["cfg above 1 with the scheduler turbo_rcm"]
     # of two copies of the pack in this process the last one offers the scheduler
     handler = lab.comfy.samplers.SCHEDULER_HANDLERS["turbo_rcm"].handler
-    names, sent = handler.keywords["tell"].__globals__, []
+    names, sent = handler.keywords["tell"].__globals__["running"].__globals__, []
     prompt = {"5": {"inputs": {"cfg": 5.0}}, "6": {"inputs": {"cfg": 1.0}}, "7": {"inputs": {"cfg": ["1", 0]}}}
     prompt["9"] = {"inputs": {"cfg": 1.0, "denoise": 0.75}}
     queue = types.SimpleNamespace(get_current_queue_volatile=lambda: ([(0, "run", prompt)], []))

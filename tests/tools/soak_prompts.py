@@ -17,7 +17,7 @@ WRONG = {
     "cut": "cut short",
     "code": "was refused",
     "nan": "NaN",
-    "gone": "not in list",
+    "gone": "was not found in models",
     "topk": "value_bigger_than_max",
     "experts": "model_low",
     "encoder": "not a umT5 encoder",
