@@ -47,6 +47,8 @@ TASK = (
     "and contradict nothing of it. Answer with the paragraph alone.\n\nIdea: "
 )
 MAX_LENGTH = 4096
+# as the host's own node Generate Text samples
+SAMPLED = {"temperature": 0.7, "top_k": 64, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.05}
 
 
 class TurboTextEncoderLoader(io.ComfyNode):
@@ -147,7 +149,7 @@ def write_text(clip, task: str, max_length: int, seed: int) -> str:
     """
     try:
         tokens = clip.tokenize(task, skip_template=False, min_length=1)
-        written = clip.decode(clip.generate(tokens, do_sample=True, max_length=max_length, seed=seed))
+        written = clip.decode(clip.generate(tokens, do_sample=True, max_length=max_length, seed=seed, **SAMPLED))
     except AttributeError as error:
         if error.name != "generate":
             raise

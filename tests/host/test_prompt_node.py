@@ -1,6 +1,9 @@
 """TurboPrompt: whole sentences of what was chosen, or what a language model of the host writes."""
 
+import io
+
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -51,14 +54,37 @@ def test_a_language_model_gets_the_task_and_its_answer_is_one_paragraph(prompt):
             prompt("a fox", clip=Writer(silent))
 
 
-def test_the_calls_are_those_of_the_hosts_own_node(comfy, pack):
-    """Generate Text of this host asks the same CLIP for the same three things."""
+@pytest.fixture
+def gemma(comfy):
+    """A Gemma 2 of the host's, three small layers with random weights."""
+    trainer, model = pytest.importorskip("sentencepiece").SentencePieceTrainer, io.BytesIO()
+    words = iter(["a fox trots through fresh snow and looks back once", "the camera moves slowly closer to it"] * 20)
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    trainer.train(sentence_iterator=words, model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2, **ids)
+    spiece = torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 60}
+    mark = "model.layers.0.post_feedforward_layernorm.weight"
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [{"spiece_model": spiece, mark: torch.zeros(64)}],
+        clip_type=comfy.sd.CLIPType.LUMINA2,
+        model_options={"gemma2_2b_model_config": sizes},
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return clip
+
+
+def test_a_gemma_of_the_host_writes_what_its_own_node_would(comfy, pack, prompt, gemma):
     from comfy_extras.nodes_textgen import TextGenerate
 
-    writer = Writer("done")
-    sampling = {"sampling_mode": "on", "seed": 7}
-    assert TextGenerate.execute(writer, "task", 64, sampling)[0] == "done"
-    assert writer.asked == ("task", 64, 7)
+    part = pack.part("nodes.text")
+    made = prompt("a fox", clip=gemma, max_length=24, seed=7)[0]
+    sampling = {"sampling_mode": "on", "seed": 7, **part.SAMPLED}
+    theirs = TextGenerate.execute(gemma, part.TASK + "a fox.", 24, sampling)[0]
+    assert made and made == " ".join(theirs.split()).strip("\"'` ")
+    assert prompt("a fox", clip=gemma, max_length=24, seed=8)[0] != made
 
 
 def test_an_encoder_that_only_reads_is_named(pack, tiny, prompt):
