@@ -11,7 +11,7 @@ from turbo_core.checkpoint.write import write_safetensors
 from turbo_core.cli import main
 from turbo_core.pipeline.video import write_video
 from turbo_core.tinywan import FOLDER, evaluate, report
-from turbo_core.train import data, distill, models, sparsify
+from turbo_core.train import data, distill, models, sparsify, videos
 
 CONFIG = '{"transformer": {"num_heads": 2, "text_dim": 64}}'
 
@@ -44,6 +44,13 @@ def train(stage, folder, out, *more):
     arguments = ["--model", folder / "TinyWan2.1-T2V.pth", "--data", folder / "data.safetensors", "--steps", 2]
     arguments += ["--batch", 2, "--work", out / "work", "-o", out / "new.safetensors"]
     return main(["train", stage, *map(str, [*arguments, *more])])
+
+
+def test_the_kernel_of_the_vae_is_proved_before_videos_are_encoded(tiny, monkeypatch):
+    asked, done = [], videos.load_vae
+    monkeypatch.setattr(videos, "prove", lambda device, families: asked.append((str(device), families)))
+    monkeypatch.setattr(videos, "load_vae", lambda *given: asked.append("read") or done(*given))
+    assert encode(tiny, out="again.safetensors") == 0 and asked == [("cpu", ("vae",)), "read"]
 
 
 def test_videos_become_data(tiny):

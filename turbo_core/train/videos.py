@@ -9,6 +9,7 @@ from ..pipeline import encode_image
 from ..pipeline.sizes import latent_shape
 from ..pipeline.text import load_text_encoder
 from ..pipeline.video import MOST_PIXELS, VIDEO_SUFFIXES, opened_video, prepare_image
+from ..selfcheck import prove
 from ..vae import encode_video, load_vae
 from .data import Data, encode_captions
 
@@ -36,6 +37,7 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, imag
     encoder, tokenize = load_text_encoder(text_encoder, tokenizer, device)
     text, lengths = encode_captions(encoder, tokenize, captions)
     del encoder
+    prove(device, ("vae",))
     codec, latents, images = load_vae(vae, device), [], []
     for path, _ in pairs:
         video = read_video(path, frames)
