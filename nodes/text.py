@@ -123,7 +123,7 @@ class TurboPrompt(io.ComfyNode):
         check_number("seed", seed, -(2**63), MAX_SEED)  # as samplers take them: -1 is one too
         text = in_sentences(idea or "", CAMERA[camera], LIGHT[light], STYLE[style])
         if clip is not None:
-            text = write_text(clip, TASK + text, int(max_length), int(seed))
+            text = text_of_model(clip, TASK + text, int(max_length), int(seed))
             return io.NodeOutput(text, ui=report(text))
         words = len(text.split())
         advice = (
@@ -142,7 +142,7 @@ def in_sentences(idea: str, *more: str) -> str:
     return " ".join([idea, *filter(None, more)])
 
 
-def write_text(clip, task: str, max_length: int, seed: int) -> str:
+def text_of_model(clip, task: str, max_length: int, seed: int) -> str:
     """What the language model answers to the task, as one paragraph. Raises TurboError for a CLIP that writes none.
 
     The calls are those of the host's own node Generate Text.
