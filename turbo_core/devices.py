@@ -198,7 +198,7 @@ _SECOND = "memory.max", "memory.current", "inactive_file"
 
 
 def _of_group(group, most, used, cached):
-    limit = int((group / most).read_text())
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    limit = int((group / most).read_text("utf-8"))
+    stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
     # pages of files count as used until somebody needs the room
-    return max(0, limit - int((group / used).read_text()) + int(stat.get(cached, 0))), limit
+    return max(0, limit - int((group / used).read_text("utf-8")) + int(stat.get(cached, 0))), limit
