@@ -177,7 +177,7 @@ def _row(way: Way, runs: list[dict], kept: dict) -> dict:
     row["same_bits"] = len({one["digest"] for one in runs}) == 1
     twin = next((place for other, place in kept.items() if other.name == way.twin), None)
     if twin is not None and twin.is_file():
-        got, want = (torch.load(place) for place in (kept[way], twin))
+        got, want = (torch.load(place, weights_only=True) for place in (kept[way], twin))
         row["error"] = float(f"{relative_error(got, want):.3g}")
     return row
 
