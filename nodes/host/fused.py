@@ -194,7 +194,9 @@ class FusedWanBlock(wan.WanAttentionBlock):
 
         norm3 = copied(self.norm3, x.device)
         parts = borrow, attend, attend_text, norm3, self.num_heads, self.eps
-        return wan_fused.block(x, context, modulation, *parts, leave=not may_record())
+        # who stands between blocks may write to x past torch's count of writes, by x.data or a kernel
+        between = transformer_options.get("patches_replace", {}).get("dit")
+        return wan_fused.block(x, context, modulation, *parts, leave=not (between or may_record()))
 
     def attend(self, qkv, sums, quantized, freqs, transformer_options):
         """Self-attention between the products, see turbo_core.wan.fused.block: the host's dense one. Overwrites qkv."""

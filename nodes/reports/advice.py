@@ -1,6 +1,5 @@
 """Set-ups that run and do not do what was meant: a sentence each, for the node that can be changed."""
 
-
 from comfy.quant_ops import QuantizedTensor
 
 from ...turbo_core.schedule import untrained

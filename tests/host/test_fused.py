@@ -65,6 +65,25 @@ def test_fused_is_the_host_s_block_up_to_rounding(lab, fused, kind, name, concat
     assert compare(lab, fused, model, shape=(batch, *lab.shape[1:]), concat=concat) < ROUNDING
 
 
+def test_who_writes_to_the_result_past_torchs_count_is_seen_by_the_next_block(lab, fused):
+    model = lab.quantize(lab.load(STOCK))
+
+    def through(change):
+        def between(args, more):
+            return {"img": change(more["original_block"](args)["img"])}
+
+        patched = model.clone()
+        patched.set_model_patch_replace(between, "dit", "double_block", 0)
+        return fused(lambda: lab.denoise(patched))
+
+    def by_data(x):
+        x.data.mul_(3)
+        return x
+
+    (ours, blocks), (want, _) = through(by_data), through(lambda x: x * 3)
+    assert blocks == 2 and torch.equal(ours, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(lab, fused, dtype):
     model = lab.quantize(lab.load(T2V, dtype))
