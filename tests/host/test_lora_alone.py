@@ -23,6 +23,7 @@ def test_float_weights_are_those_of_the_host(comfy, lab, network, tmp_path, what
     for key, patches in patched.patches.items():
         name = key.removeprefix("diffusion_model.")
         theirs = comfy.lora.calculate_weight(patches, before[name].clone(), key)
+        print(f"{what}, {name}: {lab.distance(ours.state()[name], theirs):.1e} apart")
         torch.testing.assert_close(ours.state()[name], theirs, rtol=1e-6, atol=1e-6)
 
 
