@@ -4,6 +4,7 @@ A sampler is handed the prompt as numbers. Its words are those of the queued gra
 """
 
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
 
 from ...turbo_core.checkpoint import WORLD
 from ...turbo_core.tinywan import world
@@ -12,6 +13,7 @@ from .running import running, warn
 
 _KEY = "turbowan_world"
 _WORDS = ("text", "value", "idea", "string")  # inputs in which nodes hold what a person types
+_last = []  # run and node in which it was said: a node that samples by two experts comes here twice
 _OTHERS = ("negative", "model", "vae", "latent_image", "clip")
 
 
@@ -24,7 +26,12 @@ def watch_world(patcher):
 
 
 def _tell(executor, *given, **named):
-    warn(*[text for text in map(world.told, prompts_of_run()) if text][:1])
+    words = prompts_of_run()
+    text = world.told(" ".join(words)) if words else None  # one prompt may be put together of several texts
+    where = get_executing_context()
+    if text and _last != [where.prompt_id, where.node_id]:
+        _last[:] = where.prompt_id, where.node_id
+        warn(text)
     return executor(*given, **named)
 
 
