@@ -286,3 +286,32 @@ def test_what_a_lora_states_of_its_alpha_may_be_anything(lab, given, place):
         save_file(state, place / "loras" / name, {"lora_adapter_metadata": text})
         report = lab.pack.nodes["TurboLoraReport"].execute(given["t2v"], name)[0]
         assert ("states alpha" in report) == (text == good), report
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not let a mapped file be cut")
+@pytest.mark.parametrize("name", [T2V, QUANT])
+def test_a_model_that_is_cut_while_it_is_read(lab, loading, tmp_path, monkeypatch, healthy, name):
+    """On the CPU the weights were mapped for as long as the MODEL lived: the next step ended ComfyUI (SIGBUS)."""
+    path, checkpoint = tmp_path / "cut.pth", lab.pack.loading.checkpoint
+    shutil.copy(lab.tiny / name, path)
+    weights = checkpoint.weights
+
+    def cut(file, **how):
+        assert how == {"mapped": False}  # or the process would end here
+        os.truncate(path, 5000)
+        return weights(file, **how)
+
+    monkeypatch.setattr(checkpoint, "weights", cut)
+    with pytest.raises(lab.pack.errors.TurboError, match=r"cut\.pth changed while it was read: it was cut short"):
+        loading("cut.pth")
+    monkeypatch.undo()
+    assert healthy()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not let a mapped file be cut")
+@pytest.mark.parametrize("name", [T2V, QUANT])
+def test_a_model_that_was_read_does_not_need_its_file(lab, loading, tmp_path, name):
+    shutil.copy(lab.tiny / name, tmp_path / "cut.pth")
+    model, expected = loading("cut.pth"), lab.denoise(lab.load(name))
+    os.truncate(tmp_path / "cut.pth", 5000)
+    assert torch.equal(lab.denoise(model), expected)
