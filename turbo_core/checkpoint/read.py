@@ -104,14 +104,15 @@ def _explained(path: Path):
 
 def open_dump(path):
     """What a .pth holds, whatever it is nested in: a training run's dictionaries, lists and numbers, and tensors that
-    may be written to while the file keeps its bytes.
+    are read from it.
 
     Raises TurboError as open_tensors does, and for what is nested without end.
     """
     path = Path(path)
     with _explained(path):
         source = Source(path)
-        file, left = Checkpoint(source, _map(source, writable=True)), _MOST_ITEMS
+        mapping = _map(source, writable=False)
+        file, disk, left = Checkpoint(source, mapping), _disk(source, mapping), _MOST_ITEMS
 
         def filled(value, name, depth):
             nonlocal left
@@ -119,8 +120,7 @@ def open_dump(path):
             if depth > _DEEPEST or left < 0:
                 raise Damaged("its content is nested without end")
             if isinstance(value, Place):
-                tensor = file.tensor(name, value)
-                return tensor.clone() if os.name == "nt" else tensor  # there a mapped file cannot be replaced
+                return disk.read(file.tensor(name, value))
             if isinstance(value, Unreadable):
                 raise Damaged(f"{shown(name)} is sparse, quantized by torch or without data")
             if isinstance(value, dict):
