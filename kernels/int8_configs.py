@@ -57,7 +57,7 @@ TABLE = {
     | {"row plain": (_AMPERE_HALF, _AMPERE._replace(warps=4, stages=3))},
     "sm_86": dict.fromkeys(FORMS, (_AMPERE_HALF, _AMPERE)) | dict.fromkeys(_ROW_FORMS, (_AMPERE_HALF, _AMPERE_ROW)),
     "sm_90": {
-        "block plain": (_HALF, DEFAULT._replace(warps=4)),
+        "block plain": (_HALF, _PERSISTENT._replace(warps=4)),
         "block quantize": (_HALF, _PERSISTENT._replace(warps=4)),
         "block residual": (_HALF, DEFAULT._replace(variant="converting")),
         "block qkv": (_HALF, DEFAULT._replace(variant="converting")),
@@ -66,7 +66,7 @@ TABLE = {
     },
     # without row statistics to make, the plainest launch spills there
     "sm_100": {"row residual": (_HALF._replace(warps=8), _AMPERE)},
-    "sm_120": dict.fromkeys(("block plain", "block quantize"), (_HALF, _PERSISTENT))
+    "sm_120": dict.fromkeys(("block plain", "block quantize", "block qkv"), (_HALF, _PERSISTENT))
     | dict.fromkeys(_ROW_FORMS, (_HALF, DEFAULT._replace(warps=4, stages=2))),
     "hip": {form: (DEFAULT._replace(stages=2),) * 2 for form in FORMS},
 }
