@@ -83,3 +83,11 @@ def test_merge_tells_distances_and_names_a_missing_file(tiny, tmp_path, capsys):
     assert f"{target}: " in out and "int8_block" in out
     assert main([*map(str, command), str(tmp_path / "none.pth"), "--force"]) == 2
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_a_name_that_no_disk_takes_is_an_error_in_one_line(capsys):
+    """Path.is_file raises for it."""
+    for command in ("inspect", "tinywan"):
+        assert main([command, "x" * 300]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith("turbo-core: ") and "x" * 300 in err

@@ -290,18 +290,20 @@ def _command(found, case, folder):
         found.add("damaged", f"a pipe was replaced, {case.arguments}")
     text = err.getvalue()
     lines = [line for line in text.splitlines() if line.startswith("turbo-core") or ": error:" in line]
+    most = len(case.arguments) - 1 if case.arguments[:1] == ("inspect",) else 1  # it goes on to the next file
     if status == 0:
         found.add("fine")
     elif status == 70:
         found.add("traceback", f"{lines[-1:]}, {case.arguments}")
-    elif status != 2 or len(lines) != 1 or text.splitlines()[-1:] != lines:
+    elif status != 2 or not 0 < len(lines) <= most or text.splitlines()[-len(lines) :] != lines:
         found.add("unclear", f"exit {status} with {text[-300:]!r}, {case.arguments}")
     else:
         given = [word.partition("=")[2] or word for word in case.arguments]
-        found.error(lines[0], [])
-        long = len(lines[0]) - sum(len(word) * lines[0].count(word) for word in given if len(word) > 40)
-        if found.outcomes.get("unclear", "").endswith(lines[0]) and lines[0].isprintable() and long <= MOST:
-            del found.outcomes["unclear"]
+        for line in lines:
+            found.error(line, [])
+            long = len(line) - sum(len(word) * line.count(word) for word in given if len(word) > 40)
+            if found.outcomes.get("unclear", "").endswith(line) and line.isprintable() and long <= MOST:
+                del found.outcomes["unclear"]
             found.add("clear", lines[0])
 
 

@@ -97,7 +97,7 @@ class Folder:
 
     def check_shared(self) -> None:
         """Raise TurboError where a machine of a cluster does not see it."""
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise TurboError(f"{self.path} is not there on a machine of the cluster. Use a folder that all share.")
 
     @contextmanager

@@ -136,7 +136,7 @@ def run_tinywan(arguments) -> None:
 
     kinds = "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras"
     models = arguments.models
-    if models.is_dir() and not arguments.force and not any((models / kind).is_dir() for kind in kinds):
+    if os.path.isdir(models) and not arguments.force and not any((models / kind).is_dir() for kind in kinds):
         raise TurboError(
             f"{models} is no models folder of a ComfyUI: expected folders such as diffusion_models or vae in it. Give "
             "that folder, or --force to copy there anyway."

@@ -1,5 +1,6 @@
 """What turbo-core inspect says of a file: a model, a text encoder, a VAE, a LoRA, a video."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def rows_of(path: Path) -> list[tuple[str, str]]:
 
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return _video(path)
-    if path.suffix.lower() != ".json" and path.is_file():
+    if path.suffix.lower() != ".json" and os.path.isfile(path):  # Path's own raises for names that no disk takes
         file = open_tensors(path, contents=False)
         kind = looks_like(file.tensors) or ""
         parts = {" LoRA": _lora, "umT5": _text_encoder, "VAE": _vae}

@@ -165,7 +165,7 @@ def tokenizer_files(tokenizer, encoder) -> list[Path]:
     """What may be read of a tokenizer: a path, its folder, or None for that within the encoder file or beside it."""
     place = tokenizer_place(tokenizer, encoder)
     if tokenizer is None or os.path.isdir(place):
-        return [file for name in TOKENIZERS if (file := place / name).is_file()]
+        return [file for name in TOKENIZERS if os.path.isfile(file := place / name)]
     return [place]
 
 

@@ -1,5 +1,6 @@
 """TinyWan, the small trained family in models/tinywan of this repository, and its way into a ComfyUI."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def install(models, progress=None) -> list[Path]:
     where the family is missing.
     """
     models, copies = Path(models), []
-    if not models.is_dir():
+    if not os.path.isdir(models):  # Path's own raises for names that no disk takes
         raise TurboError(f"There is no folder {models}. Give the models folder of a ComfyUI, for example ../../models.")
     files = [*FILES.values(), *PAIR.values()]
     missing = [name for name in files if not (FOLDER / name).is_file()]
