@@ -1,5 +1,6 @@
 """Whatever a node raises reaches the page as one line in words, under a plain name; interrupts and full cards pass."""
 
+import os
 import traceback
 
 import pytest
@@ -71,3 +72,14 @@ def test_what_the_host_acts_upon_passes(lab, failing):
         with pytest.raises(type(error)) as caught:
             failing(error)
         assert caught.value is error
+
+
+def test_files_are_called_as_the_page_lists_them(lab, failing):
+    """Without the folder that they lie in, which is long and of one machine; folders that a list shows stay."""
+    import folder_paths
+
+    folder = folder_paths.get_folder_paths("diffusion_models")[0]
+    for name in ("x.pth", os.path.join("wan", "x.pth")):
+        with pytest.raises(lab.pack.errors.TurboError) as caught:
+            failing(lab.pack.errors.TurboError(f"{os.path.join(folder, name)} is cut short. Download it again."))
+        assert str(caught.value) == f"{name} is cut short. Download it again."
