@@ -45,6 +45,7 @@ _AMPERE = DEFAULT._replace(depth=64, stages=4)
 _AMPERE_HALF = _HALF._replace(depth=64, stages=4)
 # In the row format two chained dots give every warp the whole of w: of 256 columns each reads half as much a product.
 _AMPERE_ROW = DEFAULT._replace(block_n=256, depth=64)
+_BLOCK_FORMS = [form for form in FORMS if form.startswith("block")]
 _ROW_FORMS = [form for form in FORMS if form.startswith("row")]
 
 # Residuals with a gate for each sample, which take registers: of a long batch, at other launches several gates spill.
@@ -66,7 +67,7 @@ TABLE = {
     },
     # without row statistics to make, the plainest launch spills there
     "sm_100": {"row residual": (_HALF._replace(warps=8), _AMPERE)},
-    "sm_120": dict.fromkeys(("block plain", "block quantize", "block qkv"), (_HALF, _PERSISTENT))
+    "sm_120": dict.fromkeys(_BLOCK_FORMS, (_HALF, _PERSISTENT))
     | dict.fromkeys(_ROW_FORMS, (_HALF, DEFAULT._replace(warps=4, stages=2))),
     "hip": {form: (DEFAULT._replace(stages=2),) * 2 for form in FORMS},
 }

@@ -175,9 +175,9 @@ convolutions are cuDNN's and come on top.
 * **Cross-attention in a kernel of its own**, with the norm of q and int8 output: it would save 6 bytes a value of the
   tokens, 0.7 % (H200) to 1.7 % (4090) of a step of the 14B model. torch attends to the text.
 * **Short rows of weights** (K = 1536, the 1.3B model), where the way in and out of a tile is up to half of it: by the
-  model persistent launches are 1.2 times as fast for q, k, v on an RTX 5090 and for the plain product on an H200, and
-  5 % faster for the 14B model, so they are shipped. Two programs on a multiprocessor and half tiles are slower there;
-  on an RTX 4090 nothing that was tried is faster.
+  model persistent launches are 1.2 times as fast for q, k, v and the residuals on an RTX 5090 and for the plain product
+  on an H200, and 1 to 6 % faster for the 14B model, so they are shipped. Two programs on a multiprocessor and half
+  tiles are slower there; on an RTX 4090 nothing that was tried is faster.
 * **Specialized warps on Hopper**: about as fast as the persistent launches that are shipped, by the model. Triton 3.6
   does not compile all of them and no card has run them here; `turbo-core tune` tries them.
 """
