@@ -290,7 +290,8 @@ def _command(found, case, folder):
         found.add("damaged", f"a pipe was replaced, {case.arguments}")
     text = err.getvalue()
     lines = [line for line in text.splitlines() if line.startswith("turbo-core") or ": error:" in line]
-    most = len(case.arguments) - 1 if case.arguments[:1] == ("inspect",) else 1  # it goes on to the next file
+    # inspect goes on to the next file
+    most = max(1, len(case.arguments) - 1) if case.arguments[:1] == ("inspect",) else 1
     if status == 0:
         found.add("fine")
     elif status == 70:
