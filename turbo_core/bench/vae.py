@@ -66,7 +66,9 @@ def _case(work, device, shape) -> Case:
         contenders.append(one)
         if dim == PUBLISHED:
             said = "another network, for drafts"
-            contenders.append(Contender("turbo-core, TAEHV", lambda: _draft(given, dtype), None, None, note=said))
+            contenders.append(
+                Contender("turbo-core, TAEHV", lambda: _draft(given, dtype), None, None, flop=0.0, note=said)
+            )
     name = f"{work} {frames} frames of {height} x {width}, base width {dim}"
     sizes = {"b": batch, "dim": dim, "t": frames, "h": height, "w": width}
     return Case(name, sizes, contenders, ("diffusers", "turbo-core"), flop=_flop(work, dim, latent, video))
