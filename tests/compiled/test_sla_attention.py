@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import triton
 
 from tests.helpers import aot, machine_code, sass
 from tests.helpers.shipped import attention
@@ -47,7 +48,9 @@ def test_sagesla_in_the_fused_block(capability):
         assert len(re.findall(r"\tSHFL", products(compiled))) <= 8
         assert "PRMT" not in products(compiled)
         # 13 bits do not hold the sum over all keys: the products of a block start at zero, not at the sum so far
-        assert re.search(r"QMMA\S* .*, RZ;", products(compiled))
+        ttgir = compiled.asm["ttgir"]
+        start = re.search(r"tt\.dot %acc\w*, %\w+, (%cst\w*),", ttgir)[1]
+        assert f"{start} = arith.constant dense<0.000000e+00>" in ttgir
 
 
 @pytest.mark.parametrize("capability", aot.SHARED_MEMORY)
@@ -61,7 +64,7 @@ def test_sla_in_the_fused_block(capability):
     made = attention("bf16", raw=True, capability=capability, quantize=True)
     compiled = check(capability, made, HALF[capability])
     assert not machine_code.differences("attention SLA bf16, int8 out", capability, compiled)
-    if capability not in (90, 100):
+    if capability not in (90, 100) and triton.__version__.startswith("3.9."):  # not by 3.6
         # keys come by wide loads: those of single values, which the rotation of q once brought, are 4 times as many
         assert compiled.asm["sass"].count("LDS.U16") == 0
 
