@@ -40,6 +40,7 @@ def _distilled(model):
     source = model.get_attachment(SOURCE)
     text = "" if source is None else f"{source.family} {source.path}".lower()
     known = any(word in text for word in ("turbo", "rcm", "distill", "lightx2v", "lightning", "tinywan", "step"))
+    known = known and "teacher" not in file_name(model).lower()  # TinyWan's own lies beside its students
     return has_trained_sla(model.model.diffusion_model) or known or bool(model.patches) or bool(model.injections)
 
 

@@ -359,3 +359,15 @@ def test_a_script_tells_what_the_server_refuses_and_what_fails(server, tmp_path)
     server = SimpleNamespace(url="http://127.0.0.1:9")
     said, code = _queue(server, tmp_path, ["a fox"])
     assert code == 1 and "is ComfyUI running there?" in said and "Traceback" not in said
+
+
+def test_a_script_tells_files_that_it_cannot_use(tmp_path):
+    workflow = host.PACK / "workflows" / "turbowan_t2v_ksampler.json"
+    api, none = workflow_api.API / workflow.name, tmp_path / "none.txt"
+    for given, words in (
+        ((workflow, none), "is no workflow in the API form"),
+        ((api, none), "none.txt cannot be read"),
+    ):
+        command = [sys.executable, workflow_api.API / "queue_prompts.py", *given]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,5 +1,7 @@
 """The trained small family in ComfyUI: its own VAE loader, our loaders, the same numbers as the standalone library."""
 
+import sys
+
 import pytest
 import torch
 
@@ -54,6 +56,17 @@ def test_the_transformer(lab, pack, family, name):
     theirs = lab.loaded(host).apply_model(**given, transformer_options=options)
     ours = given["x"] - 0.7 * model(given["x"], torch.tensor([700.0]), context, given.get("c_concat"))
     assert lab.distance(theirs.float(), ours) < 1e-3
+
+
+def test_the_teacher_is_not_taken_for_a_student(lab, family):
+    of_sampling = vars(sys.modules[lab.pack.nodes["TurboSampler"].__module__])["of_sampling"]
+    told = {
+        name: "not known to be distilled" in " ".join(
+            of_sampling(lab.load(str(family / FILES[name])), None, 0.9, [1.0, 0.7, 0.0])
+        )
+        for name in ("teacher", "student", "turbo")
+    }  # fmt: skip
+    assert told == {"teacher": True, "student": False, "turbo": False}
 
 
 def test_latents_have_the_statistics_that_the_host_expects(family):

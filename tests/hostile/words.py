@@ -17,6 +17,9 @@ _BITS = (
 
 def lora(random: Random) -> Case:
     names = [_name(random) for _ in range(random.choice((1, 3, 20)))]
+    if random.random() < 0.5:  # beside what belongs to a layer
+        prefix = random.choice(("diffusion_model.", "base_model.model.", "transformer.", ""))
+        names += [f"{prefix}blocks.1.self_attn.q.lora_{half}.weight" for half in "AB"]
     return Case("lora", arguments=tuple(names))
 
 

@@ -181,8 +181,9 @@ convolutions are cuDNN's and come on top.
 * **Triton 3.6**, which torch 2.11 brings, compiled by hand, not in CI: with it in a folder,
   `PYTHONPATH=FOLDER pytest tests/compiled/test_sla_attention.py -k fused_block` holds attention to its guards. On all
   six cards it has two or three buffers of keys, waits for no whole load and spills nothing; in bf16 the keys of cards
-  other than sm_90 and sm_100 come by narrow loads, which 3.9 does not make. The launches of sm_90 and sm_120
-  compile; those of sm_120's products of blocks spill 6 to 8 words.
+  other than sm_90 and sm_100 come by narrow loads, which 3.9 does not make. The recorded launches of sm_120
+  compile, its products of blocks spill 6 to 8 words; of sm_90 the products of long rows were compiled, the streaming
+  kernels were not, and of the other cards attention alone.
 * **Specialized warps on Hopper**: about as fast as the persistent launches that are shipped, by the model. Triton 3.6
   does not compile all of them and no card has run them here; `turbo-core tune` tries them.
 """

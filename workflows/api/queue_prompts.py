@@ -28,6 +28,25 @@ def ask(address, data=None):
         raise SystemExit(f"{address} does not answer ({error}): is ComfyUI running there?") from None
 
 
+def read(path):
+    """The text of a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read as text: {error}") from None
+
+
+def read_workflow(path):
+    """{number: node} of a workflow in the API form."""
+    try:
+        workflow = json.loads(read(path))
+        if all("class_type" in node and isinstance(node["inputs"], dict) for node in workflow.values()):
+            return workflow
+    except (ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise SystemExit(f"{path} is no workflow in the API form: take one of workflows/api, or Workflow > Export (API).")
+
+
 def text_node(workflow):
     """The node whose text reaches a sampler: behind its input positive, over what lies between."""
     for node in workflow.values():
@@ -58,13 +77,13 @@ def fetch(server, outputs, stem):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workflow", type=Path)
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=Path("clips"))
-    parser.add_argument("--server", default="http://127.0.0.1:8188")
+    parser.add_argument("workflow", type=Path, help="a workflow in ComfyUI's API form")
+    parser.add_argument("prompts", type=Path, help="a text file with a prompt a line")
+    parser.add_argument("-o", "--output", type=Path, default=Path("clips"), help="folder of the clips")
+    parser.add_argument("--server", default="http://127.0.0.1:8188", help="where ComfyUI runs")
     given = parser.parse_args()
-    workflow = json.loads(given.workflow.read_text(encoding="utf-8"))
-    prompts = [line.strip() for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    workflow = read_workflow(given.workflow)
+    prompts = [line.strip() for line in read(given.prompts).splitlines() if line.strip()]
     given.output.mkdir(parents=True, exist_ok=True)
     waiting = {queue(given.server, workflow, prompt, number): number for number, prompt in enumerate(prompts)}
     failed = 0
