@@ -289,7 +289,7 @@ def test_both_copies_load_quickly_and_without_a_warning(server, object_info):
     lines = re.findall(r"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*custom_nodes[/\\](\S+)", server.log)
     times = {name: float(seconds) for seconds, name in lines}
     assert set(times) == set(serving.COPIES), server.log
-    assert sum(times.values()) < 2, times
+    assert sum(times.values()) < 5, times  # by the clock, beside other runs
     started = re.sub(r"\x1b\[[\d;]*m", "", server.log.split("Starting server")[0])
     bad = [line for line in started.splitlines() if re.search(r"WARN|ERROR|Traceback|FAILED|Cannot import", line)]
     assert not [line for line in bad if "turbo" in line.lower()], bad
