@@ -60,7 +60,7 @@ def demo(arguments):
     began = time.perf_counter()
     dit = OUTPUT / "TinyWan2.1-T2V-quant.safetensors"
     OUTPUT.mkdir(exist_ok=True)
-    core(python, "quantize", TINYWAN / "diffusion_models" / "TinyWan2.1-T2V.safetensors", dit)
+    core(python, "quantize", "--force", TINYWAN / "diffusion_models" / "TinyWan2.1-T2V.safetensors", dit)
     core(
         python, "generate", "--prompt", " ".join(arguments) or DEMO_PROMPT,
         "--dit", dit, "--vae", TINYWAN / "vae" / "TinyWan2.1_VAE.safetensors",
