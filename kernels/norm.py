@@ -17,7 +17,7 @@ from . import launch
 from .quantize import check_operand, matrix_shape
 from .rounding import block_scale, magnitude, row_scale, to_int8
 from .row_stats import SPAN, inverse_deviation, merge_stats, row_stats
-from .rows import inside_rows, load_columns, load_rows, part_columns, row_tile
+from .rows import inside_rows, load_columns, load_rows, part_columns, row_tile, sum_of_squares
 
 
 @triton.jit
@@ -177,10 +177,7 @@ def rms_norm_kernel(
     # one program owns ROWS whole rows, in registers from their one read to their one write
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
-    squares = x[0] * x[0]
-    for part in tl.static_range(1, PARTS):
-        squares += x[part] * x[part]
-    inverse = inverse_deviation(tl.sum(squares, 1), K, eps)[:, None]
+    inverse = inverse_deviation(sum_of_squares(x, PARTS), K, eps)[:, None]
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
         target = rows.to(tl.int64)[:, None] * K + cols[None, :]

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import launch
 from .norm import load_vector
 from .quantize import check_operand, matrix_shape
-from .rows import inside_rows, load_rows, part_columns, row_tile
+from .rows import inside_rows, load_rows, part_columns, row_tile, sum_of_squares
 
 _TINY = tl.constexpr(1e-12)  # the least length that a vector is divided by
 
@@ -35,10 +35,7 @@ def norm_silu_kernel(
     # one program owns ROWS whole rows, in registers from their one read to their one write
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x = load_rows(x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_m, stride_k, K, PARTS, WIDTH, EVEN)
-    squares = x[0] * x[0]
-    for part in tl.static_range(1, PARTS):
-        squares += x[part] * x[part]
-    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), _TINY))[:, None]
+    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(sum_of_squares(x, PARTS)), _TINY))[:, None]
     for part in tl.static_range(PARTS):
         cols = part_columns(part, WIDTH)
         y = x[part] * inverse

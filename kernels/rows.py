@@ -33,6 +33,15 @@ def load_rows(row_ptrs, stride, K, PARTS: tl.constexpr, WIDTH: tl.constexpr, EVE
 
 
 @triton.jit
+def sum_of_squares(x, PARTS: tl.constexpr):
+    """Of each whole row, float32 [rows]."""
+    squares = x[0] * x[0]
+    for part in tl.static_range(1, PARTS):
+        squares += x[part] * x[part]
+    return tl.sum(squares, 1)
+
+
+@triton.jit
 def inside_rows(rows, cols, M, K, EVEN: tl.constexpr):
     """The mask of what lies in the matrix, [rows, columns]."""
     inside = (rows < M)[:, None]

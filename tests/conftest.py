@@ -3,6 +3,21 @@
 import pytest
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with the small random family and an image twice as wide as it is high; tests write elsewhere."""
+    from PIL import Image
+
+    from tests.helpers.heap import quick_collections
+    from tests.helpers.tiny_family import make_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    Image.new("RGB", (48, 24), (200, 40, 90)).save(folder / "image.png")
+    with quick_collections():
+        yield folder
+
+
 @pytest.fixture
 def card(monkeypatch):
     """A device that could run kernels and that nobody has proved them for; a name alone, nothing computes there."""

@@ -25,8 +25,8 @@ def red(check, *values) -> bool | str:
         check(*values)
     except TurboError as error:
         return as_listed(str(error))
-    except Exception:
-        logging.debug("TurboWan: %s before a run", check.__name__, exc_info=True)
+    except Exception as error:  # a fault of a check must not stop a run that may be sound
+        logging.warning("TurboWan: %s could not be checked before the run: %r", check.__name__, error, exc_info=True)
     return True
 
 

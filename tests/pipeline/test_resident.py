@@ -1,6 +1,5 @@
-"""Models that stay: the same videos as one at a time, each file read once, one clip's fault not the others'."""
+"""Models that stay: the same videos as one at a time, each file read once, what stays where."""
 
-import contextlib
 import threading
 from dataclasses import replace
 
@@ -10,52 +9,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.helpers.opens import counted_opens
+from tests.helpers.pipelines import ALL, CLIPS, SMALL, alone, i2v, same, t2v
 from tests.helpers.tiny_decoders import tiny_decoder
-from turbo_core import checkpoint, pipeline
-from turbo_core.errors import TurboError
+from turbo_core import checkpoint
 from turbo_core.parallel import Alone
 from turbo_core.pipeline import Clip, Pipeline, embeddings, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
 from turbo_core.vae import MOST_FRAMES, load_fast
-
-SMALL = {"size": (32, 32), "frames": 5}
-ALL = 1 << 40
-
-
-def t2v(tiny, **settings):
-    return Pipeline(
-        tiny / "TinyWan2.1-T2V.pth",
-        tiny / "TinyWan2.1_VAE.pth",
-        tiny / "tiny_umt5.safetensors",
-        device="cpu",
-        **settings,
-    )
-
-
-def i2v(tiny, **settings):
-    pair = (tiny / f"TinyWan2.2-I2V-{name}-quant.pth" for name in ("high", "low"))
-    others = tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors"
-    return Pipeline(next(pair), *others, dit_low=next(pair), device="cpu", **settings)
-
-
-def alone(pipe_files, clip):
-    """The clip by generate, from files of a pipeline."""
-    settings = {name: value for name, value in vars(clip).items() if name != "prompt"}
-    with pipe_files as pipe:
-        paths = [pipe.paths[name] for name in ("dit", "vae", "text encoder")]
-        low = pipe.experts.descriptions[1].path if pipe.has_low else None
-    return pipeline.generate(clip.prompt, *paths, dit_low=low, device="cpu", **settings)
-
-
-def same(one, other):
-    return torch.equal(one.latents, other.latents) and torch.equal(one.frames, other.frames)
-
-
-CLIPS = [
-    Clip("a red circle", seed=3, steps=2, **SMALL),
-    Clip("a blue square that moves far to the left", seed=4, steps=4, ode=True, **SMALL),
-    Clip("a red circle", seed=5, steps=1, topk=None, size=(48, 32), frames=9),
-]
 
 
 @pytest.mark.parametrize("memory", [ALL, 0])
@@ -124,17 +84,6 @@ def test_each_file_is_read_once_for_a_whole_set(tiny, monkeypatch):
     assert set(opened.values()) == {1} and len(opened) == 4
 
 
-def test_a_file_replaced_while_it_is_in_use_is_an_error(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay())
-    dit = tmp_path / "dit.pth"
-    dit.write_bytes((tiny / "TinyWan2.1-T2V.pth").read_bytes())
-    with Pipeline(dit, tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors", device="cpu") as pipe:
-        pipe("a", steps=1, **SMALL)
-        dit.write_bytes((tiny / "TinyWan2.1-T2V-quant.pth").read_bytes())
-        with pytest.raises(TurboError, match="has changed since"):
-            pipe("a", steps=1, **SMALL)
-
-
 def test_the_next_clip_is_sampled_while_one_is_decoded(tiny, monkeypatch):
     """The first decoding ends only when the second clip has begun: without overlap this would wait forever."""
     begun, decode = threading.Semaphore(0), resident.decode_frames
@@ -158,72 +107,6 @@ def test_the_next_clip_is_sampled_while_one_is_decoded(tiny, monkeypatch):
     assert first == [False, False]
 
 
-def test_a_clip_that_fails_leaves_the_others_alone(tiny):
-    bad = [
-        Clip("a \udcff circle", **SMALL),
-        Clip("x", size=(33, 32)),
-        Clip("x", image="none.png", **SMALL),
-        Clip("x", steps=101, **SMALL),
-        Clip("x", seed=-1, **SMALL),
-    ]
-    mixed, failures, written = [bad[0], CLIPS[0], *bad[1:], CLIPS[1]], [], []
-    with t2v(tiny, memory=ALL) as pipe:
-        made = list(pipe.map(mixed, lambda clip, _: written.append(clip), lambda *failure: failures.append(failure)))
-        assert [clip for clip, _ in failures] == bad
-        assert all(isinstance(error, TurboError) for _, error in failures)
-        assert written == CLIPS[:2]
-        assert all(same(one, alone(t2v(tiny), clip)) for one, clip in zip(made, CLIPS))
-        with pytest.raises(TurboError, match="nearest is 32x32"):
-            list(pipe.map([CLIPS[0], bad[1]]))
-
-
-def test_a_failure_of_decoding_or_writing_is_the_clips_own(tiny, monkeypatch):
-    decode, failures = sampling.decode_each, []
-
-    def spoiled(vae, latents, keep, tiled, *more):
-        return decode(vae, latents, lambda piece: keep(piece * (float("nan") if tiled else 1)), tiled, *more)
-
-    def write(clip, result):
-        if clip.seed == 4:
-            raise TurboError("the disk is full")
-
-    monkeypatch.setattr(sampling, "decode_each", spoiled)
-    clips = [Clip("a", 3, tiled=True, **SMALL), *CLIPS[1:]]
-    with t2v(tiny, memory=ALL) as pipe:
-        made = list(pipe.map(clips, write, lambda clip, error: failures.append((clip.seed, str(error)))))
-    assert len(made) == 1 and made[0].settings["seed"] == 5
-    assert [seed for seed, _ in failures] == [3, 4] and "Decoding gave NaN" in failures[0][1]
-
-
-def test_memory_that_runs_out_fails_one_clip_and_keeps_nothing_after_it(tiny, monkeypatch, caplog):
-    sampled, failures = resident.Trajectory.advance, []
-
-    def full(self, *arguments, **settings):
-        if self.ode:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return sampled(self, *arguments, **settings)
-
-    monkeypatch.setattr(resident.Trajectory, "advance", full)
-    with t2v(tiny, memory=ALL) as pipe:
-        made = list(pipe.map(CLIPS, failed=lambda clip, error: failures.append((clip, str(error)))))
-        assert pipe.memory == 0 and not pipe.experts.models
-    assert failures[0][0] is CLIPS[1] and "Out of memory (CUDA out of memory" in failures[0][1]
-    assert len(made) == 2 and "no model stays" in caplog.text
-
-
-def test_more_than_the_machine_has_is_told_and_not_tried(tiny, monkeypatch):
-    """Linux gives memory that is not there, and kills a process when it is used."""
-    with t2v(tiny) as pipe, pytest.raises(TurboError, match=r"99984x99984 with 81 frames: a step takes .* TB"):
-        pipe("a", size=(99984, 99984), frames=81)
-    ready = pipe.check(Clip("a", **SMALL))
-    need = int(residence._step_bytes(pipe.model, ready, torch.float32))
-    for total, fits in ((need + 1, True), (need - 1, False)):
-        monkeypatch.setattr(residence, "available_memory", lambda total=total: (0, total))
-        with contextlib.nullcontext() if fits else pytest.raises(TurboError, match="smaller --size"):
-            pipe.check(Clip("a", **SMALL))
-    residence.check_room(pipe.model, ready, torch.float32, torch.device("cuda"))  # a card says so itself
-
-
 def test_what_stays_follows_from_memory(tiny):
     with i2v(tiny, memory=ALL) as pipe:
         ready = pipe.check(Clip("a", image=tiny / "image.png", **SMALL))
@@ -238,37 +121,6 @@ def test_what_stays_follows_from_memory(tiny):
     assert {Stay(False, False, False), Stay(True, True, True)} <= seen <= rooms | {Stay(False, True, True)}
     assert [Stay(dit=True).together(two) for two in (True, False)] == [residence.GROUP, 1]
     assert Stay(True, True).together(True) == 1 and Stay().together(False) == residence.GROUP
-
-
-def test_an_interrupt_ends_the_thread_too(tiny):
-    def progress(stage, done, total):
-        if stage == "sampling" and done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), t2v(tiny, memory=ALL, progress=progress) as pipe:
-        list(pipe.map(CLIPS))
-    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
-
-
-def test_after_an_interrupt_no_mixture_of_the_experts_is_left(tiny, monkeypatch):
-    """In the last high-noise step blocks are overwritten one by one; who interrupts may use the pipeline again."""
-    clip, stopped = Clip("a", 7, tiny / "image.png", steps=4, **SMALL), []
-    expected = alone(i2v(tiny), clip)
-    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
-    opened = experts.opened
-
-    def progress(stage, done, total):
-        if stage == "sampling" and pipe.experts.handover is not None and not stopped:
-            stopped.append(done)
-            raise KeyboardInterrupt
-
-    with i2v(tiny, progress=progress) as pipe:
-        monkeypatch.setattr(experts, "opened", lambda path: opened(path, writable=True))
-        pipe.experts.files, pipe.experts.in_place = {}, True
-        with pytest.raises(KeyboardInterrupt):
-            list(pipe.map([clip]))
-        [made] = pipe.map([clip])
-    assert stopped == [2] and same(made, expected)
 
 
 def test_a_second_group_begins_with_the_high_noise_expert_again(tiny, monkeypatch):
@@ -338,28 +190,6 @@ def test_a_clip_that_is_done_leaves_neither_picture_nor_latents_behind(tiny, mon
             work = works[clip.seed]
             seen.append((work.ready, work.embedding, work.trajectory, work.latents))
     assert seen == [(None,) * 4] * 4
-
-
-def test_a_fault_of_decoding_leaves_the_experts_to_the_clip_that_is_sampled(tiny, monkeypatch):
-    """Decoding has a thread of its own: what it freed would be gone in the middle of another clip's step."""
-    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(3)]
-    expected = [alone(i2v(tiny), clip) for clip in clips]
-    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True, overlap=True))
-    freed, failures, decode = [], [], resident.decode_frames
-
-    def spoiled(*arguments):
-        if not failures:
-            raise TurboError("no picture")
-        return decode(*arguments)
-
-    monkeypatch.setattr(resident, "decode_frames", spoiled)
-    with i2v(tiny) as pipe:
-        pipe.experts.in_place = True
-        free = pipe.experts.free
-        monkeypatch.setattr(pipe.experts, "free", lambda: (freed.append(threading.current_thread().name), free()))
-        made = list(pipe.map(clips, failed=lambda *failure: failures.append(failure)))
-        assert not [name for name in freed if name.startswith("decode")]
-    assert len(failures) == 1 and all(same(one, other) for one, other in zip(made, expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("fits", [True, False])
