@@ -60,7 +60,7 @@ def test_help_with_its_picture(in_language, language):
     page = in_language(language)
     for node_id in ("TurboSampler", "TurboCompare"):
         page.evaluate(SHOW_HELP, node_id)
-        page.wait_for_function(LOADED, arg=node_id, timeout=15_000)
+        page.wait_for_function(LOADED, arg=node_id, timeout=60_000)
         title = read(language)[node_id]["display_name"]
         assert title in page.locator("h1").all_inner_texts()
 

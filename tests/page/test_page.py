@@ -100,7 +100,7 @@ def test_the_newer_kind_of_node_does_not_overlap_either(stub_page, name):
         stub_page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         stub_page.evaluate(FIT)
         drawn = f"document.querySelectorAll('[data-node-id]').length >= {len(workflow['nodes'])}"
-        stub_page.wait_for_function(drawn, timeout=10_000)
+        stub_page.wait_for_function(drawn, timeout=60_000)
         stub_page.wait_for_timeout(300)  # widgets settle in the frames after that
         boxes = stub_page.evaluate(DRAWN)
     finally:
@@ -147,9 +147,9 @@ def test_a_node_of_the_library_stands_for_a_whole_workflow(host_page, name):
     host_page.mouse.dblclick(900, 500)
     host_page.wait_for_timeout(500)
     host_page.keyboard.type(name, delay=5)
-    host_page.get_by_text("Blueprint", exact=True).first.wait_for(timeout=10_000)
+    host_page.get_by_text("Blueprint", exact=True).first.wait_for(timeout=60_000)
     host_page.keyboard.press("Enter")
-    host_page.wait_for_function(ADDED, arg=name, timeout=10_000)
+    host_page.wait_for_function(ADDED, arg=name, timeout=60_000)
     prompt = host_page.evaluate("async () => (await app.graphToPrompt()).output")
     workflow = workflow_api.exported(workflow_api.BLUEPRINTS[name])
     outside = {"SaveVideo", "LoadImage"}

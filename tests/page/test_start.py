@@ -61,7 +61,7 @@ def _open_first_template(page):
         page.get_by_text("Templates", exact=True).first.click()
     pack.last.click()
     first = page.locator("[data-testid^='template-workflow-']").first
-    first.wait_for(timeout=20_000)
+    first.wait_for(timeout=60_000)
     name = first.get_attribute("data-testid").removeprefix("template-workflow-")
     first.click()
     return name
@@ -73,7 +73,7 @@ def test_from_the_templates_to_a_video_without_a_shell(browser, fresh, request):
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count()
     began = time.monotonic()
     assert _open_first_template(page) == "00_start_here"
-    page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'TurboSampler')", timeout=20_000)
+    page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'TurboSampler')", timeout=60_000)
     page.wait_for_timeout(500)
     _shoot(page, shots, "opened")
     titles = page.evaluate(TITLES)
