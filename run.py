@@ -55,7 +55,7 @@ def main():
 
 
 def demo(arguments):
-    python = environment(".venv", [".[test]"])
+    python = environment(".venv", [".[pipeline]"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of TinyWan are small: more threads only wait for each other
     began = time.perf_counter()
     dit = OUTPUT / "TinyWan2.1-T2V-quant.safetensors"
@@ -215,8 +215,10 @@ def environment(name, requirements):
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     inputs = [(ROOT / f).read_bytes() for f in ("pyproject.toml", "constraints.txt")]
     stamp = folder / "installed-for"
-    state = hashlib.sha256(b"\0".join([*inputs, *(r.encode() for r in requirements)])).hexdigest()
-    if not python.is_file() or not stamp.is_file() or stamp.read_text(encoding="utf-8") != state:
+    made_from = hashlib.sha256(b"\0".join(inputs)).hexdigest()
+    state = f"{made_from} {' '.join(requirements)}"
+    states = stamp.read_text(encoding="utf-8").splitlines() if python.is_file() and stamp.is_file() else []
+    if state not in states:
         print(f"Setting up {folder.name} (the first time takes a few minutes) ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         editable = ["-e", requirements[0]] if requirements[0].startswith(".") else requirements
@@ -226,7 +228,9 @@ def environment(name, requirements):
             subprocess.run([*pip, *constraints, *editable], cwd=ROOT, check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"Installation failed, pip's words are above. Is the network there? Then run it again. ({error})")
-        stamp.write_text(state, encoding="utf-8")
+        # our own sets add to each other; another ComfyUI's takes the place of what was there
+        states = [other for other in states if other.startswith(f"{made_from} .")]
+        stamp.write_text("\n".join([*states, state]) + "\n", encoding="utf-8")
     return python
 
 

@@ -3,16 +3,15 @@
 import torch
 
 
-def rope_angles(grid, head_dim: int, device=None, frames=None):
+def rope_angles(grid, head_dim: int, device=None, places=None):
     """Angles of the three-axis rotary embedding for a grid of (frames, height, width) patches.
 
-    frames: [T], the places of the frames in time, default 0 to T - 1. Returns float32 [T * H * W, head_dim / 2]:
-    channel pairs for time first, then height, then width, which get head_dim // 6 pairs each. Any grid size.
+    places: ([T], [H], [W]), where those patches lie in a larger grid, default 0 to T - 1 and so on. Returns float32
+    [T * H * W, head_dim / 2]: channel pairs for time first, then height, then width, which get head_dim // 6 pairs
+    each. Any grid size.
     """
     spatial = 2 * (head_dim // 6)
-    places = [torch.arange(size) for size in grid]
-    if frames is not None:
-        places[0] = frames.cpu()
+    places = [torch.arange(size) for size in grid] if places is None else [place.cpu() for place in places]
     axes = []
     for place, dim in zip(places, (head_dim - 2 * spatial, spatial, spatial)):
         frequency = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -126,6 +126,7 @@ def test_check_makes_nothing_and_reads_no_weights(tiny, tmp_path, capsys, monkey
     captured = capsys.readouterr()
     assert "jobs.jsonl:2: " in captured.err and "jobs.jsonl:3: not JSON" in captured.err
     assert "32x32, 5 frames" in captured.out and "1 of 2 jobs" in captured.out and not out.exists()
+    assert "lines that are no jobs" in captured.out
     path.write_text('{"prompt": "a"}')
     assert main(command(tiny, path, out, "--check")) == 0
 

@@ -20,6 +20,8 @@ def test_plan_of_published_models_and_of_a_file(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8 GiB: 64x64, 5 frames, bf16" in out and "32 GiB:" in out and "VAE encode" in out
     assert main(["plan", str(tmp_path / "none.pth")]) == 2
+    assert "--model" not in capsys.readouterr().err
+    assert main(["plan", "14B"]) == 2 and "--model t2v-14b or i2v-a14b." in capsys.readouterr().err
     assert main(["plan", "--size", "33x33"]) == 2
     assert main(["plan", "--memory", "nan"]) == 2
     assert main(["plan", "--memory", "0"]) == 2

@@ -31,7 +31,7 @@ def test_processes_share_the_encoding_and_a_kill_costs_one_part(tmp_path, monkey
         return data.Data(latents, text, torch.full((1 + count,), 5), 1 + torch.arange(count)[:, None])
 
     monkeypatch.setattr(recipe.data, "make_clips", make)
-    monkeypatch.setattr(recipe, "load_vae", lambda path: None)
+    monkeypatch.setattr(recipe, "load_vae", lambda path, dtype: None)
     monkeypatch.setattr(recipe, "load_text_encoder", lambda path, dtype: (None, None))
     monkeypatch.setattr(recipe.engine, "processes", lambda: 2)
     sizes, target = {"count": 250}, tmp_path / "data.safetensors"

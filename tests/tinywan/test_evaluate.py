@@ -37,9 +37,8 @@ def family(tmp_path_factory):
 
 @pytest.fixture
 def small_clips(monkeypatch):
-    for module in (evaluate, rows):
-        monkeypatch.setattr(module, "FRAMES", 9)
-        monkeypatch.setattr(module, "SIDE", 64)
+    monkeypatch.setattr(world, "FRAMES", 9)
+    monkeypatch.setattr(world, "SIDE", 64)
     monkeypatch.setattr(report, "BATCH", 2)  # clips that the picture samples of each row
 
 

@@ -1,5 +1,8 @@
 """The whole recipe at its smallest: every file is made, is what loaders take, and can be measured."""
 
+import inspect
+import json
+
 import pytest
 
 pytest.importorskip("sentencepiece")
@@ -7,7 +10,8 @@ pytest.importorskip("sentencepiece")
 from turbo_core import checkpoint
 from turbo_core.errors import TurboError
 from turbo_core.pipeline.text import encode_text, load_text_encoder
-from turbo_core.tinywan import FILES, PAIR, evaluate, presets, recipe, rows, vae
+from turbo_core.tinywan import FILES, PAIR, evaluate, presets, recipe, rows, vae, world
+from turbo_core.train import engine
 from turbo_core.vae import load_vae
 
 pytestmark = pytest.mark.slow
@@ -18,8 +22,8 @@ def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         # the VAE sees small crops of small clips: it learns nothing in four steps of any size
-        patch.setattr(vae, "FRAMES", 9)
-        patch.setattr(vae, "SIDE", 64)
+        patch.setattr(world, "FRAMES", 9)
+        patch.setattr(world, "SIDE", 64)
         patch.setattr(vae, "WINDOWS", ((9, 48), (5, 64)))
         recipe.train(folder, "try", log=lambda line: None)
         recipe.train(folder, "try", pair=True, log=lambda line: None)  # added to a family that is there
@@ -59,6 +63,52 @@ def test_a_pair_of_other_settings_is_not_taken_for_this_one(family, monkeypatch)
     (family / "aside").rename(family / PAIR["low"])
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_stage_of_a_preset_takes_its_settings(name):
+    takes = {"vae": vae.train, "decoder": vae.train, "text": recipe.text.train, "data": recipe.data.make_clips}
+    takes |= {"teacher": recipe.teacher.train, "distill": recipe.distill.train, "sparsify": recipe.sparsify.train}
+    preset = presets.PRESETS[name]
+    for stages in (preset, preset["pair"]):
+        for stage, options in stages.items():
+            for each in options if isinstance(options, list) else [options]:
+                if stage != "pair":
+                    inspect.signature(recipe.data.make_clips).bind_partial(**each.get("more", {}))
+                    inspect.signature(takes[stage]).bind_partial(**{k: v for k, v in each.items() if k != "more"})
+                    assert len(each.get("kept", "all")) == 3
+
+
+def test_settings_bind_once_their_stage_has_begun(family, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    plain, changed = presets.PRESETS["try"], {"steps": 3, "batch": 2}
+    begun = family / "work" / "sparsify" / engine.CHECKPOINT
+    for name in ("text", "sparsify"):
+        with monkeypatch.context() as patch, pytest.raises(TurboError, match=rf"other settings \({name}\)"):
+            patch.setitem(plain, name, changed)
+            recipe.train(family, "try", log=lambda line: None)
+    begun.rename(begun.with_name("aside"))
+    try:
+        with pytest.raises(TurboError, match=r"other settings \(sparsify\)"), monkeypatch.context() as patch:
+            patch.setitem(plain, "sparsify", changed)  # its file is there
+            recipe.train(family, "try", log=lambda line: None)
+        (family / FILES["turbo"]).rename(family / "turbo")
+        for stages in ([*plain["distill"], changed], [changed, *plain["distill"][1:]], plain["distill"][:1]):
+            with pytest.raises(TurboError, match=r"other settings \(distill"), monkeypatch.context() as patch:
+                patch.setitem(plain, "distill", stages)  # its file is made of those that were
+                recipe.train(family, "try", log=lambda line: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe.sparsify, "train", stopped)
+            for options in (changed, plain["sparsify"]):  # to come: nothing is made of it yet
+                patch.setitem(plain, "sparsify", options)
+                with pytest.raises(KeyboardInterrupt):
+                    recipe.train(family, "try", log=lambda line: None)
+                assert json.loads((family / "work" / "settings.json").read_text())["sparsify"] == options
+    finally:
+        begun.with_name("aside").rename(begun)
+        (family / "turbo").rename(family / FILES["turbo"])
+
+
 def test_another_seed_wants_another_folder(family):
     with pytest.raises(TurboError, match="other settings"):
         recipe.train(family, "try", seed=1)
@@ -67,8 +117,7 @@ def test_another_seed_wants_another_folder(family):
 
 
 def test_the_family_can_be_measured(family, tmp_path, monkeypatch):
-    for module in (evaluate, rows):
-        monkeypatch.setattr(module, "FRAMES", 9)
-        monkeypatch.setattr(module, "SIDE", 64)
+    monkeypatch.setattr(world, "FRAMES", 9)
+    monkeypatch.setattr(world, "SIDE", 64)
     found = evaluate.evaluate(family, tmp_path, 1, rows=rows.ROWS[-2:], log=lambda line: None)  # of the pair
     assert [row["name"] for row in found] == ["VAE", rows.ROWS[-2].name, rows.ROWS[-1].name]

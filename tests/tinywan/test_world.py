@@ -24,6 +24,12 @@ def test_values_fill_the_range_of_a_video():
     assert video.min() >= -1 and video.max() <= 1 and video.std() > 0.1
 
 
+def test_scenes_of_one_motion_are_any_other_ways():
+    found = world.random_scenes(60, torch.Generator().manual_seed(1), motion="orbits")
+    assert {world.describe(scene)["motion"] for scene in found} == {"orbits"}
+    assert not any(map(world.is_held_out, found)) and len(found[:, 0].unique()) == len(world.COLOURS)
+
+
 def test_held_out_combinations_never_come_among_training_scenes():
     assert not any(map(world.is_held_out, scenes(200)))
     held = scenes(20, held_out=True)

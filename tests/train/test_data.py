@@ -62,18 +62,33 @@ def test_the_image_of_a_clip_stays_with_it():
     random, told_of = torch.Generator(), clips(images=True)
     told_of = told_of._replace(images=told_of.latents.new_zeros(6, 20, 3, 4, 4) + told_of.latents[:, :1, :, :, :])
     for seed in range(20):
-        clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept_frames=2)
-        assert torch.equal(told["y"][:, 3], clean[:, 0]) and told["frames"].tolist() in ([0, 1], [0, 2])
+        clean, told = data.batch(told_of, 4, random.manual_seed(seed), kept=(2, 1, 2))
+        assert torch.equal(told["y"][:, 3], clean[:, 0])
+        frames, rows, columns = (place.tolist() for place in told["places"])
+        assert frames in ([0, 1], [0, 2]) and rows in ([0], [1]) and columns == [0, 1]
     _, told = data.batch(clips(), 4, random)
     assert "y" not in told
 
 
 def test_a_few_frames_of_a_clip_begin_with_its_first():
     random = torch.Generator().manual_seed(0)
-    picks = [data.frames_of(9, 4, random) for _ in range(50)]
-    assert all(len(p) == 4 and p[0] == 0 and (p.diff() > 0).all() and p[-1] < 9 for p in picks)
-    assert {int(i) for p in picks for i in p} == set(range(9))
-    assert data.frames_of(9, 9, random).tolist() == list(range(9))
+    picks = [data.some_places((9, 5, 4), (4, 2, 9), random) for _ in range(50)]
+    assert all(len(p) == 4 and p[0] == 0 and (p.diff() > 0).all() and p[-1] < 9 for p, _, _ in picks)
+    assert {int(i) for p, _, _ in picks for i in p} == set(range(9))
+    assert all(len(rows) == 2 and (rows.diff() > 0).all() for _, rows, _ in picks)
+    assert {int(i) for _, rows, _ in picks for i in rows} == set(range(5))  # of these, no one stands apart
+    assert all(columns.tolist() == [0, 1, 2, 3] for _, _, columns in picks)
+
+
+def test_what_a_batch_shows_of_a_clip_are_its_patches_at_those_places():
+    whole = clips()
+    latents = (
+        torch.arange(whole.latents[0].numel(), dtype=torch.float32).view_as(whole.latents[0]).expand(6, -1, -1, -1, -1)
+    )
+    clean, told = data.batch(whole._replace(latents=latents), 1, torch.Generator().manual_seed(3), kept=(2, 1, 1))
+    frames, (row,), (column,) = told["places"]
+    inside = latents[:1, :, frames, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+    assert torch.equal(clean, inside)
 
 
 def test_a_caption_of_all_512_tokens_has_no_padding():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def stages(folder, steps=STEPS):
     quiet = {"batch": 2, "log": lambda line: None}
     return {
-        "teacher": lambda: teacher.train(model(), clips(), folder, steps, kept_frames=2, **quiet),
+        "teacher": lambda: teacher.train(model(), clips(), folder, steps, kept=(2, 1, 1), **quiet),
         "distill": lambda: distill.train(model(), model(), model(), clips(), folder, steps, **quiet),
         "sparsify": lambda: sparsify.train(model(), model(), clips(), folder, steps, topk=0.5, **quiet),
         "two experts": lambda: distill.train(pair(), pair(), pair(), clips(images=True), folder, steps, **quiet),

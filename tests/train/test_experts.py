@@ -24,7 +24,10 @@ def inputs(*times):
     torch.manual_seed(1)
     count = len(times)
     told = {"context": torch.randn(count, 6, 8), "context_bias": torch.randn(count, 6)}
-    told |= {"y": torch.randn(count, 20, 3, 4, 4), "frames": torch.tensor([0, 2, 5])}
+    told |= {
+        "y": torch.randn(count, 20, 3, 4, 4),
+        "places": (torch.tensor([0, 2, 5]), torch.arange(2), torch.arange(2)),
+    }
     return torch.randn(count, 16, 3, 4, 4), torch.tensor(times), told
 
 

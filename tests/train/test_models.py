@@ -1,4 +1,4 @@
-"""WanModel learns: from captions without their padding, from some of the frames, in bfloat16, sparse."""
+"""WanModel learns: from captions without their padding, from some of the patches, in bfloat16, sparse."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from turbo_core.sla import block_map, sparse_linear_attention
-from turbo_core.train import models
-from turbo_core.train.data import Data, text_rows
+from turbo_core.train import models, precision
+from turbo_core.train.data import Data, patches_at, text_rows
 from turbo_core.wan import WanModel
+from turbo_core.wan import block as wan_block
 from turbo_core.wan.layers import layer_norm
 
 SIZES = {"dim": 128, "ffn_dim": 192, "num_heads": 2, "num_layers": 2, "text_dim": 24}
@@ -51,13 +52,70 @@ def test_what_follows_a_caption_does_not_matter():
     assert torch.equal(net(x, time, **told(text)), net(x, time, **told(other)))
 
 
-def test_some_frames_keep_their_place_in_time():
+def test_some_patches_keep_their_places():
     net, (x, time, text) = model(), inputs()
-    frames = torch.tensor([0, 4, 8])
-    some = x[:, :, frames]
-    assert torch.equal(net(x, time, **told(text)), net(x, time, **told(text), frames=torch.arange(9)))
-    apart = net(some, time, **told(text), frames=frames) - net(some, time, **told(text))
-    assert apart.abs().max() > 1e-3
+    grid = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
+    places = [torch.arange(size) for size in grid]
+    assert torch.equal(net(x, time, **told(text)), net(x, time, **told(text), places=places))
+    for axis, size in enumerate(grid):
+        part = [*places]
+        part[axis] = torch.tensor([0, size - 1])
+        some = patches_at(x, part)
+        apart = net(some, time, **told(text), places=part) - net(some, time, **told(text))
+        assert apart.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_that_keeps_its_scores_is_torchs(biased, monkeypatch):
+    calls, products = [], wan_block._products
+    monkeypatch.setattr(wan_block, "_products", lambda *given: (calls.append(1), products(*given))[1])
+    torch.manual_seed(0)
+    made = [torch.randn(2, length, 2, 64, dtype=torch.bfloat16) for length in (70, 33, 33)]
+    bias = text_rows(Data(None, torch.zeros(3, 32, 4), torch.tensor([11, 6, 32]), None), torch.tensor([0, 1]))
+    bias = bias["context_bias"] if biased else None  # with -inf where a caption has no tokens
+    found = []
+    for dtype, keeps in ((torch.float64, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+        q, k, v = (tensor.detach().to(dtype).requires_grad_(True) for tensor in made)
+        out = wan_block._attend(q, k, v, bias, keeps)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append([out, q.grad, k.grad, v.grad])
+    assert len(calls) == 1
+    for exact, ours, theirs in zip(*found):
+        apart, torchs = ((some - exact).norm() / exact.norm() for some in (ours, theirs))
+        assert apart < max(2 * torchs, 0.01), (apart, torchs)
+
+
+def test_only_training_keeps_scores():
+    fast = precision.has_bfloat16("cpu")
+    trained = models.trainable(model().state_dict(), 2)
+    for net, keeps in ((model(), False), (trained, fast), (models.new_model(), fast)):
+        assert {part.keeps_scores for block in net.blocks for part in (block.self_attn, block.cross_attn)} == {keeps}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same():
+    plain, compiled = model(False), model(False)
+    if not models.compiles("cpu"):
+        pytest.skip("torch.compile does not work here")
+    models.compile_blocks(compiled)
+    ours, theirs = gradients(compiled), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - exact).norm() / exact.norm() for name, exact in theirs.items()) < 1e-4
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, caplog):
+    def broken(*given, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    models.compiles.cache_clear()
+    try:
+        net = model()
+        models.compile_blocks(net)
+        assert all(block._compiled_call_impl is None for block in net.blocks) and "no compiler" in caplog.text
+    finally:
+        models.compiles.cache_clear()
 
 
 def gradients(net, amp=False, topk=None):

@@ -40,6 +40,9 @@ def run_plan(arguments) -> None:
 
     model, format = plan.PUBLISHED[arguments.model], arguments.format or "int8_block"
     if arguments.dit:
+        named = [name for name in plan.PUBLISHED if len(arguments.dit.name) > 2 and arguments.dit.name.lower() in name]
+        if named and not arguments.dit.exists():
+            raise TurboError(f"There is no file {arguments.dit}. For a published model: --model {' or '.join(named)}.")
         found = checkpoint.inspect(arguments.dit)
         stored = found.format if found.format in formats.FORMATS else "bf16"
         model, format = plan.model_of(found), arguments.format or stored

@@ -179,7 +179,10 @@ def _check(arguments, settings, jobs, faults, team) -> int:
         (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words(pipe.experts.waits))
         for (size, frames, stay), count in rooms.items()
     ]
-    table("Planned by count of bytes, not measured", [*(rows or [("no video can be made", "", "")]), *about])
+    rows = rows or [("no video can be made", "", "")]
+    if faults:
+        rows.append(("lines that are no jobs", str(len({line for line, _ in faults})), "told above"))
+    table("Planned by count of bytes, not measured", [*rows, *about])
     return int(bool(bad))
 
 

@@ -32,11 +32,17 @@ def images_of(vae, video: torch.Tensor) -> torch.Tensor:
     return torch.cat([mask, latents], 1)
 
 
-def make_clips(vae, encoder, tokenize, count: int, frames=33, side=128, wordings=4, images=False, seed=0) -> Data:
-    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each; images:
-    with what an image-to-video model is given of them."""
+def make_clips(
+    vae, encoder, tokenize, count: int, frames=None, side=None, wordings=4, images=False, motion=None, seed=0
+) -> Data:
+    """The data set of TinyWan: rendered clips without the held-out combinations, with several captions each.
+
+    frames, side: default the world's; images: with what an image-to-video model is given of them; motion: the name of
+    the only one, default any.
+    """
+    frames, side = frames or world.FRAMES, side or world.SIDE
     random = torch.Generator().manual_seed(seed)
-    scenes = world.random_scenes(count, random)
+    scenes = world.random_scenes(count, random, motion=motion)
     latents, given = [], []
     for some in scenes.split(4):
         video = world.render(some, frames, side, side, random)

@@ -12,7 +12,7 @@ from ..files import digest, write_whole
 from ..train import engine
 from ..vae import decode_video, encode_video, load_vae
 from . import FILES, judge, world
-from .rows import FRAMES, ROWS, SIDE, Row, files_of, load_row, pictures, prompts, sample_row
+from .rows import ROWS, Row, files_of, load_row, pictures, prompts, sample_row
 
 BATCH = 8
 
@@ -127,7 +127,7 @@ def _vae_row(known: _Prompts, path: Path) -> dict:
     random = torch.Generator().manual_seed(7)
     error, marks = [], []
     for some in known.scenes[:32].split(4):
-        video = world.render(some, FRAMES, SIDE, SIDE, random)
+        video = world.render(some, world.FRAMES, world.SIDE, world.SIDE, random)
         shown = decode_video(known.codec, encode_video(known.codec, video))
         error += (shown - video).square().mean((1, 2, 3, 4)).tolist()
         marks += [judge.score(clip, scene) for clip, scene in zip(shown, some)]

@@ -5,6 +5,7 @@ Every stage keeps a checkpoint in its own folder and writes one file when it is 
 recipe goes on where it was.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from ..diagnostics import charts
 from ..errors import TurboError, quoted
 from ..pipeline.text import load_text_encoder
-from ..train import distill, engine, models, record, sparsify, teacher
+from ..train import distill, engine, models, precision, record, sparsify, teacher
 from ..train.data import Data
 from ..train.data import load as load_data
 from ..train.data import save as save_data
@@ -39,20 +40,45 @@ class _Run(NamedTuple):
         options = {"seed": self.seed + seed, "log": lambda line: log(f"{name}: {line}")}
         return {"folder": self.work / folder, **options}
 
+    def free(self, stages, made: dict):
+        """(name of a setting) -> True as long as it may change: no stage from its own on has begun.
+
+        stages: in order; made: {stage, without its number: a file that it makes}.
+        """
+
+        def begun(name):  # with a checkpoint, with clips encoded, or long over
+            checkpoint, file = self.work / name / engine.CHECKPOINT, made.get(name.rstrip("0123456789"))
+            encoded = any(self.work.glob(f"{name}*.safetensors"))
+            return checkpoint.exists() or encoded or (file is not None and file.exists())
+
+        to_come = set(itertools.takewhile(lambda name: not begun(name), reversed(stages)))
+        return lambda name: name in to_come or not (name in stages or name in ("preset", "seed") or begun(name))
+
+
+def _by_stage(settings: dict, before: str = "") -> dict:
+    """Settings by the name of the stage's folder, or of its data: those of TinyWan's stages in several parts apart."""
+    flat = {}
+    for name, value in settings.items():
+        parts = {f"{before}{name}{i}": part for i, part in enumerate(value)} if isinstance(value, list) else None
+        flat |= parts or {f"{before}{name}": value}
+    return flat
+
 
 def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool = False, log=print) -> list[Path]:
     """Make the family in a folder and return its files; folder/work keeps checkpoints, data and loss curves.
 
     device: of the transformer's stages. pair: the image-to-video experts too, from the teacher; a family that is
-    there gets them added. Raises TurboError for an unknown preset, or a folder made with another one.
+    there gets them added. Raises TurboError for an unknown preset, and for a folder made with another one or with other
+    settings of a stage that has begun.
     """
     if preset not in PRESETS:
         raise TurboError(f"There is no preset {quoted(preset)}. Expected one of {', '.join(PRESETS)}.")
     folder, settings = Path(folder), PRESETS[preset]
     run = _Run(folder / "work", seed, device, log)
-    plain = {name: value for name, value in settings.items() if name != "pair"}
-    record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain})
     files = {name: folder / file for name, file in FILES.items()}
+    plain = _by_stage({name: value for name, value in settings.items() if name != "pair"})
+    free = run.free(plain, files | {"decoder": files["vae"], "distill": files["student"], "sparsify": files["turbo"]})
+    record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain}, free=free)
     for file in files.values():
         file.parent.mkdir(exist_ok=True)
 
@@ -68,7 +94,9 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
     transformers = [files[name] for name in ("teacher", "student", "turbo")]
     known = None if _all_there(transformers) else _data(run, files, "data", settings["data"], seed)
     if not files["teacher"].exists():
-        _teacher(run, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]])
+        _teacher(
+            run, files, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]]
+        )
     if not files["student"].exists():
         _student(run, "distill", [files["teacher"]], known, settings["distill"], [files["student"]])
     if not files["turbo"].exists():
@@ -82,11 +110,13 @@ def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
     if _all_there(made):
         return made
     taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
-    record.claim(run.work / "pair.json", {"seed": run.seed, **settings})
-    known = _data(run, files, "images", settings["data"] | {"images": True}, run.seed + 1)
+    plain = _by_stage(settings, "pair-")
+    free = run.free(plain, {"pair-teacher": taught[0], "pair-distill": distilled[0], "pair-sparsify": made[0]})
+    record.claim(run.work / "pair.json", {"seed": run.seed, **plain}, free=free)
+    known = _data(run, files, "pair-data", settings["data"] | {"images": True}, run.seed + 1)
     if not _all_there(taught):
         both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
-        _teacher(run, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
+        _teacher(run, files, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
     if not _all_there(distilled):
         _student(run, "pair-distill", taught, known, settings["distill"], distilled)
     _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
@@ -97,9 +127,13 @@ def _all_there(files) -> bool:
     return all(file.exists() for file in files)
 
 
-def _teacher(run: _Run, name: str, model, known, stages: list[dict], outputs) -> None:
+def _teacher(run: _Run, files: dict, name: str, model, known, stages: list[dict], outputs) -> None:
+    """more, of a stage: clips that it and later ones see beside those that are known."""
     for i, options in enumerate(stages):
-        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
+        stage, more = run.stage(f"{name}{i}", f"{name} {i + 1}", i), options.get("more")
+        if more:
+            known = data.joined([known, _data(run, files, f"{name}{i}-more", more, run.seed + 2)])
+        options = {key: value for key, value in options.items() if key != "more"}
         model, history = teacher.train(model.train().requires_grad_(True), known, **options, **stage, device=run.device)
     _write_models(run, model, outputs, history)
 
@@ -135,7 +169,8 @@ def _encode(files: dict, target: Path, sizes: dict, seed: int, log) -> None:
     parts = [target.with_name(f"{target.stem}{i:04d}.safetensors") for i in range(-(-count // _PART))]
     todo = [i for i, part in enumerate(parts) if i % engine.processes() == engine.rank() and not part.exists()]
     if todo:
-        codec, (encoder, tokenize) = load_vae(files["vae"]), load_text_encoder(files["text"], dtype=torch.float32)
+        codec = load_vae(files["vae"], dtype=precision.dtype("cpu"))
+        encoder, tokenize = load_text_encoder(files["text"], dtype=torch.float32)
         for i in todo:
             options = sizes | {"count": min(_PART, count - i * _PART), "seed": seed * 10_000 + i}
             save_data(data.make_clips(codec, encoder, tokenize, **options), parts[i])

@@ -14,8 +14,6 @@ from ..train.experts import BOUNDARY
 from ..wan import WanModel
 from . import FILES, PAIR, data, world
 
-FRAMES, SIDE = 33, 128
-
 
 class Row(NamedTuple):
     """One line of the report. file: a key of FILES, or "pair". guidance None: the few-step sampler without guidance;
@@ -58,7 +56,7 @@ def files_of(row: Row) -> list[str]:
 
 def pictures(codec, scenes, seed: int):
     """(first frames [B, 3, H, W] of clips of the scenes, what an image-to-video model is given of them)."""
-    video = world.render(scenes, FRAMES, SIDE, SIDE, torch.Generator().manual_seed(seed))
+    video = world.render(scenes, world.FRAMES, world.SIDE, world.SIDE, torch.Generator().manual_seed(seed))
     return video[:, :, 0], data.images_of(codec, video).float()
 
 
@@ -74,7 +72,7 @@ def prompts(folder, count: int, seed: int = 1000):
 
 def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.Tensor:
     """Latents of a batch of prompts, context [B, 512, text_dim]; model_at: see load_row; y: see pictures."""
-    shape = (len(context), 16, (FRAMES - 1) // 4 + 1, SIDE // 8, SIDE // 8)
+    shape = (len(context), 16, (world.FRAMES - 1) // 4 + 1, world.SIDE // 8, world.SIDE // 8)
     if row.guidance is None:
         sigmas = rcm_sigmas(row.steps, default_sigma_max(16 if y is None else 36))
         attention = {"topk": row.topk, "precision": row.precision}

@@ -33,7 +33,7 @@ _LETTERS = " ".join(map(chr, range(33, 127)))
 MARKER = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
 
-def train(folder, steps=1500, batch=32, lr=3e-3, seed=0, seconds=None, log=print):
+def train(folder, steps=1500, batch=32, muon_lr=5e-3, lr=1e-3, seed=0, seconds=None, log=print):
     """Train the encoder and return (state dict as ComfyUI reads it, history).
 
     The loss asks one linear layer to tell every attribute from every token by itself, and from any wording.
@@ -50,7 +50,7 @@ def train(folder, steps=1500, batch=32, lr=3e-3, seed=0, seconds=None, log=print
     encoder.load_state_dict(start, strict=False)
     counts = [len(values) for values in world.ATTRIBUTES.values()]
     model = nn.ModuleDict({"encoder": encoder, "heads": nn.Linear(TEXT_CONFIG["d_model"], sum(counts))})
-    optimizer = optim.Both(model, 0.02, lr, _is_matrix)
+    optimizer = optim.Both(model, muon_lr, lr, _is_matrix)
 
     def step_of(step):
         random = engine.generator(seed, step)

@@ -10,7 +10,6 @@ from ..train import engine, optim, precision
 from ..vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE
 from . import world
 
-SIDE, FRAMES = 128, 33
 # frames and side of the crops, in turn: short ones show space, long ones what adds up over time
 WINDOWS = (33, 48), (9, 64), (17, 64)
 
@@ -25,6 +24,7 @@ def train(
     lr=2e-3,
     kl=1e-5,
     pool=192,
+    side=None,
     model=None,
     fixed_latents=False,
     seed=0,
@@ -34,7 +34,8 @@ def train(
     """Train a Wan 2.1 VAE of base width dim and return it; folder keeps the checkpoint.
 
     model: a WanVAE to go on from. fixed_latents: train the decoder alone, for which latents need not be made again.
-    image_steps: steps on `batch` pictures of 64x64; after that, on a quarter as many clips of the sizes in WINDOWS.
+    pool, side: crops are of so many clips of so many pixels, default world.SIDE. image_steps: steps on `batch` pictures
+    of 64x64; after that, on a quarter as many clips of the sizes in WINDOWS.
     """
     if model is None:
         torch.manual_seed(seed)
@@ -44,14 +45,14 @@ def train(
         part.requires_grad_(False)
     optimizer = optim.Both(model, muon_lr, lr, _is_kernel)
     wrapped = engine.parallel(model, idle_parts=True)  # pictures have no use for time
-    clips_of = _pool(pool, seed)
+    clips_of = _pool(pool, side or world.SIDE, seed)
 
     def step_of(step):
         random = engine.generator(seed, step)
         still = step < image_steps
-        frames, side = (1, 64) if still else WINDOWS[step % len(WINDOWS)]
-        video = _crops(clips_of, batch if still else max(1, batch // 4), frames, side, random)
-        noise = torch.randn(len(video), 16, (frames - 1) // 4 + 1, side // 8, side // 8, generator=random)
+        frames, width = (1, 64) if still else WINDOWS[step % len(WINDOWS)]
+        video = _crops(clips_of, batch if still else max(1, batch // 4), frames, width, random)
+        noise = torch.randn(len(video), 16, (frames - 1) // 4 + 1, width // 8, width // 8, generator=random)
         video = precision.conv_layout(video)
         with precision.autocast(video.device):
             shown, mean, log_variance = wrapped(video, noise)
@@ -86,25 +87,27 @@ def _is_kernel(name: str, tensor) -> bool:
     return inner and tensor.ndim > 3
 
 
-def _pool(count: int, seed: int) -> torch.Tensor:
-    """Clips to take crops from: uint8 [count, 3, FRAMES, SIDE, SIDE]."""
+def _pool(count: int, side: int, seed: int) -> torch.Tensor:
+    """Clips to take crops from: uint8 [count, 3, FRAMES, side, side]."""
     random = engine.generator(seed, 0, stream=1)
     scenes = world.random_scenes(count, random, held_out=None)
-    parts = [world.render(some, FRAMES, SIDE, SIDE, random) for some in scenes.split(16)]
+    parts = [world.render(some, world.FRAMES, side, side, random) for some in scenes.split(16)]
     return torch.cat([((part + 1) * 127.5).round().to(torch.uint8) for part in parts])
 
 
-def _crops(pool, count: int, frames: int, side: int, random) -> torch.Tensor:
-    """Random windows of time and space: float32 [count, 3, frames, side, side] in [-1, 1]."""
+def _crops(pool, count: int, frames: int, width: int, random) -> torch.Tensor:
+    """Random windows of time and space, of two the one that shows more: float32 [count, 3, frames, width, width] in
+    [-1, 1]."""
+    most, side = pool.shape[2], pool.shape[4]
 
     def pick(high):
         return int(torch.randint(high, (), generator=random))
 
-    out = []
-    for _ in range(count):
-        clip, t, y, x = pick(len(pool)), pick(FRAMES - frames + 1), *(8 * pick((SIDE - side) // 8 + 1) for _ in "yx")
-        out.append(pool[clip, :, t : t + frames, y : y + side, x : x + side])
-    return torch.stack(out).float() / 127.5 - 1
+    def window():
+        clip, t, y, x = pick(len(pool)), pick(most - frames + 1), *(8 * pick((side - width) // 8 + 1) for _ in "yx")
+        return pool[clip, :, t : t + frames, y : y + width, x : x + width].float() / 127.5 - 1
+
+    return torch.stack([max((window() for _ in "ab"), key=torch.std) for _ in range(count)])
 
 
 @torch.no_grad()
@@ -128,7 +131,7 @@ def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
 def finish(model: WanVAE, seed: int = 0) -> None:
     """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips."""
     random = engine.generator(seed, 0, stream=2)
-    match_statistics(model, world.render(world.random_scenes(8, random), FRAMES, SIDE, SIDE, random))
+    match_statistics(model, world.render(world.random_scenes(8, random), world.FRAMES, world.SIDE, world.SIDE, random))
     model.eval().requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ BACKGROUNDS = {
     "brown": (0.35, 0.20, 0.10),
 }
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
+FRAMES, SIDE = 33, 128  # of the clips that the family is trained for
 GRADIENT = 0.15  # a background is this much lighter at its top and darker at its foot
 AREA = (math.pi, 3.2, 3.2, 2.72)  # of a shape of radius 1, in the order of SHAPES
 _TRAVEL = 0.56  # path of a straight motion, as a share of the side
@@ -70,11 +71,13 @@ def is_held_out(scene) -> bool:
     return (colour + 3 * shape + 5 * motion) % 16 == 0
 
 
-def random_scenes(count: int, generator: torch.Generator, held_out: bool | None = False) -> torch.Tensor:
-    """int64 [count, 4], one column for each of ATTRIBUTES; held_out None mixes in the held-out combinations."""
+def random_scenes(count: int, generator: torch.Generator, held_out: bool | None = False, motion=None) -> torch.Tensor:
+    """int64 [count, 4], one column for each of ATTRIBUTES; held_out None mixes in the held-out combinations. motion:
+    the name of the only one, default any."""
     rows = []
     while len(rows) < count:
         scene = [int(torch.randint(len(values), (), generator=generator)) for values in ATTRIBUTES.values()]
+        scene[2] = scene[2] if motion is None else MOTIONS.index(motion)
         if held_out is None or is_held_out(scene) == held_out:
             rows.append(scene)
     return torch.tensor(rows)

@@ -13,6 +13,7 @@ from ..checkpoint.write import write_safetensors
 from ..errors import TurboError
 from ..pipeline.inputs import check_experts, check_model
 from ..pipeline.text import TEXT_LENGTH, clean_prompt, encode_text
+from ..wan.model import PATCH
 
 _NAMES = ("latents", "text", "lengths", "captions_of")
 _SMALL = ("latents", "text", "images")  # in bfloat16
@@ -106,30 +107,53 @@ def check_fits(data: Data, model, low=None) -> None:
         )
 
 
-def batch(data: Data, count: int, random: torch.Generator, dropout=0.0, kept_frames: int | None = None, device="cpu"):
+def batch(data: Data, count: int, random: torch.Generator, dropout=0.0, kept=None, device="cpu"):
     """(latents, what a WanModel is told about them) of random clips.
 
     They are told, by name: context and context_bias of one of the clip's captions, or with the probability dropout of
-    the empty one; frames, the places of the kept_frames latent frames that the batch shows; y, where there are images.
+    the empty one; y, where there are images; places, where the batch shows a part of each clip only. kept: (frames,
+    rows, columns) of patches to show, see some_places, default all.
     """
     rows = torch.randint(len(data.latents), (count,), generator=random)
     wording = torch.randint(data.captions_of.shape[1], (count,), generator=random)
     empty = torch.rand(count, generator=random) < dropout
     captions = data.captions_of[rows, wording].masked_fill(empty, 0)
-    frames = frames_of(data.latents.shape[2], kept_frames, random)
-    told = text_rows(data, captions, device) | {"frames": frames}
-    if data.images is not None:
-        told["y"] = data.images[rows][:, :, frames].float().to(device)
-    return data.latents[rows][:, :, frames].float().to(device), told
+    told = text_rows(data, captions, device)
+    shown = {"latents": data.latents[rows]} | ({} if data.images is None else {"y": data.images[rows]})
+    if kept is not None:
+        _, _, frames, height, width = data.latents.shape
+        told["places"] = some_places((frames, height // PATCH[1], width // PATCH[2]), kept, random)
+        shown = {name: patches_at(part, told["places"]) for name, part in shown.items()}
+    shown = {name: part.float().to(device) for name, part in shown.items()}
+    return shown.pop("latents"), told | shown
 
 
-def frames_of(total: int, kept: int | None, random: torch.Generator):
-    """Which latent frames a batch shows: all, or `kept` of them in order: the first, which is one picture and unlike
-    the others, and a random choice of the rest."""
-    if kept is None or kept >= total:
-        return torch.arange(total)
-    others = 1 + torch.randperm(total - 1, generator=random)[: kept - 1].sort().values
-    return torch.cat([torch.zeros(1, dtype=torch.long), others])
+def some_places(grid, kept, random: torch.Generator):
+    """Which (frames, rows, columns) of a grid of patches a batch shows: `kept` of each, at least one, in order.
+
+    Frames are the first one, which is one picture and unlike the others, and a random choice of the rest; rows and
+    columns are a random choice. The model that has learnt such parts, each with its own places, knows the whole: they
+    cost a fraction, attention with its square.
+    """
+
+    def choose(total, count, first):
+        if count >= total:
+            return torch.arange(total)
+        others = first + torch.randperm(total - first, generator=random)[: count - first].sort().values
+        return torch.cat([torch.arange(first), others])
+
+    return tuple(
+        choose(total, count, int(axis == 0)) for axis, (total, count) in enumerate(zip(grid, kept, strict=True))
+    )
+
+
+def patches_at(latents, places):
+    """The patches of latents [B, C, T, H, W] at places."""
+    frames, rows, columns = places
+    rows, columns = (
+        (size * place[:, None] + torch.arange(size)).flatten() for size, place in zip(PATCH[1:], (rows, columns))
+    )
+    return latents[:, :, frames][:, :, :, rows][..., columns]
 
 
 def text_rows(data: Data, rows: torch.Tensor, device="cpu"):

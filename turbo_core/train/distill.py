@@ -11,28 +11,30 @@ import torch
 from ..schedule import MAX_STEPS, default_sigma_max, rcm_sigmas
 from . import data as data_module
 from . import engine, optim, precision
-from .models import train_dense
+from .models import compile_blocks, train_dense
 from .teacher import GUIDANCE, SHIFT, guided, mix, shifted, times
 
 GRID = 24  # finite steps from noise to clip
 
 
-def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None, guidance=GUIDANCE, sigma_max=None,
-          shift=SHIFT, alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, seed=0, seconds=None,
-          device="cpu", shard=False, log=print):  # fmt: skip
+def train(student, teacher, fake, data, folder, steps, batch=8, kept=None, guidance=GUIDANCE, sigma_max=None,
+          shift=SHIFT, alone=0.25, weight=1.0, ahead=3.0, muon_lr=5e-4, lr=2.5e-4, decay=0.99, compiled=False, seed=0,
+          seconds=None, device="cpu", shard=False, log=print):  # fmt: skip
     """Distil teacher into student; returns (moving average of the student's weights, history).
 
     student, teacher, fake: WanModels, or Experts; the teacher is not changed. The fake score should begin with
     the teacher's weights, and the student with those or an earlier student's. alone: share of the steps with
     consistency only, in which the fake score already learns what the student makes. weight: of distribution matching.
     ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate and grow a
-    grid. sigma_max: of the student's first step, default the one it is sampled with. kept_frames, shift: see
-    teacher.train.
+    grid. sigma_max: of the student's first step, default the one it is sampled with. kept,
+    shift, compiled: see teacher.train.
     """
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(student.in_dim)).float().tolist()
     engine.spread(teacher.requires_grad_(False).eval(), shard)
     for model in (student, fake):
         train_dense(model)
+    if compiled:
+        compile_blocks(student, teacher, fake)
     wrapped, wrapped_fake = engine.parallel(student, shard), engine.parallel(fake, shard)
     average = optim.Average(student)
     optimizer = optim.Both(student, muon_lr, lr, optim.in_blocks)
@@ -41,7 +43,7 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept_frames=None
 
     def step_of(step):
         random = engine.generator(seed, step)
-        clean, told = data_module.batch(data, batch, random, 0.0, kept_frames, device)
+        clean, told = data_module.batch(data, batch, random, 0.0, kept, device)
 
         def noise():
             return torch.randn(clean.shape, generator=random).to(device)

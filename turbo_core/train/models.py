@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..checkpoint.write import stream_safetensors
 from ..errors import TurboError
 from ..selfcheck import prove
 from ..wan import WanModel
-from . import engine
+from . import engine, precision
 from .experts import Experts
 from .optim import whole
 
@@ -26,7 +27,7 @@ def new_model(seed: int = 0, **sizes) -> WanModel:
     model = WanModel(**(TINY | sizes))
     torch.nn.init.zeros_(model.head.head.weight)
     torch.nn.init.zeros_(model.head.head.bias)
-    return model
+    return keep_scores(model)
 
 
 def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> WanModel:
@@ -42,7 +43,7 @@ def trainable(state: dict, num_heads=None, device="cpu", sla=False) -> WanModel:
     # the weights are mapped to their file: copies may be written to
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model.train().requires_grad_(True)
+    return keep_scores(model).train().requires_grad_(True)
 
 
 def train_dense(model: torch.nn.Module) -> None:
@@ -56,6 +57,34 @@ def recompute_blocks(model: WanModel) -> None:
     """Recompute each block in the backward pass: less memory, a third more time."""
     for block in model.blocks:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(*models) -> None:
+    """Have torch.compile fuse what each block computes: a sixth less time on a CPU, for a minute when a size is first
+    seen. Changes nothing where torch.compile does not work, and says so."""
+    torch.compiler.reset()  # what an earlier stage compiled counts towards its limit of sizes
+    for model in models if compiles(next(models[0].parameters()).device.type) else ():
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+
+@functools.cache
+def compiles(kind: str) -> bool:
+    """True where torch.compile works on this kind of device: it needs a compiler, and Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=kind))
+    except Exception as error:  # of any kind: it runs programs of this machine
+        logging.getLogger(__name__).warning("torch.compile does not work here, training goes on without: %s", error)
+        return False
+    return True
+
+
+def keep_scores(model: WanModel) -> WanModel:
+    """Have dense attention keep its scores in training where that is faster, see block.Attention; returns the model."""
+    fast = model.patch_embedding.weight.device.type == "cpu" and precision.has_bfloat16("cpu")
+    for block in model.blocks:
+        block.self_attn.keeps_scores = block.cross_attn.keeps_scores = fast
+    return model
 
 
 def with_image(model: WanModel) -> WanModel:

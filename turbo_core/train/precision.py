@@ -15,6 +15,11 @@ def autocast(device) -> torch.autocast:
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=has_bfloat16(kind), cache_enabled=False)
 
 
+def dtype(device) -> torch.dtype:
+    """bfloat16 where autocast would take it, else float32."""
+    return torch.bfloat16 if has_bfloat16(torch.device(device).type) else torch.float32
+
+
 def described(device) -> str:
     """What training on this device computes in, for a log."""
     kind = torch.device(device).type

@@ -8,11 +8,12 @@ from ..files import write_whole
 from . import engine
 
 
-def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
+def claim(path: Path, settings: dict, checkpoint: Path | None = None, free=lambda name: False) -> None:
     """Make the folder of a record for these settings, or find it made for the same; TurboError where it is not.
 
     checkpoint: the file that training will leave to go on from. As long as it is not there, a record binds nobody; once
-    it is, there must be one. Not given: the record binds from the moment it is written.
+    it is, there must be one. Not given: the record binds from the moment it is written. free: callable
+    (name of a setting) -> whether it may differ all the same, since nothing was made of it yet.
     """
     work = path.parent
     try:
@@ -29,7 +30,12 @@ def claim(path: Path, settings: dict, checkpoint: Path | None = None) -> None:
             f"{work} holds a training, and {path.name} does not say of what. Take another folder, or remove it."
         )
     elif known != settings:
-        other = sorted(name for name in known | settings if known.get(name) != settings.get(name))
-        raise TurboError(
-            f"{work} belongs to a training with other settings ({', '.join(other)}). Take another folder, or remove it."
-        )
+        other = {name for name in known | settings if known.get(name) != settings.get(name)}
+        wrong = sorted(name for name in other if not free(name))
+        if wrong:
+            raise TurboError(
+                f"{work} belongs to a training with other settings ({', '.join(wrong)}). Take another folder, or "
+                "remove it."
+            )
+        if engine.rank() == 0:
+            write_whole(path, json.dumps(settings))

@@ -8,7 +8,7 @@ from ..wan import WanModel
 from . import data as data_module
 from . import engine, optim, precision
 from .experts import Experts
-from .models import train_dense
+from .models import compile_blocks, train_dense
 
 SHIFT = 3.0  # of the time, as Wan is sampled
 GUIDANCE = 3.0
@@ -32,22 +32,25 @@ def mix(clean, noise, t):
     return (1 - t) * clean + t * noise
 
 
-def train(model: WanModel | Experts, data, folder, steps, batch=16, kept_frames=None, muon_lr=2e-3, lr=1e-3,
-          decay=0.998, dropout=0.1, shift=SHIFT, seed=0, seconds=None, device="cpu", shard=False,
+def train(model: WanModel | Experts, data, folder, steps, batch=16, kept=None, muon_lr=2e-3, lr=1e-3,
+          decay=0.998, dropout=0.1, shift=SHIFT, compiled=False, seed=0, seconds=None, device="cpu", shard=False,
           log=print):  # fmt: skip
     """Train model by flow matching on a Data; returns (moving average of the weights, history).
 
-    kept_frames: latent frames of each clip that a step looks at, default all. decay: of the moving average. dropout:
-    share of empty captions, which guidance needs. shift: of the times, see `times`.
+    kept: (frames, rows, columns) of patches of each clip that a step looks at, see data.some_places. decay: of the
+    moving average. dropout: share of empty captions, which guidance needs. shift: of the times, see `times`. compiled:
+    see models.compile_blocks.
     """
     train_dense(model)
+    if compiled:
+        compile_blocks(model)
     wrapped = engine.parallel(model, shard)
     average = optim.Average(model)
     optimizer = optim.Both(model, muon_lr, lr, optim.in_blocks)
 
     def step_of(step):
         random = engine.generator(seed, step)
-        clean, told = data_module.batch(data, batch, random, dropout, kept_frames, device)
+        clean, told = data_module.batch(data, batch, random, dropout, kept, device)
         noise = torch.randn(clean.shape, generator=random).to(device)
         t = times(batch, random, shift).to(device)
         with precision.autocast(device):

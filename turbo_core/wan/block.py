@@ -16,12 +16,19 @@ from ..sla import sla_from_qkv, sparse_linear_attention
 from . import fused
 from .layers import Int8Linear, RMSNorm, apply_rope, by_slices, layer_norm, new_modulation, token_slices
 
+_SCORES = 1 << 26  # of an attention, that are kept: 128 MB in bfloat16
 # the ten linears of a block that W8A8 replaces
 QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo") + ("ffn.0", "ffn.2")
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name."""
+    """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name.
+
+    keeps_scores: dense attention of few tokens by plain products. For training in bfloat16 on a CPU, where torch's own
+    kernel takes twice as long, and five times where there are few keys; probabilities are rounded to bfloat16.
+    """
+
+    keeps_scores = False
 
     def __init__(self, dim, num_heads, eps, sla=False):
         super().__init__()
@@ -49,7 +56,7 @@ class Attention(nn.Module):
         if shards is not None:
             q, k, v = shards.to_heads(q, k, v)
         if topk is None:
-            out = _attend(q, k, v)
+            out = _attend(q, k, v, None, self.keeps_scores)
         else:
             out = sparse_linear_attention(q, k, v, *self._projection(), topk, precision=precision).flatten(2)
         del q, k, v  # three times the size of what o is about to make
@@ -90,7 +97,7 @@ class Attention(nn.Module):
             pair = self.norm_k(k).unflatten(-1, heads), v.unflatten(-1, heads)
             if kept is not None:
                 kept.append(pair)
-        return _attend(self.norm_q(q).unflatten(-1, heads), *pair, bias)
+        return _attend(self.norm_q(q).unflatten(-1, heads), *pair, bias, self.keeps_scores)
 
 
 class CrossAttention(Attention):
@@ -101,10 +108,20 @@ class CrossAttention(Attention):
         return self.o(self.attend_text(self.q(x), lambda: (self.k(context), self.v(context)), bias, kept))
 
 
-def _attend(q, k, v, bias=None):
-    """Dense attention of [B, L, H, D] -> [B, L, H * D]; bias [B, keys] is added to the scores."""
+def _attend(q, k, v, bias=None, keeps_scores=False):
+    """Dense attention of [B, L, H, D] -> [B, L, H * D]; bias [B, keys] is added to the scores. keeps_scores: see
+    Attention."""
     bias = None if bias is None else bias[:, None, None].to(q.dtype)
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), bias).transpose(1, 2).flatten(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    small = q.shape[:3].numel() * k.shape[2] <= _SCORES
+    attend = _products if keeps_scores and small else F.scaled_dot_product_attention
+    return attend(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+def _products(q, k, v, bias):
+    """Attention of [B, H, L, D] by two products with all scores between them, which a backward pass finds again."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 class Block(nn.Module):

@@ -145,15 +145,16 @@ class WanModel(nn.Module):
         model.load_state_dict(placed, assign=True)
         return model.eval().requires_grad_(False)
 
-    def forward(self, x, timestep, context, y=None, topk=None, precision="bf16", frames=None, context_bias=None):
+    def forward(self, x, timestep, context, y=None, topk=None, precision="bf16", places=None, context_bias=None):
         """Velocity of the rectified flow.
 
         x [B, 16, T, H, W] latent (H and W even); timestep [B], 0 to 1000; context [B, tokens, text_dim], or a Text of
         it for all steps of a run, without context_bias;
         y [B, in_dim - 16, T, H, W] for image-to-video: 4 mask channels, then the 16 of the encoded clip.
         topk None: dense attention; else sparse-linear attention, see turbo_core.sla.
-        frames: int64 [T], the places in time of x's latent frames, default 0 to T - 1. context_bias [B, tokens]: what
-        is added to the score of each token of the context, for one that stands for many or is to be ignored.
+        places: int64 ([T], [H / 2], [W / 2]), where x's frames, rows and columns of patches lie in a larger clip of
+        which x is a part; default x is whole. context_bias [B, tokens]: what is added to the score of each token of the
+        context, for one that stands for many or is to be ignored.
         Returns [B, 16, T, H, W] in x's dtype.
         """
         if y is not None:
@@ -179,7 +180,7 @@ class WanModel(nn.Module):
             context, context_bias, kept = context.of(self, dtype)
         else:
             context, kept = self.text_embedding(context.to(dtype)), [None] * len(self.blocks)
-        angles = rope_angles(grid, self.dim // self.num_heads, tokens.device, frames)
+        angles = rope_angles(grid, self.dim // self.num_heads, tokens.device, places)
         for block, keys in zip(self.blocks, kept):
             tokens = block(tokens, modulation, context, angles, topk, precision, context_bias, keys, shards)
         out = self.head(tokens, time)
