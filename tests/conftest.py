@@ -14,8 +14,10 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny(folder)
     Image.new("RGB", (48, 24), (200, 40, 90)).save(folder / "image.png")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with quick_collections():
         yield folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before, "a test wrote into it"
 
 
 @pytest.fixture

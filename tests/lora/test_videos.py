@@ -1,10 +1,10 @@
 """Videos with LoRAs: alone, in sets that change them, with two experts; settings and jobs that know them."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from tests.batch.test_batch import command, made, records
@@ -24,12 +24,11 @@ PAIR = "TinyWan2.2-I2V-high", "TinyWan2.2-I2V-low"
 
 
 @pytest.fixture(scope="module")
-def files(tiny):
-    """Two LoRAs, a picture."""
-    network = Loaded(tiny / QUANT).model
-    one = saved(tiny, spelled(LAB, network, "kohya"), "one.safetensors")
-    two = saved(tiny, {n: t for n, t in spelled(LAB, network, "PEFT").items() if "blocks.1" in n}, "two.safetensors")
-    Image.new("RGB", (32, 32), "green").save(tiny / "image.png")
+def files(tiny, tmp_path_factory):
+    """Two LoRAs."""
+    network, folder = Loaded(tiny / QUANT).model, tmp_path_factory.mktemp("lora")
+    one = saved(folder, spelled(LAB, network, "kohya"), "one.safetensors")
+    two = saved(folder, {n: t for n, t in spelled(LAB, network, "PEFT").items() if "blocks.1" in n}, "two.safetensors")
     return str(one), str(two)
 
 
@@ -137,8 +136,8 @@ def test_a_fault_of_a_lora_is_its_own_videos(tiny, files, tmp_path):
 
 def test_a_list_of_jobs_with_loras(tiny, files, tmp_path, capsys):
     """The column, the option, settings inside, one video again where the file has other contents."""
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.safetensors").write_bytes((tiny / f"{name}.safetensors").read_bytes())
+    for file in files:
+        shutil.copy(file, tmp_path)
     jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
     rows = [
         {"prompt": "a", "lora": "one.safetensors:0.5"},
