@@ -26,8 +26,8 @@ def train(student, teacher, fake, data, folder, steps, batch=8, kept=None, guida
     the teacher's weights, and the student with those or an earlier student's. alone: share of the steps with
     consistency only, in which the fake score already learns what the student makes. weight: of distribution matching.
     ahead: how many times faster the fake score learns; where it lags behind the student, clips oversaturate and grow a
-    grid. sigma_max: of the student's first step, default the one it is sampled with. kept,
-    shift, compiled: see teacher.train.
+    grid. sigma_max: of the student's first step, default the one it is sampled with. kept, shift, compiled: see
+    teacher.train.
     """
     sigmas = rcm_sigmas(MAX_STEPS, sigma_max or default_sigma_max(student.in_dim)).float().tolist()
     engine.spread(teacher.requires_grad_(False).eval(), shard)

@@ -74,16 +74,15 @@ def compiles(kind: str) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=kind))
     except Exception as error:  # of any kind: it runs programs of this machine
-        logging.getLogger(__name__).warning("torch.compile does not work here, training goes on without: %s", error)
+        logging.warning("TurboWan: torch.compile does not work here, training goes on without: %s", error)
         return False
     return True
 
 
 def keep_scores(model: WanModel) -> WanModel:
-    """Have dense attention keep its scores in training where that is faster, see block.Attention; returns the model."""
-    fast = model.patch_embedding.weight.device.type == "cpu" and precision.has_bfloat16("cpu")
+    """Have dense attention on a CPU keep its scores where that is faster, see block.Attention; returns the model."""
     for block in model.blocks:
-        block.self_attn.keeps_scores = block.cross_attn.keeps_scores = fast
+        block.self_attn.keeps_scores = block.cross_attn.keeps_scores = precision.has_bfloat16("cpu")
     return model
 
 

@@ -12,8 +12,8 @@ def claim(path: Path, settings: dict, checkpoint: Path | None = None, free=lambd
     """Make the folder of a record for these settings, or find it made for the same; TurboError where it is not.
 
     checkpoint: the file that training will leave to go on from. As long as it is not there, a record binds nobody; once
-    it is, there must be one. Not given: the record binds from the moment it is written. free: callable
-    (name of a setting) -> whether it may differ all the same, since nothing was made of it yet.
+    it is, there must be one. Not given: the record binds from the moment it is written. free: callable (name of a
+    setting) -> whether it may differ all the same, since nothing was made of it yet.
     """
     work = path.parent
     try:

@@ -24,8 +24,8 @@ QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x 
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name.
 
-    keeps_scores: dense attention of few tokens by plain products. For training in bfloat16 on a CPU, where torch's own
-    kernel takes twice as long, and five times where there are few keys; probabilities are rounded to bfloat16.
+    keeps_scores: dense attention of few tokens on a CPU by plain products. For training in bfloat16, where torch's own
+    kernel takes up to twice as long, three times where there are few keys; probabilities are rounded to bfloat16.
     """
 
     keeps_scores = False
@@ -113,7 +113,7 @@ def _attend(q, k, v, bias=None, keeps_scores=False):
     Attention."""
     bias = None if bias is None else bias[:, None, None].to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    small = q.shape[:3].numel() * k.shape[2] <= _SCORES
+    small = q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= _SCORES
     attend = _products if keeps_scores and small else F.scaled_dot_product_attention
     return attend(q, k, v, bias).transpose(1, 2).flatten(2)
 
