@@ -54,6 +54,7 @@ def test_the_report(family, small_clips, tmp_path):
     assert found == json.loads((tmp_path / "quality.json").read_text())
     assert found[-1]["first_frame"] > 0
     assert report.markdown(found).count("\n") == len(found) + 2
+    assert all(len(row["true"]) == COUNT and row["true"].count("1") / COUNT == row["all"] for row in found[1:])
     report.picture(found, family, tmp_path / "quality.png", count=1)
     assert (tmp_path / "quality.png").stat().st_size > 2000
 
@@ -100,6 +101,21 @@ def test_rows_of_files_that_are_gone_do_not_stay(family, small_clips, tmp_path):
         evaluate.evaluate(folder, out, **options)
     assert evaluate.evaluate(folder, out, again=True, **options) == [whole, student]
     assert evaluate.evaluate(folder, out, **options) == [whole, student]  # and it stays gone
+
+
+def test_a_row_is_held_to_its_base_prompt_by_prompt():
+    base, row = ({"name": ROWS[i].name, "of": {}, "low": 0.1, "high": 0.9, "bytes": 1} for i in (0, 1))
+    for line, marks in ((base, "1" * 170 + "0" * 150), (row, "1" * 152 + "0" * 168)):
+        share = marks.count("1") / len(marks)
+        line |= dict.fromkeys(("all", *world.ATTRIBUTES), share) | {"true": marks}
+    heading, first, second = report.table([base, row])
+    cells = dict(zip(heading, second))
+    assert cells["points to base"] == "-5.6 (-8.2 to -3.0)" and cells["p"] == "8e-06"
+    assert dict(zip(heading, first))["points to base"] == "-"
+    del base["true"]  # a report of before
+    assert report.table([base, row])[2][heading.index("p")] == "-"
+    del row["true"]
+    assert "p" not in report.table([base, row])[0]
 
 
 @pytest.mark.parametrize(

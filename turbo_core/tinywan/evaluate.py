@@ -155,6 +155,7 @@ def _summary(row: Row, marks, scenes, seconds: float, size: int) -> dict:
     extra = {"held_out": sum(held), "held_out_count": len(held), "seconds": round(seconds, 3), "bytes": size}
     extra |= {"processes": engine.processes(), "threads": torch.get_num_threads()}  # that the seconds were taken with
     extra["motions"] = motions  # {motion: [read back, asked for]}
+    extra["true"] = "".join(str(int(mark["all"])) for mark in marks)  # of each prompt, so that rows can be paired
     return _scores(row.name, marks) | {"steps": row.steps} | extra
 
 

@@ -10,6 +10,7 @@ from ..pipeline.video import to_frames
 from ..vae import decode_video, load_vae
 from . import FILES, world
 from .evaluate import BATCH
+from .paired import compare
 from .rows import ROWS, load_row, pictures, prompts, sample_row
 
 _SHOWN = (
@@ -24,21 +25,33 @@ _FRAMES, _TILE = 5, 96  # of each clip, and how high
 
 
 def table(report: list[dict]) -> list[tuple[str, ...]]:
-    """The rows of a report as text, a heading first; every acceleration against what it accelerates. dB: of clips that
-    went through the VAE, and of the first frame against the picture that was given."""
-    told = ("whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base", "dB", "s/clip", "MB")
-    lines = [("", *told)]
+    """The rows of a report as text, a heading first; every acceleration against what it accelerates, prompt by prompt
+    where both rows tell which were true. dB: of clips that went through the VAE, and of the first frame against the
+    picture that was given."""
+    told = ("whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base")
+    paired = ("points to base", "p") if any("true" in row for row in report) else ()
+    lines = [("", *told, *paired, "dB", "s/clip", "MB")]
     scores, bases = {row["name"]: row for row in report}, {row.name: row.base for row in ROWS}
     for row in report:
         base = scores.get(bases.get(row["name"]))
         share = _percent(row["all"] / base["all"]) if base and base["all"] else "-"
         parts = [_percent(row[name]) for name in world.ATTRIBUTES]
+        apart = _points(row, base) if paired else ()
         likeness = next((f"{row[name]:.1f}" for name in ("psnr", "first_frame") if name in row), "-")
         seconds = f"{row['seconds']:.2f}" if "seconds" in row else "-"
         between = f"{_percent(row['low'])[:-1]} to {_percent(row['high'])}"
         size = f"{row['bytes'] / 1e6:.1f}"
-        lines.append((row["name"], _percent(row["all"], 1), between, *parts, share, likeness, seconds, size))
+        lines.append((row["name"], _percent(row["all"], 1), between, *parts, share, *apart, likeness, seconds, size))
     return lines
+
+
+def _points(row: dict, base: dict | None) -> tuple[str, str]:
+    """(difference of two rows in points with its 95 % interval, McNemar's p)."""
+    if base is None or "true" not in row or "true" not in base:
+        return "-", "-"
+    found = compare(*([mark == "1" for mark in marks["true"]] for marks in (row, base)))
+    apart, low, high = (f"{100 * share:+.1f}" for share in found[:3])
+    return f"{apart} ({low} to {high})", f"{found.p:.2f}" if found.p >= 0.005 else f"{found.p:.0e}"
 
 
 def _percent(share: float, digits: int = 0) -> str:
