@@ -31,7 +31,7 @@ def real():
     """Scenes, their clips, latents and prompts' embeddings, as the models were trained to see them."""
     random = torch.Generator().manual_seed(77)
     scenes = world.random_scenes(4, random)
-    video = world.render(scenes, 33, 128, 128, random)
+    video = world.render(scenes, world.FRAMES, world.SIDE, world.SIDE, random)
     codec = load_vae(FOLDER / FILES["vae"])
     latent = encode_video(codec, video)
     encoder, tokenize = load_text_encoder(FOLDER / FILES["text"], dtype=torch.float32)

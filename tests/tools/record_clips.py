@@ -22,7 +22,9 @@ DARK, LIGHT = (24, 24, 26), (225, 225, 225)
 def make(dit, prompt):
     """uint8 [T, H, W, 3]."""
     files = dit, FOLDER / FILES["vae"], FOLDER / FILES["text"]
-    return pipeline.generate(prompt, *files, size=(128, 128), frames=33, steps=4, topk=0.15, seed=0).frames
+    return pipeline.generate(
+        prompt, *files, size=(world.SIDE, world.SIDE), frames=world.FRAMES, steps=4, topk=0.15, seed=0
+    ).frames
 
 
 def sheet(frames, names):

@@ -24,7 +24,7 @@ from turbo_core.tinywan import world
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, GAP, BAND, TILE, TITLE, COLUMNS = 528, 8, 72, 240, 26, 4
 DARK, LIGHT, FAINT = (24, 24, 26), (240, 240, 240), (170, 170, 175)
-SIZE, FRAMES, MODEL = 128, 33, "TinyWan"
+SIZE, FRAMES, MODEL = world.SIDE, world.FRAMES, "TinyWan"
 TURBO, TEACHER, STUDENT = (Path(tinywan.FILES[name]).name for name in ("turbo", "teacher", "student"))
 HIGH, LOW = (Path(tinywan.PAIR[name]).name for name in ("high", "low"))
 FILES = {  # published: TinyWan's
