@@ -1,7 +1,7 @@
 """Sets up a virtual environment and does one job: `python run.py demo`, `python run.py test`.
 
 demo   render a prompt with TinyWan, the small trained family: MP4 and contact sheet in output/ (and, where COMFYUI_DIR
-       names a ComfyUI, the workflow "try it" there)
+       names a ComfyUI, the workflow 00_start_here there)
 test   style check and tests; also in the real ComfyUI where one is found (COMFYUI_DIR, the one this pack lies in,
        or ~/ComfyUI)
 check  style check only

@@ -13,7 +13,8 @@ from turbo_core.pipeline import plan
 @pytest.mark.parametrize("file, kind, width, height", cards.VIDEOS)
 def test_a_video_is_what_the_plan_says(file, kind, width, height, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")  # a sentence on one line
-    assert main(["plan", "--model", kind, "--size", f"{width}x{height}"]) == 0
+    options = ["--topk", str(cards.TOPK), "--precision", cards.PRECISION]
+    assert main(["plan", "--model", kind, "--size", f"{width}x{height}", *options]) == 0
     said = re.findall(r"sampling\W+([\d.]+) \+ ([\d.]+) GiB\W+(.*)", capsys.readouterr().out)
     assert len(said) == len(plan.CARDS)
     for memory, (weights, activations, verdict) in zip(plan.CARDS, said):

@@ -1,7 +1,7 @@
 """Cycles of a kernel by its machine code: one partition of a multiprocessor, simulated in order. A forecast.
 
-Warps issue one instruction a cycle in turn, as stall counts, scoreboards, barriers and pipes let them. It was right
-within 10 % of published figures on a 5090 and within 20 to 30 % elsewhere; between kernels of one card about 8 %. It
+Warps issue one instruction a cycle in turn, as stall counts, scoreboards, barriers and pipes let them. docs/forecast.md
+has the published figures that it was held to; between kernels of one card it is right within about 8 %. It
 knows no power limit, flatters tiles 32 deep and the way out of persistent kernels.
 """
 

@@ -1,4 +1,4 @@
-"""Renders the shipped workflow "try it" in a real ComfyUI with TinyWan, the small trained family.
+"""Renders the shipped workflow 00_start_here in a real ComfyUI with TinyWan, the small trained family.
 
     python -m tests.tools.demo OUTPUT_FOLDER
 

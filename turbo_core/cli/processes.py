@@ -5,7 +5,7 @@ from ..errors import TurboError
 
 def add_parallel(command) -> None:
     command.add_argument(
-        "--parallel", choices=("sequence",), help="each clip by all processes of torchrun, a GPU each: docs/parallel.md"
+        "--parallel", choices=("sequence",), help="each clip by all processes of torchrun, a GPU each (docs/parallel.md)"
     )
 
 

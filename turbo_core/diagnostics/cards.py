@@ -17,7 +17,8 @@ VIDEOS = (
     ("I2V A14B", "i2v-a14b", 832, 480),
     ("I2V A14B", "i2v-a14b", 1280, 720),
 )
-FRAMES, STEPS, TOPK = 81, 4, 0.1
+FRAMES, STEPS = 81, 4
+TOPK, PRECISION = 0.15, "int8"  # what the node takes for top-k 0 and precision auto where kernels compute
 OF_MEMORY = dict(zip(CARDS, ("RTX 4060", "RTX 4070", "RTX 4080", "RTX 4090", "RTX 5090")))  # GiB: whose seconds
 FETCHED = 10e9  # bytes a second that come from main memory while the card computes: an assumption
 _HOST_DECODES = 14_000  # bytes a pixel of a frame that ComfyUI's own VAE Decode asks for, in bf16
@@ -46,7 +47,8 @@ def fits(memory: float, card: str | None = None) -> list[Fit]:
     found = []
     for file, kind, width, height in VIDEOS:
         model, size = PUBLISHED[kind], f"{width}x{height}"
-        stage = next(s for s in stages(model, width, height, FRAMES, memory, topk=TOPK) if s.name == "sampling")
+        planned = stages(model, width, height, FRAMES, memory, topk=TOPK, precision=PRECISION)
+        stage = next(s for s in planned if s.name == "sampling")
         one = stage.weights / model.experts
         if stage.fits == "resident":
             stays = "all" if model.experts == 1 else "both experts" if stage.kept == stage.weights else "one expert"

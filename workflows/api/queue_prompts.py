@@ -83,7 +83,8 @@ def main():
     parser.add_argument("--server", default="http://127.0.0.1:8188", help="where ComfyUI runs")
     given = parser.parse_args()
     workflow = read_workflow(given.workflow)
-    prompts = [line.strip() for line in read(given.prompts).splitlines() if line.strip()]
+    lines = (line.strip() for line in read(given.prompts).splitlines())
+    prompts = [line for line in lines if line and not line.startswith("#")]  # as turbo-core batch reads them
     given.output.mkdir(parents=True, exist_ok=True)
     waiting = {queue(given.server, workflow, prompt, number): number for number, prompt in enumerate(prompts)}
     failed = 0
