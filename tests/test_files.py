@@ -239,3 +239,27 @@ def test_a_disk_without_locks_lets_everybody_in(target, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     write_whole(target, "new")
     assert target.read_text() == "new" and os.listdir(target.parent) == [target.name]
+
+
+@pytest.mark.skipif(not files.fcntl, reason="Windows removes no open file")
+def test_a_sweep_that_meets_the_lock_of_a_writer_that_is_just_done_leaves_the_next_one_alone(target, monkeypatch):
+    lock = files._lock_of(target)
+    lock.write_text("")
+    locked = files._lock
+
+    def done_meanwhile(file):  # its owner removes it, and another writer begins
+        lock.unlink()
+        lock.write_text("process 2 on here")
+        target.with_name(f"{target.name}.part").write_text("half")
+        return locked(file)
+
+    monkeypatch.setattr(files, "_lock", done_meanwhile)
+    files.sweep(target.parent)
+    assert lock.read_text() == "process 2 on here" and target.with_name(f"{target.name}.part").exists()
+
+
+def test_on_a_disk_where_no_file_is_itself_writing_goes_on(target, monkeypatch):
+    monkeypatch.setattr(files.os.path, "samestat", lambda one, other: False)
+    with files.written_aside(target, sweeps=False) as aside:
+        aside.write_text("new")
+    assert target.read_text() == "new"

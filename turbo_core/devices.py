@@ -11,6 +11,11 @@ import torch
 from .errors import TurboError, shown
 
 
+def default_dtype(device) -> torch.dtype:
+    """What a model is computed in on a device unless somebody says otherwise."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def pick_device(device=None) -> torch.device:
     """The torch device of this name, or the best one there is. Raises TurboError when it is not available."""
     if device is None:
@@ -51,9 +56,9 @@ def int_mm_pays(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done what this thread gave it."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # not always the current one
+        torch.cuda.current_stream(device).synchronize()  # another clip may be decoded beside
     elif device.type == "mps":
         torch.mps.synchronize()
 
@@ -133,9 +138,13 @@ class OutOfMemory(TurboError):
     """Memory ran out in the middle of the work."""
 
 
+_FULL = "allocate memory", "out of memory", "unable to find an engine", "ALLOC_FAILED"
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch says that memory ran out; that of a CPU's memory has no type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    """Whether an error says that memory ran out: a CPU's has no type of its own, Triton and the driver say so in a
+    plain RuntimeError, and cuDNN finds no engine where none has room to work."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _FULL)
 
 
 @contextmanager

@@ -160,6 +160,8 @@ class Disk:
             source.fill(numbers.view(torch.uint8).numpy(), start)
         except Shorter as error:
             raise source.shorter() from error
+        except OSError as error:
+            raise TurboError(f"{source.path} could not be read ({error.strerror or error}). Check its disk.") from error
         return numbers.as_strided(tensor.shape, tensor.stride())
 
     def _again(self, count, dtype):

@@ -19,6 +19,7 @@ except ImportError:  # Windows
 
 _LOCK = ".turbowan-lock"
 _FAR = 1 << 20  # a byte that nobody reads: Windows keeps others from what is locked
+_END, _SPOT, _EVERY = 1 << 20, 1 << 12, 1 << 22  # of a sample, bytes
 _LONGEST = 230  # bytes of a name: file systems take 255, and the lock beside it has a longer one
 
 
@@ -71,10 +72,10 @@ def alone(target: Path):
             time.sleep(0.01)  # its owner is about to write its name, or another process only looked or swept
             tries -= 1
             continue
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
-                break
+        if tries == 0 or _is_at(file, place):  # there are disks on which no file is ever the same as itself
+            break
         file.close()  # its owner was just done and removed it
+        tries -= 1
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -140,6 +141,14 @@ def _lock(file) -> bool | None:
     return True
 
 
+def _is_at(file, place: Path) -> bool:
+    """True where an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(place))
+    except OSError:
+        return False
+
+
 def _unlock(file) -> None:
     """Let go of a lock before the file is closed, which Windows asks for."""
     if not fcntl:
@@ -163,7 +172,8 @@ def sweep(folder: Path) -> None:
     """Remove what processes that were killed left in a folder: locks that nobody holds, and the parts beside them."""
     for place in folder.glob(f".*{_LOCK}"):
         with suppress(OSError), open(place, "a", encoding="utf-8") as file:
-            if _lock(file):  # not where it is unknown
+            if _lock(file) and _is_at(file, place):  # not where it is unknown, nor what a writer removed just now
+                file.truncate(0)  # while its part goes nobody owns it
                 part = folder / f"{place.name[1:].removesuffix(_LOCK)}.part"
                 if part.exists():
                     part.unlink()
@@ -195,6 +205,20 @@ def digest(files) -> str:
             while chunk := file.read(1 << 24):
                 contents.update(chunk)
     return contents.hexdigest()[:16]
+
+
+def sample(path) -> str:
+    """Tells large files apart in a moment, where `digest` takes a minute: by their sizes, their ends and some
+    bytes of every four megabytes. A layer's weight is larger than that, so none changes unseen; single numbers may."""
+    if not os.path.isfile(path):
+        return "no such file"
+    size = os.path.getsize(path)
+    contents = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start, count in ((0, _END), (max(0, size - _END), _END), *((at, _SPOT) for at in range(0, size, _EVERY))):
+            file.seek(start)
+            contents.update(file.read(count))
+    return f"{size} bytes, {contents.hexdigest()[:16]}"
 
 
 def counted(named, progress=None):

@@ -15,6 +15,7 @@ import torch
 
 from . import dispatch
 from .channels import reference as channels_reference
+from .devices import is_out_of_memory
 from .dispatch import FAMILIES, SWITCH
 from .errors import TurboError
 from .int8 import dequantize_block
@@ -113,7 +114,7 @@ def _reason_against(device, family):
         with torch.no_grad():
             return CHECKS[family](device)
     except Exception as error:  # whatever a compiler or driver raises: the torch path is always there
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             return _NO_MEMORY
         if not answers(device):
             raise TurboError(
@@ -124,17 +125,12 @@ def _reason_against(device, family):
         return f"the kernel failed ({type(error).__name__}: {first_line})"
 
 
-def _out_of_memory(error) -> bool:
-    """True also where Triton or the driver says so, in a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
 def answers(device) -> bool:
     """False once an illegal access has made CUDA refuse this process; a full card answers."""
     try:
         return torch.ones(1, device=device).item() == 1
     except RuntimeError as error:
-        return _out_of_memory(error)
+        return is_out_of_memory(error)
 
 
 def _moved(operands, device):

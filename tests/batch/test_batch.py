@@ -1,7 +1,9 @@
 """turbo-core batch: the videos of single runs, resumed without doing anything twice, one job's fault its own."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from tests.helpers.manifests import times_done
+from tests.helpers.pipelines import i2v
 from turbo_core import checkpoint, pipeline
-from turbo_core.batch import Manifest, folder, jobs, read_jobs, workers
+from turbo_core.batch import Manifest, folder, jobs, making, read_jobs, workers
+from turbo_core.cli import batch as cli_batch
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import Clip
@@ -73,9 +78,8 @@ def test_the_frames_are_those_of_generate(tiny, tmp_path, prompts, monkeypatch):
         folder, "write_video", lambda path, frames, **made: seen.update({path: frames}) or write(path, frames, **made)
     )
     assert main(command(tiny, prompts, tmp_path / "out")) == 0
-    found, _ = read_jobs(
-        prompts, Clip("", size=(32, 32), frames=5, steps=2), jobs.digest_of_models(tiny / n for n in FILES)
-    )
+    models = jobs.digest_of_models(tiny / n for n in FILES) + "float32"
+    found, _ = read_jobs(prompts, Clip("", size=(32, 32), frames=5, steps=2), models)
     assert len(seen) == 4
     for job in found:
         alone = pipeline.generate(
@@ -253,7 +257,8 @@ if __name__ == "__main__" or True:
     resident.what_stays = lambda *_: residence.Stay()
 if __name__ == "__main__":
     files = dict(zip(("dit", "vae", "text_encoder"), {[str(tiny / name) for name in FILES]!r}))
-    listed = [jobs.Job(n, f"{{n}}.mp4", str(n), Clip(f"p{{n}}", n, size=(32, 32), frames=5, steps=1)) for n in range(6)]
+    clips = [Clip(f"p{{n}}", n, size=(32, 32), frames=5, steps=1) for n in range(6)]
+    listed = [jobs.Job(n, f"{{n}}.mp4", str(n), None, clip) for n, clip in enumerate(clips)]
     told = []
     workers.make_by_workers(["cpu"], files, listed, {str(tmp_path)!r}, told.append)
     print(sorted((o.job.name, o.state, (o.error or "")[:22]) for o in told if o.state != "begun"))
@@ -271,7 +276,7 @@ def test_a_process_that_died_while_it_had_nothing_to_do_is_found_when_it_gets_jo
     try:
         worker.process.kill()
         worker.process.join()
-        worker.give([jobs.Job(1, "a.mp4", "id", Clip("a"))])
+        worker.give([jobs.Job(1, "a.mp4", "id", None, Clip("a"))])
         with pytest.raises((EOFError, OSError)):  # as the loop expects it of a dead one
             worker.connection.recv()
     finally:
@@ -307,3 +312,61 @@ def test_another_model_in_the_same_folder_makes_other_videos(tiny, tmp_path):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert main(command(tiny, prompts, out, "--dit", folder)) == 0
     assert sorted(made(out).values()) == [1, 1]
+
+
+def test_the_type_that_is_the_default_makes_the_same_videos(tiny, tmp_path):
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle")
+    for settings in ([], ["--dtype", "float32"]):
+        assert main(command(tiny, prompts, out, *settings)) == 0
+    assert list(made(out).values()) == [1]
+
+
+def test_a_file_that_no_batch_made_is_left_alone(tiny, tmp_path, capsys):
+    out, prompts = tmp_path / "out", tmp_path / "prompts.csv"
+    out.mkdir()
+    prompts.write_text("prompt,name\na red circle,holiday\na blue square,mine\n")
+    (out / "holiday.mp4").write_bytes(b"the only copy")
+    for _ in range(2):
+        assert main(command(tiny, prompts, out)) == 1
+        assert "prompts.csv:2: holiday.mp4 is in" in (said := capsys.readouterr().err) and "no batch made it" in said
+        assert (out / "holiday.mp4").read_bytes() == b"the only copy"
+    assert list(made(out)) == ["mine.mp4"]
+    (out / "batch.jsonl").unlink()
+    (out / "mine.mp4").write_bytes((out / "mine.mp4").read_bytes()[:-9])  # ours, by what lies beside
+    (out / "holiday.mp4").unlink()
+    assert main(command(tiny, prompts, out)) == 0
+
+
+def test_a_picture_replaced_in_a_batch_is_its_own_clips_fault(tiny, tmp_path, monkeypatch):
+    shutil.copy(tiny / "image.png", tmp_path / "frame.png")
+    jobs_file = tmp_path / "jobs.jsonl"
+    jobs_file.write_text('{"prompt": "a", "image": "frame.png", "size": "32x32", "frames": 5, "steps": 1}')
+    found, _ = jobs.read_jobs(jobs_file, Clip(""))
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "frame.png")
+    told = []
+    with i2v(tiny) as pipe:
+        making.make(pipe, found, tmp_path / "out", told.append)
+    assert [outcome.state for outcome in told] == ["failed"] and "frame.png has changed since" in told[0].error
+
+
+def test_a_journal_of_another_person_is_told(tiny, tmp_path, prompts, monkeypatch, capsys):
+    def refused(target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder, "alone", refused)
+    assert main(command(tiny, prompts, tmp_path / "out")) == 2
+    assert "batch.jsonl cannot be written (Permission denied). Check whose it is" in capsys.readouterr().err
+
+
+def test_cuda_without_a_number_is_every_card_where_processes_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for device, count, expected in (
+        ("cuda", 2, ["cuda:0", "cuda:1"]),
+        (None, None, [f"cuda:{index}" for index in range(4)]),
+        ("cuda", None, ["cuda"]),
+        ("cuda:3", 2, ["cuda:3"] * 2),
+    ):
+        asked = argparse.Namespace(device=device, workers=count, parallel=None, ray=None)
+        assert cli_batch._devices(asked) == expected

@@ -26,7 +26,7 @@ SMALL = {"size": (32, 32), "frames": 5, "steps": 2}
 
 
 def listed(count):
-    return [Job(n, f"{n}.mp4", f"id{n}", Clip(f"prompt {n}", n, **SMALL)) for n in range(count)]
+    return [Job(n, f"{n}.mp4", f"id{n}", None, Clip(f"prompt {n}", n, **SMALL)) for n in range(count)]
 
 
 def settings(tiny, **more):

@@ -187,9 +187,35 @@ def test_a_picture_that_changed_anywhere_is_another(tmp_path):
 def test_models_are_told_apart_by_their_bytes_not_their_names(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for path in (one, two):
-        path.write_bytes(bytes(5 << 20))
+        path.write_bytes(bytes(40 << 20))
     assert jobs.digest_of_models([one]) == jobs.digest_of_models([two])
-    with open(two, "r+b") as file:
-        file.seek((5 << 20) - 9)
-        file.write(b"x")
-    assert jobs.digest_of_models([one]) != jobs.digest_of_models([two])
+    # near an end, or all of a layer somewhere between
+    for start, part in (((40 << 20) - 9, b"x"), (9 << 20, b"x" * (5 << 20))):
+        with open(two, "r+b") as file:
+            file.seek(start)
+            file.write(part)
+        assert jobs.digest_of_models([one]) != jobs.digest_of_models([two])
+        two.write_bytes(bytes(40 << 20))
+
+
+def test_a_table_with_tabs_and_a_json_that_is_no_list_of_lines(tmp_path):
+    (found, other), faults = read(tmp_path, "prompt\tseed\na fox\t3\na dog\t4\n", "list.tsv")
+    assert [(job.clip.prompt, job.clip.seed) for job in (found, other)] == [("a fox", 3), ("a dog", 4)] and not faults
+    with pytest.raises(TurboError, match=r"list.json is JSON.*save it as .jsonl"):
+        read(tmp_path, '[\n{"prompt": "a fox"}\n]', "list.json")
+
+
+def test_names_that_a_disk_takes_for_one_are_told(tmp_path):
+    composed, apart = '{"prompt": "a", "name": "caf\u00e9"}', '{"prompt": "b", "name": "cafe\u0301"}'
+    found, [fault] = read(tmp_path, f"{composed}\n{apart}")
+    assert len(found) == 1 and "the same name" in fault.error
+
+
+def test_a_picture_is_read_once_for_all_its_lines(tmp_path, monkeypatch):
+    (tmp_path / "frame.png").write_bytes(b"x")
+    seen, digest = [], jobs.digest
+    monkeypatch.setattr(jobs, "digest", lambda files: seen.append(files) or digest(files))
+    found, _ = read(
+        tmp_path, '{"prompt": "a", "image": "frame.png", "seeds": "0-1"}\n{"prompt": "b", "image": "frame.png"}'
+    )
+    assert len(found) == 3 and len(seen) == 1 and {job.picture for job in found} == {digest([tmp_path / "frame.png"])}

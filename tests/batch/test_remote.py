@@ -129,3 +129,12 @@ def test_what_cannot_be_written_at_all_is_told_at_the_start(tiny, memory, monkey
     monkeypatch.setattr(type(memory), "pipe_file", refused)
     with pytest.raises(TurboError, match=r"Could not write memory://bucket/clips \(OSError: read only\)"):
         Manifest("memory://bucket/clips").__enter__()
+
+
+def test_what_another_process_sent_meanwhile_is_seen(memory):
+    folder = Remote("memory://bucket/clips")
+    with folder.journal():
+        assert not folder.holds("a.mp4", "id")
+        memory.pipe_file("/bucket/clips/a.mp4", b"video")
+        memory.pipe_file("/bucket/clips/a.json", json.dumps({"settings": {"id": "id"}, "bytes": 5}).encode())
+        assert folder.holds("a.mp4", "id") and not folder.holds("a.mp4", "other")

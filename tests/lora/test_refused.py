@@ -57,9 +57,21 @@ BAD = {
         lambda good: good | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(256)},
         "norm_q.bias, which .* does not have",
     ),
+    "two experts in one": (
+        lambda good: {
+            n.replace("diffusion_model.", f"{half}."): t.clone() for n, t in good.items() for half in EXPERTS
+        },
+        "two LoRAs in one file.*a file of its own",
+    ),
+    "two adapters in one": (
+        lambda good: {
+            n.replace(".weight", f".{half}.weight"): t.clone() for n, t in good.items() for half in ("a", "b")
+        },
+        "two LoRAs in one file",
+    ),
     "a model": (lambda good: MODEL[0].state_dict(), "holds whole weights: a model, no LoRA"),
 }
-MODEL = []
+MODEL, EXPERTS = [], ("transformer", "transformer_2")  # as Diffusers calls them
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -55,6 +55,20 @@ def test_another_encoder_type_or_content_has_entries_of_its_own(tiny, tmp_path):
     assert entries() == 3
 
 
+def test_an_encoder_replaced_in_a_run_leaves_nothing_under_the_old_ones_name(tiny, tmp_path):
+    copy, folder = tmp_path / "copy.safetensors", tmp_path / "cache"
+    shutil.copy(tiny / "tiny_umt5.safetensors", copy)
+    running = made(tiny, folder, copy)
+    running.of(PROMPTS[:1], no_stage)
+    running.free()
+    raw = bytearray(copy.read_bytes())
+    raw[-5] ^= 1
+    copy.write_bytes(raw)
+    with pytest.raises(TurboError, match=r"copy.safetensors.*has changed since this run began"):
+        running.of(PROMPTS[1:2], no_stage)
+    assert running.encoder is None and len(list(folder.glob("*.embedding"))) == 1
+
+
 def test_another_tokenizer_beside_the_encoder_has_entries_of_its_own(tiny, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -10,6 +10,7 @@ from tests.helpers.pipelines import ALL, CLIPS, SMALL, alone, i2v, same, t2v
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import Clip, Pipeline, experts, residence, resident, sampling
 from turbo_core.pipeline.residence import Stay
+from turbo_core.wan import WanModel
 
 
 def test_a_file_replaced_while_it_is_in_use_is_an_error(tiny, tmp_path, monkeypatch):
@@ -21,6 +22,39 @@ def test_a_file_replaced_while_it_is_in_use_is_an_error(tiny, tmp_path, monkeypa
         dit.write_bytes((tiny / "TinyWan2.1-T2V-quant.pth").read_bytes())
         with pytest.raises(TurboError, match="has changed since"):
             pipe("a", steps=1, **SMALL)
+
+
+def test_another_file_of_the_same_form_in_the_place_of_a_model_is_an_error(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay())
+    dit = tmp_path / "dit.pth"
+    raw = bytearray((tiny / "TinyWan2.1-T2V.pth").read_bytes())
+    dit.write_bytes(raw)
+    with Pipeline(dit, tiny / "TinyWan2.1_VAE.pth", tiny / "tiny_umt5.safetensors", device="cpu") as pipe:
+        pipe("a", steps=1, **SMALL)
+        (tmp_path / "new.pth").write_bytes(raw)
+        (tmp_path / "new.pth").replace(dit)
+        with pytest.raises(TurboError, match="has changed since"):
+            pipe("a", steps=1, **SMALL)
+
+
+def test_where_memory_ran_out_no_model_stays(tiny, monkeypatch):
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(True, True))
+    step, failures = WanModel.forward, []
+
+    def full(self, *arguments, **settings):
+        if not failures and len(pipe.experts.models) == 2:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return step(self, *arguments, **settings)
+
+    def failed(clip, error):
+        failures.append((str(error), dict(pipe.experts.models)))
+
+    monkeypatch.setattr(WanModel, "forward", full)
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(2)]
+    with i2v(tiny) as pipe:
+        assert len(list(pipe.map(clips, failed=failed))) == 1
+    [(said, models)] = failures
+    assert "Out of memory" in said and models == {}
 
 
 def test_a_clip_that_fails_leaves_the_others_alone(tiny):

@@ -99,6 +99,20 @@ def test_a_file_that_cannot_be_read_is_named_and_nothing_hangs(monkeypatch):
     assert not handover._thread.is_alive()
 
 
+def test_a_fault_of_any_kind_in_the_copying_thread_does_not_leave_a_forward_waiting(monkeypatch):
+    model = model_of(expert(0))
+    handover = Handover(model, expert(1))
+
+    def broken(pairs, ticket):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(handover._lane, "copy", broken)
+    model(*INPUT)
+    with pytest.raises(TurboError, match="none left"):
+        model(*INPUT)
+    handover.cancel()
+
+
 def test_cancel_before_and_after_the_end():
     model = model_of(expert(0))
     handover = Handover(model, expert(1))

@@ -134,6 +134,34 @@ def test_a_second_group_begins_with_the_high_noise_expert_again(tiny, monkeypatc
     assert all(same(one, other) for one, other in zip(made, expected, strict=True))
 
 
+def test_experts_that_stay_for_small_clips_do_not_stand_in_for_each_other_after_a_large_one(tiny, monkeypatch):
+    """A hand-over overwrites the high-noise expert: the low-noise one that a smaller clip left must be gone by then."""
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(3)]
+    expected = [alone(i2v(tiny), clip) for clip in clips]
+    rooms = [Stay(True, True), Stay(dit=True), Stay(True, True)]
+    monkeypatch.setattr(resident, "what_stays", lambda model, ready, *_: rooms[ready.clip.seed])
+    with i2v(tiny) as pipe:
+        pipe.experts.files, pipe.experts.in_place = {}, True
+        made = list(pipe.map(clips))
+    assert all(same(one, other) for one, other in zip(made, expected, strict=True))
+
+
+def test_clips_that_wait_for_the_low_noise_expert_keep_no_keys_of_their_text(tiny, monkeypatch):
+    clips = [Clip("a", seed, tiny / "image.png", steps=3, **SMALL) for seed in range(3)]
+    monkeypatch.setattr(resident, "what_stays", lambda *_: Stay(dit=True))
+    kept, advance = [], resident.Trajectory.advance
+
+    def advanced(self, model_at, until, *rest):
+        if until == clips[0].steps:
+            kept.append(self.text._kept)
+        return advance(self, model_at, until, *rest)
+
+    monkeypatch.setattr(resident.Trajectory, "advance", advanced)
+    with i2v(tiny) as pipe:
+        assert len(list(pipe.map(clips))) == 3
+    assert kept == [None] * 3
+
+
 def test_results_keep_the_order_of_the_clips_whatever_room_each_has(tiny, monkeypatch):
     """A clip with no room for decoding beside it waits for the one before, which is first in order and in memory."""
     clips = [Clip("a", seed, steps=1, **SMALL) for seed in range(5)]

@@ -165,3 +165,11 @@ def test_a_sheet_s_format_can_be_written(tmp_path):
     for suffix in (".psd", ".xyz"):
         with pytest.raises(TurboError, match=r"name it x\.png"):
             check_sheet_path(tmp_path / f"x{suffix}")
+
+
+def test_a_pillow_without_avif_reads_the_other_formats(tmp_path, monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    for suffix in ("bmp", "tif"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"frame.{suffix}")
+        assert read_image(tmp_path / f"frame.{suffix}")[0].min() == 255

@@ -17,6 +17,7 @@ from .jobs import Job
 from .making import Faults, Outcome, in_a_line, make
 from .remote import folder_of
 
+_DEATHS = 3
 _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
 
 
@@ -44,12 +45,13 @@ def make_by_ray(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     local = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = shown((str(error).splitlines() or [""])[0], 200)
         raise TurboError(f"--ray: {shown(address)} is not reached ({reason}). Is the head running there?") from error
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars, context.max_errored_blocks = False, -1  # a lost block is its own jobs' affair
         on_cpu = settings.get("device") == "cpu"
         each = {"num_cpus": 1} if on_cpu else {"num_gpus": 1}
         kind = "CPU" if on_cpu else "GPU"
@@ -68,13 +70,20 @@ def make_by_ray(
                 min_size=max(1, min(free, actors or free, blocks)), max_size=actors or len(jobs)
             ),
             fn_constructor_kwargs=constants | {"version": __version__},
+            max_task_retries=_DEATHS - 1,  # else Ray tries a job that kills its process for ever
             **each,
         )
+        left = dict(enumerate(jobs))
         for row in outcomes.iter_rows():
             found = json.loads(row["outcome"])
             if "fatal" in found:
                 raise TurboError(found["fatal"])
-            tell(Outcome(jobs[found.pop("number")], **found))
+            tell(Outcome(left.pop(found.pop("number")), **found))
+        for job in left.values():  # of blocks whose process died again and again
+            if folder.holds(job.name, job.id):
+                tell(Outcome(job, "done", bytes=folder.size(job.name)))
+            else:
+                tell(Outcome(job, "failed", error=f"a process that had it in work died {_DEATHS} times."))
     finally:
         ray.shutdown()
 

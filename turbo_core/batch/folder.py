@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import TurboError
@@ -47,6 +47,18 @@ class Folder:
                 made = beside["settings"] if beside.get("video") == digest([place]) else {}
             return made.get("id") == id
         return False
+
+    def is_foreign(self, name: str) -> bool:
+        """True where a file of this name says nothing of being made by this pack, nor does what lies beside it."""
+        place = self.path / name
+        if not os.path.lexists(place):
+            return False
+        with suppress(TurboError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if read_made(place) is not None:
+                return False
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "id" not in json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
+        return True
 
     def write(self, name: str, frames, beside: dict, metadata: bool = True, signer=None) -> int:
         """Write a video, and its settings beside it, and return its bytes. beside: what is told of it, its "settings"
@@ -106,22 +118,29 @@ class Folder:
         the folder cannot be made, or another batch writes to it, which is named."""
         path = self.path / NAME
         check_place(path)
-        with alone(path):
-            sweep(self.path)
-            lines = []
-            with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-                lines = file.readlines()
-            with open(path, "a", encoding="utf-8") as file:
+        with ExitStack() as held:
+            try:
+                held.enter_context(alone(path))
+                sweep(self.path)
+                lines = []
+                with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+                    lines = file.readlines()
+                file = held.enter_context(open(path, "a", encoding="utf-8"))
                 if file.tell():
                     file.write("\n")  # after the torn line of a process that was killed
+            except OSError as error:
+                raise TurboError(
+                    f"{path} cannot be written ({error.strerror or error}). Check whose it is and the free space, or "
+                    "choose another folder."
+                ) from error
 
-                def add(line):
-                    try:
-                        file.write(line + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
-                    except OSError as error:
-                        raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error
+            def add(line):
+                try:
+                    file.write(line + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    raise TurboError(f"Could not write {path} ({error}). Free space and start again.") from error
 
-                yield lines, add
+            yield lines, add
             sweep(self.path)  # what processes of this batch left that were killed

@@ -8,12 +8,13 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import TurboError, shown
-from ..files import digest, is_device
+from ..files import digest, is_device, sample
 from ..lora import Lora, as_loras
 from ..pipeline import Clip
 from ..pipeline.sizes import parse_size
@@ -25,16 +26,17 @@ COLUMNS = (
 )  # fmt: skip
 MOST_BYTES, MOST_JOBS, MOST_LETTERS = 1 << 28, 1_000_000, 10_000
 MOST_NAME = 220  # bytes; with what is beside a file while it is written and signed, less than a disk takes
-_PART = 1 << 20
 _LORAS = "lora", "lora_low"
 
 
 class Job(NamedTuple):
-    """A video to make. name: of its file; id: tells apart all that the video depends on."""
+    """A video to make. name: of its file; id: tells apart all that the video depends on; picture: digest of its first
+    frame's file, None without."""
 
     line: int
     name: str
     id: str
+    picture: str | None
     clip: Clip
 
 
@@ -48,25 +50,26 @@ class Fault(NamedTuple):
 def read_jobs(path, defaults: Clip, models: str = "") -> tuple[list[Job], list[Fault]]:
     """The jobs of a file and the lines that are none.
 
-    *.jsonl (or .ndjson): an object a line; *.csv: a first row of column names, commas or semicolons; anything else: a
-    prompt a line, empty lines and those that begin with # left out. Columns are COLUMNS, what is left out comes from
-    `defaults`; seeds is "0-9" or "1,5,8" and makes as many videos; lora is FILE:STRENGTH, several with | between them
-    or as a list. Paths of images and LoRAs count from the file's folder.
+    *.jsonl (or .ndjson): an object a line; *.csv (or .tsv): a first row of column names, commas, semicolons or
+    tabs; anything else but .json: a prompt a line, empty lines and those that begin with # left out. Columns are
+    COLUMNS, what is left out comes from `defaults`; seeds is "0-9" or "1,5,8" and makes as many videos; lora is
+    FILE:STRENGTH, several with | between them or as a list. Paths of images and LoRAs count from the file's folder.
     models: digest of the models, part of each job's id. Raises TurboError where the file cannot be read at all.
     """
     path = Path(path)
-    text, jobs, faults, names, contents = _text(path), [], [], {}, functools.cache(_contents)
+    text, jobs, faults, names = _text(path), [], [], {}
+    contents, seen = functools.cache(_contents), functools.cache(lambda picture: digest([picture]))
     for file, _ in (*defaults.lora, *defaults.lora_low):
         contents(file)  # one that is not there is no fault of each line
     for line, found in _rows(text, path):
         try:
             if isinstance(found, TurboError):
                 raise found
-            for job in _jobs_of(line, found, defaults, path.parent, models, contents):
+            for job in _jobs_of(line, found, defaults, path.parent, models, contents, seen):
                 if len(jobs) == MOST_JOBS:
                     raise TurboError(f"more than {MOST_JOBS:,} videos. Expected fewer: split the file.")
                 stem = Path(job.name).stem  # settings lie beside a video under its name, whatever its suffix
-                first = names.setdefault(stem.lower(), job)
+                first = names.setdefault(unicodedata.normalize("NFC", stem).casefold(), job)  # as disks may
                 if first is not job:
                     what = "the same video" if first.id == job.id else f"the same name {shown(stem)}"
                     raise TurboError(f"{what} as line {first.line}. Expected another seed or name.")
@@ -85,17 +88,8 @@ def by_lora(jobs: list[Job]) -> list[Job]:
 
 
 def digest_of_models(paths) -> str:
-    """Tells sets of files apart by their sizes and three parts of each, without reading 28 GB."""
-    told = hashlib.sha256()
-    for path in paths:
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
-        told.update(f"{size}\0".encode())
-        if size:
-            with open(path, "rb") as file:
-                for start in sorted({0, size // 2, max(0, size - _PART)}):
-                    file.seek(start)
-                    told.update(file.read(_PART))
-    return told.hexdigest()[:16]
+    """Tells sets of files apart by samples of each, without reading 28 GB."""
+    return hashlib.sha256("\0".join(map(sample, paths)).encode()).hexdigest()[:16]
 
 
 def _text(path: Path) -> str:
@@ -112,7 +106,9 @@ def _text(path: Path) -> str:
 def _rows(text: str, path: Path) -> Iterator[tuple[int, dict | TurboError]]:
     """(number of the line, its columns or what is wrong with it)."""
     kind = path.suffix.lower()
-    if kind == ".csv":
+    if kind == ".json":
+        raise TurboError(f"{path} is JSON. Expected an object a line: save it as .jsonl.")
+    if kind in (".csv", ".tsv"):
         yield from _csv_rows(text, path)
         return
     for line, content in enumerate(text.split("\n"), 1):
@@ -164,7 +160,7 @@ def _csv_rows(text: str, path: Path):
         )
 
 
-def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str, contents) -> Iterator[Job]:
+def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str, contents, seen) -> Iterator[Job]:
     unknown = [key for key in row if key not in COLUMNS]
     if unknown:
         raise TurboError(f"unknown column {shown(unknown[0])}. Expected some of {', '.join(COLUMNS)}.")
@@ -185,7 +181,7 @@ def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str, co
     name = _file_name(row["name"]) if "name" in row else None
     seeds, picture = _seeds(row, defaults.seed), settings.get("image")
     try:
-        shows = None if picture is None else digest([picture])
+        shows = None if picture is None else seen(picture)
     except OSError as error:
         raise TurboError(f"image {shown(picture)} cannot be read ({error.strerror}). Check its rights.") from error
     for seed in seeds:
@@ -197,7 +193,7 @@ def _jobs_of(line: int, row: dict, defaults: Clip, folder: Path, models: str, co
             own = name if len(seeds) == 1 else f"{Path(name).stem}-{seed}{Path(name).suffix}"
         if len(os.fsencode(own)) > MOST_NAME:
             raise TurboError(f"{shown(own)} is too long a name. Expected at most {MOST_NAME} bytes: shorten it.")
-        yield Job(line, own, id, clip)
+        yield Job(line, own, id, shows, clip)
 
 
 def _seeds(row: dict, default: int) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import TurboError, shown
+from ..files import digest
 from ..pipeline import Clip, Pipeline
 from ..pipeline.provenance import Signer
 from .jobs import Job
@@ -84,11 +85,17 @@ def make(
         if not isinstance(error, TurboError):
             faults.add(error)
 
+    def begun(clip):
+        job = of[id(clip)]
+        if job.picture is not None and digest([clip.image]) != job.picture:  # it would be kept as that of the old one
+            raise TurboError(f"{clip.image} has changed since this batch began. Start it again.")
+        tell(Outcome(job, "begun"))
+
     clips, alone = [job.clip for job in jobs], pipe.team.size == 1
     if not alone:
         clips = [clip for clip in clips if _fits(pipe, clip, failed)]
         pipe.team.told(lambda: [clip.plain() for clip in clips])
-    for _ in pipe.map(clips, write, failed if alone else None, lambda clip: tell(Outcome(of[id(clip)], "begun"))):
+    for _ in pipe.map(clips, write, failed if alone else None, begun):
         pass
 
 

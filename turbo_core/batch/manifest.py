@@ -32,12 +32,16 @@ class Manifest:
     def is_done(self, job: Job) -> bool:
         """True where this very video is there. One that a killed process could not enter any more is entered."""
         known, size = self.known.get(job.name), self.folder.size(job.name)
-        if known is not None and known[:2] == (job.id, "done"):
-            return known[2] == size
+        if known == (job.id, "done", size):
+            return True
         if size is None or not self.folder.holds(job.name, job.id):
             return False
         self.record(job, "done", bytes=size)
         return True
+
+    def is_foreign(self, job: Job) -> bool:
+        """True where a file of this name is there that no batch of this pack made: it is somebody's."""
+        return job.name not in self.known and self.folder.is_foreign(job.name)
 
     def record(self, job: Job, state: str, **more) -> None:
         """Add an event: state is begun, done or failed. In a folder of this machine it is on the disk when this

@@ -57,15 +57,16 @@ class Remote:
 
     def holds(self, name: str, id: str) -> bool:
         """True where settings lie beside the video, which follow it, and name this job and the video's bytes."""
-        size = self.size(name)
-        if size is None:
-            return False
         with self._told("read"):
             try:
+                size = self.fs.size(self._at(name))  # now: another process may have sent it since they were listed
                 beside = json.loads(self.fs.cat_file(self._at(_beside(name))))
                 return beside["settings"]["id"] == id and beside["bytes"] == size
             except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 return False
+
+    def is_foreign(self, name: str) -> bool:
+        return False  # a video whose batch was killed before its settings followed looks like anybody's
 
     def write(self, name: str, frames, beside: dict, metadata: bool = True, signer=None) -> int:
         try:

@@ -47,9 +47,10 @@ def _follow(arguments, team) -> int:
 
 def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
-    from ..batch.jobs import by_lora, digest_of_models
+    from ..batch.jobs import Fault, by_lora, digest_of_models
     from ..batch.making import sign_unsigned
     from ..checkpoint import files_of
+    from ..devices import default_dtype, pick_device
     from ..pipeline.embeddings import tokenizer_files
 
     settings = _settings(arguments)
@@ -57,7 +58,8 @@ def _run(arguments, team) -> int:
     paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
     paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer, arguments.text_encoder)]
     paths += [arguments.vae_fast] if arguments.vae_fast else []
-    models = digest_of_models(paths) + (arguments.dtype or "")
+    dtype = arguments.dtype or str(default_dtype(pick_device(arguments.device))).removeprefix("torch.")
+    models = digest_of_models(paths) + dtype
     jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
     if arguments.check:
         team.told(lambda: 0)
@@ -67,7 +69,14 @@ def _run(arguments, team) -> int:
     with Manifest(arguments.output) as manifest:
         done = [job for job in jobs if manifest.is_done(job)]
         there = {job.name for job in done}
-        todo = by_lora([job for job in jobs if job.name not in there])
+        others = {
+            job.name: Fault(job.line, f"{job.name} is in {manifest.folder} already, and no batch made it. Rename one.")
+            for job in jobs
+            if job.name not in there and manifest.is_foreign(job)
+        }
+        _tell_faults(arguments.jobs, others.values())
+        faults += others.values()
+        todo = by_lora([job for job in jobs if job.name not in there | others.keys()])
         if done:
             print(f"{len(done)} of {len(jobs)} videos are there already.", file=sys.stderr)
         if signer and done and manifest.folder.signs_later:
@@ -138,7 +147,8 @@ def _devices(arguments) -> list:
         return [arguments.device]
     if arguments.ray is not None:
         return []
-    if arguments.device is None and torch.cuda.is_available():
+    all_of_them = arguments.device is None or (arguments.device == "cuda" and count is not None)
+    if all_of_them and torch.cuda.is_available():
         cards = torch.cuda.device_count()
         if count is not None and count > cards:
             raise TurboError(f"--workers {count}, but there are {cards} CUDA devices. Expected at most as many.")

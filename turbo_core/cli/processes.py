@@ -4,9 +4,8 @@ from ..errors import TurboError
 
 
 def add_parallel(command) -> None:
-    command.add_argument(
-        "--parallel", choices=("sequence",), help="each clip by all processes of torchrun, a GPU each (docs/parallel.md)"
-    )
+    told = "each clip by all processes of torchrun, a GPU each (docs/parallel.md)"
+    command.add_argument("--parallel", choices=("sequence",), help=told)
 
 
 def in_team(arguments, run):

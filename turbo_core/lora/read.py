@@ -44,7 +44,12 @@ class LoraFile:
         parts = {}
         for stored, name in renamed.items():
             layer, part = split_name(name.removeprefix(_PREFIX))
-            parts.setdefault(layer, {})[part] = stored
+            first = parts.setdefault(layer, {}).setdefault(part, stored)
+            if first != stored:  # of two experts, or two adapters: which is meant nothing says
+                raise TurboError(
+                    f"{self.path} holds {shown(first)} and {shown(stored)}, both for {layer}: two LoRAs in one file. "
+                    "Save each in a file of its own."
+                )
         self.changes, self.shapes = {}, {name: tuple(tensors[name].shape) for name in renamed}
         for layer, found in parts.items():
             self._add(layer, found, tensors, shapes, model)

@@ -1,14 +1,10 @@
 """What processes that make one clip must have in common: program, cards, files, kernels."""
 
-import hashlib
-import os
-
 import torch
 
 from .. import __version__
 from ..dispatch import FAMILIES, why_not
-
-SPOTS, SPOT = 64, 1 << 16  # a file is told from another by its size and by so many parts of so many bytes
+from ..files import sample
 
 
 def program_facts(device, files) -> dict:
@@ -22,16 +18,3 @@ def program_facts(device, files) -> dict:
 def kernel_facts(device) -> dict:
     """Which kernels compute, once they were proved: torch rounds otherwise."""
     return {f"the kernels of {family}": "proved" if why_not(device, family) is None else "off" for family in FAMILIES}
-
-
-def sample(path) -> str:
-    """Tells files apart in milliseconds where files.digest takes a minute; not by a change of single bytes."""
-    if not os.path.isfile(path):
-        return "no such file"
-    size = os.path.getsize(path)
-    contents = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(SPOTS):
-            file.seek(max(0, size - SPOT) * i // (SPOTS - 1))
-            contents.update(file.read(SPOT))
-    return f"{size} bytes, {contents.hexdigest()[:12]}"

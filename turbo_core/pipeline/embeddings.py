@@ -30,7 +30,7 @@ class Embeddings:
         """folder: where results are kept, None for nowhere."""
         self.path, self.tokenizer, self.device, self.dtype = path, tokenizer, device, dtype
         self.store = None if folder is None else Store(folder)
-        self.encoder = self._whose = None
+        self.encoder = self._whose = self._states = None
 
     def of(self, prompts, stage, room=None) -> dict[str, torch.Tensor]:
         """{prompt: [tokens, text_dim] on the CPU}, the padding left out.
@@ -54,6 +54,9 @@ class Embeddings:
     def _encode(self, prompt, progress):
         if self.encoder is None:
             self.encoder = load_text_encoder(self.path, self.tokenizer, self.device, self.dtype, progress)
+            if self._states is not None and self._states != self._states_now():
+                self.encoder = None  # what it makes would be kept as another file's, for good
+                raise TurboError(f"{self.path} or its tokenizer has changed since this run began. Start it again.")
         padded = encode_text(*self.encoder, [prompt])[0].cpu()
         own = int((padded != 0).any(1).sum())
         return padded[:own].clone()
@@ -65,11 +68,17 @@ class Embeddings:
     def _key(self):
         """Tells apart all that a prompt's embedding depends on."""
         if self._whose is None:
-            files = [Path(self.path), *tokenizer_files(self.tokenizer, self.path)]
+            files, self._states = self._files(), self._states_now()
             device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
             parts = [_VERSION, *map(self.store.digest, files), self.dtype, device, torch.__version__]
             self._whose = "\0".join(map(str, parts))
         return self._whose
+
+    def _files(self):
+        return [Path(self.path), *tokenizer_files(self.tokenizer, self.path)]
+
+    def _states_now(self):
+        return [state_of(file) for file in self._files() if os.path.isfile(file)]
 
     def bytes(self) -> int:
         """What the encoder takes in memory now."""

@@ -2,9 +2,10 @@
 
 from collections import Counter
 
-from ..checkpoint import Opened, opened, weights
+from ..checkpoint import Opened, files_of, opened, weights
 from ..devices import page_locked, release
 from ..errors import TurboError
+from ..files import state_of
 from ..lora import Library, put_on
 from ..wan import WanModel
 from .handover import Handover, can_follow
@@ -28,6 +29,7 @@ class Experts:
         self.library = Library(files)
         self.bytes = [_bytes(file, dtype) for file in files]  # in memory, each
         self.files = dict(enumerate(files))
+        self._states = [_states(file.description.path) for file in files]
         self.device, self.dtype, self.sequence = device, dtype, sequence
         self.in_place = device.type != "cpu"
         self.waits = self.in_place and sum(self.bytes) <= waiting
@@ -45,6 +47,8 @@ class Experts:
         if wanted == 1 and self.handover is not None and wanted not in self.models:
             self.models = {wanted: self.models.popitem()[1]}  # the same module, other weights
             self._loras, self._changed = {wanted: None}, {}
+        if not keep and self.handover is None:  # an earlier, smaller clip may have left both
+            self._let_go(self.models.keys() - {wanted})
         if wanted not in self.models:
             if not keep or self.handover is not None:
                 self.free()
@@ -110,6 +114,13 @@ class Experts:
         if self.models and sum(self.bytes[which] for which in self.models) + size() > memory:
             self.free()
 
+    def _let_go(self, which):
+        for one in which:
+            for kept in (self.models, self.mapped, self._loras, self._changed):
+                kept.pop(one, None)
+        if which:
+            release(self.device)
+
     def close(self):
         """Let go of all, also of what waits."""
         self.free()
@@ -129,9 +140,13 @@ class Experts:
         """A file as it was first opened, or opened again. Raises TurboError where it is another one by now."""
         known = self.descriptions[which]
         file = self.files.pop(which, None) or opened(known.path)
-        if file.description != known:
+        if file.description != known or _states(known.path) != self._states[which]:
             raise TurboError(f"{known.path} has changed since this run began. Start it again.")
         return file
+
+
+def _states(path) -> list:
+    return [state_of(part) for part in files_of(path)]
 
 
 def _bytes(file: Opened, dtype) -> int:

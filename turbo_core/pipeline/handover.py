@@ -96,9 +96,10 @@ class Handover:
                 if self._error is None:
                     with torch.inference_mode():
                         self._lane.copy(self._pairs(group), ticket)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # of any kind: the forward that waits raises it
                 self._error = error
-            copied.set()
+            finally:
+                copied.set()
 
     def _pairs(self, group):
         """(own tensor, the next one in memory, until the pair after it is asked for)"""

@@ -10,12 +10,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
+from .. import devices
 from ..checkpoint import files_of
-from ..devices import OutOfMemory, memory_told, own_stream, peak_memory, pick_device, release, reset_peak_memory
 from ..errors import TurboError
 from ..parallel import Alone, kernel_facts, program_facts
 from ..selfcheck import prove
@@ -63,8 +63,8 @@ class Pipeline:
         sharing: tuple[int, int] = (1, 1),
     ):
         self.team = team or Alone()
-        self.device = pick_device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.device = devices.pick_device(device)
+        self.dtype = dtype or devices.default_dtype(self.device)
         waiting = 0 if memory == 0 else waiting_memory(self.device) // max(sharing[1], self.team.size)
         self.experts = Experts(open_models(dit, dit_low), self.device, self.dtype, self.team.sequence, waiting)
         models = [path for path in (dit, dit_low, vae, vae_fast) if path is not None]
@@ -88,7 +88,7 @@ class Pipeline:
         self.experts.close()
         self.embeddings.free()
         self.coders.free()
-        release(self.device)
+        devices.release(self.device)
 
     def check(self, clip: Clip) -> Ready:
         """Hold a clip to the models before anything computes. Raises TurboError, which names the cure."""
@@ -166,7 +166,7 @@ class Pipeline:
         if not kept:
             return []
         first = kept[0]
-        reset_peak_memory(self.device)
+        devices.reset_peak_memory(self.device)
         self.coders.load_once(first.stage, "cpu", self.dtype)
         of = functools.cache(lambda prompt: self.embeddings.of([prompt], first.stage, self._leave_room)[prompt])
         for work in kept:
@@ -231,6 +231,7 @@ class Pipeline:
             for work in group:
                 with self._failing(work, failed):
                     self._advanced(work, stay, work.ready.high_steps, leaves=work is group[-1])
+                    work.trajectory.text.let_go()  # the low-noise expert makes its own: room for one was counted
         for work in group:
             if work.failed:
                 continue
@@ -267,7 +268,7 @@ class Pipeline:
         y = encode_image(self.coders.encoder.to(self.device), image, ready.clip.frames).to(self.dtype)
         if not stay.dit:
             self.coders.encoder.to("cpu")
-            release(self.device)
+            devices.release(self.device)
         return y
 
     def _advanced(self, work, stay, until, leaves):
@@ -296,13 +297,14 @@ class Pipeline:
         with self._failing(work, failed, sampling=False):
             clip, ready = work.clip, work.ready
             steps = work.latents.shape[2]
-            with work.stage("decode", steps, ends=False), self._vae_alone, own_stream(self.device):
+            lane = devices.own_stream(self.device) if beside else nullcontext()  # which gets nothing that others freed
+            with work.stage("decode", steps, ends=False), self._vae_alone, lane:
                 frames = decode_frames(
                     self.coders.decoder.to(self.device), work.latents.to(self.device), clip.tiled,
                     lambda done, total: self.progress("decode", done, total), self.team, beside,
                 )  # fmt: skip
             made = Result(frames, work.latents, self._settings(ready), work.seconds, work.step_seconds)
-            made.peak_memory = peak_memory(self.device)
+            made.peak_memory = devices.peak_memory(self.device)
             if write is not None and self.team.first:
                 with work.stage("write"):
                     write(clip, made)
@@ -315,19 +317,18 @@ class Pipeline:
         return settings_of(ready, self.model, self.has_low) | {
             "lora": told(clip.lora), "lora_low": told(clip.lora_low), "decoder": self.coders.told(),
             "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-            "noise_device": str(clip.noise_device),
-            "processes": self.team.size if self.team.size > 1 else None,
+            "noise_device": str(clip.noise_device), "processes": self.team.size if self.team.size > 1 else None,
         }  # fmt: skip
 
     @contextmanager
     def _failing(self, work, failed, sampling=True):
-        """A fault of this clip goes to `failed`; when sampling, a hand-over under way leaves no usable model, nor may
-        a fault of ours."""
+        """A fault of this clip goes to `failed`; when sampling, a hand-over under way leaves no usable model, nor may a
+        fault of ours, and where memory ran out none stays."""
         try:
             with self._memory_told():
                 yield
         except BaseException as error:  # an interrupt too: the pipeline may be used again
-            if sampling and (self.experts.handover is not None or not isinstance(error, TurboError)):
+            if sampling and (not isinstance(error, TurboError) or self.memory == 0 or self.experts.handover):
                 with suppress(RuntimeError):  # of a card that does nothing any more, which the next clip tells
                     self.experts.free()
             if not isinstance(error, Exception):
@@ -340,10 +341,10 @@ class Pipeline:
     def _memory_told(self):
         """Memory that ran out as the error that a person can mend; from then on nothing stays that is not at work."""
         try:
-            with memory_told():
+            with devices.memory_told():
                 yield
         except TurboError as error:
-            if isinstance(error, OutOfMemory) and self.memory > 0:
+            if isinstance(error, devices.OutOfMemory) and self.memory > 0:
                 logging.warning("TurboWan: memory ran out; from now on no model stays that is not at work.")
                 self.memory = 0
             raise

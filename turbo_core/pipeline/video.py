@@ -35,7 +35,9 @@ def read_image(path) -> torch.Tensor:
         raise TurboError(f"image: {path} is not a file. Check the path.")
     try:
         # formats by name: for others Pillow starts programs, Ghostscript for one
-        with image_module.open(path, formats=IMAGE_FORMATS) as image:
+        image_module.init()
+        formats = [name for name in IMAGE_FORMATS if name in image_module.OPEN]  # Pillow before 11.3 has no AVIF
+        with image_module.open(path, formats=formats) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise TurboError(
                     f"image: {path} is {image.width} x {image.height}. Expected at most {MOST_PIXELS:,} pixels: scale "

@@ -35,6 +35,10 @@ class Text:
             self._whose = whose
         return self._kept
 
+    def let_go(self):
+        """Forget what was made of the text; it is made again when it is asked for."""
+        self._whose = self._kept = None
+
 
 def _in_blocks(model) -> bool:
     """True where 128 rows of the text share an int8 scale."""
