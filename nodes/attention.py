@@ -139,6 +139,8 @@ class SparseLowBitAttention(io.ComfyNode):
         settings = {"topk": topk, "precision": precision, "min_tokens": min_tokens, "verbose": verbose}
         settings["coverage"] = coverage if by_score else None
         settings["dense_blocks"] = parse_blocks(dense_blocks, len(network.blocks))
+        if verbose:
+            log_once.cache_clear()  # what another workflow was told is news here
         model = with_settings(model, mode, start_percent, end_percent, functools.partial(_tell, cls), **settings)
         prove_for(model)
         said = of_percents(start_percent, end_percent)

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from ..turbo_core.diagnostics.compare import picture, table
 from ..turbo_core.errors import TurboError
 from .checks.red import comparing, red
-from .host.inputs import check_choice, check_number, seed_input, steps_input, wan_network
+from .host.inputs import check_choice, check_image, check_number, seed_input, steps_input, wan_network
 from .host.run import MODES
 from .host.schedule import sigmas_of
 from .reports.compare_run import run_both
@@ -92,6 +92,7 @@ class TurboCompare(io.ComfyNode):
         cls, model_a, model_b, positive, latent_image, seed, steps, mode="SDE", tokens=512, sigmas=None
     ) -> io.NodeOutput:
         _check_alike(_sizes(model_a), _sizes(model_b))
+        check_image(model_a, positive)
         sigmas = sigmas_of(steps, 0.0, model_a, sigmas)
         check_choice("mode", mode, MODES)
         check_number("tokens", tokens, MIN_TOKENS, MAX_TOKENS)

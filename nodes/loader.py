@@ -3,9 +3,10 @@
 from comfy_api.latest import io
 
 from .checks.red import model, red
-from .host.files import file_input, model_file
+from .host.files import file_input, listed_files, model_file
 from .host.inputs import check_choice
 from .host.loading import DTYPES, load_turbo_model
+from .reports.made import states
 from .reports.memory import tell_memory
 from .reports.world import watch_world
 
@@ -37,6 +38,10 @@ class TurboLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model_name=None):
         return red(model, model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name=None, **inputs):
+        return states(listed_files(model_name))  # Turbo Convert and Turbo Merge may have written it anew
 
     @classmethod
     def execute(cls, model_name, dtype="default") -> io.NodeOutput:

@@ -30,6 +30,7 @@ class TurboSave(io.ComfyNode):
                     tooltip="Below ComfyUI's output folder. Loaders also list output/diffusion_models.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -39,15 +40,20 @@ class TurboSave(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix=None, **inputs):
-        return fingerprint(("TurboSave", filename_prefix))
+        return fingerprint(_asked(cls, filename_prefix))
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         wan_network(model, "TurboSave")
         path = new_output(filename_prefix)
         size = save_model(model, path)
-        remember(("TurboSave", filename_prefix), path)
+        for prefix in (filename_prefix, None):  # of one by a link the fingerprint knows nothing
+            remember(_asked(cls, prefix), path)
         return io.NodeOutput(ui=written(path, size, summary(model)))
+
+
+def _asked(node, prefix):
+    return "TurboSave", getattr(node.hidden, "unique_id", None), prefix  # two nodes may have the same prefix
 
 
 NODES = [TurboSave]

@@ -7,9 +7,10 @@ from comfy_api.latest import io
 from ..turbo_core.errors import TurboError
 from .checks.red import red
 from .checks.red import text_encoder as check
-from .host.files import file_input, model_file
+from .host.files import file_input, listed_files, model_file
 from .host.inputs import MAX_SEED, check_choice, check_number, seed_input
 from .host.loading import load_text_encoder
+from .reports.made import states
 from .reports.show import report
 
 NONE = "as written"
@@ -70,6 +71,10 @@ class TurboTextEncoderLoader(io.ComfyNode):
         return red(check, text_encoder)
 
     @classmethod
+    def fingerprint_inputs(cls, text_encoder=None):
+        return states(listed_files(text_encoder, kind="text_encoders"))
+
+    @classmethod
     def execute(cls, text_encoder) -> io.NodeOutput:
         return io.NodeOutput(load_text_encoder(model_file(text_encoder, "text_encoders")))
 
@@ -109,7 +114,8 @@ class TurboPrompt(io.ComfyNode):
                     advanced=True,
                     tooltip="Most tokens that the language model writes.",
                 ),
-                seed_input("Of the language model: another seed, another wording."),
+                # a seed that changes would have all that follows run again, also where no model reads it
+                seed_input("Of the language model: another seed, another wording.", io.ControlAfterGenerate.fixed),
             ],
             outputs=[io.String.Output(display_name="prompt", tooltip="For the text of CLIP Text Encode.")],
             has_intermediate_output=True,  # the prompt, when the host takes the node from its cache

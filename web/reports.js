@@ -168,7 +168,7 @@ api.queuePrompt = async function (...given) {
 };
 
 function isOurs(definition) {
-  return definition?.python_module?.split(".").pop() === FOLDER;
+  return Boolean(definition?.python_module?.endsWith(`.${FOLDER}`)); // a folder's name may have dots
 }
 
 api.addEventListener("executed", ({ detail }) => {

@@ -26,8 +26,10 @@ BETWEEN = ("attn1_patch", "attn2_patch")  # patches that want what the fused blo
 
 
 def _untouched(module) -> bool:
-    """True where the module's own forward runs and nothing else: no bypass, no hook."""
-    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+    """True where the module's own forward runs and nothing else: no bypass, no hook. One that was taken off again
+    leaves the module's own method in its dictionary."""
+    own = getattr(module.forward, "__func__", None) is type(module).forward
+    return own and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def quantized_as(layer, device):

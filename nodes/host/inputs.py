@@ -16,10 +16,10 @@ from ...turbo_core.schedule import MOST_STEPS
 MAX_SEED = 2**64 - 1
 
 
-def seed_input(tooltip):
-    """For GuidedRun, which checks it."""
+def seed_input(tooltip, after=True):
+    """For GuidedRun, which checks it. after: what becomes of it after a run, True for the page's default."""
     limits = {"default": 0, "min": 0, "max": MAX_SEED}
-    return io.Int.Input("seed", control_after_generate=True, tooltip=tooltip, **limits)
+    return io.Int.Input("seed", control_after_generate=after, tooltip=tooltip, **limits)
 
 
 _STEPS = "4 is best, 1 is fastest. More than 4 take longer at times that the model was not trained for."
@@ -111,7 +111,8 @@ def check_image(model, positive):
     latent = model.get_model_object("latent_format").latent_channels
     # a latent, a picture of as many channels, and a mask of 4; control models have other rooms
     pictured = latent == 16 and model.model.diffusion_model.patch_embedding.in_channels == 2 * latent + 4
-    if pictured and not any("concat_latent_image" in more for _, more in positive or ()):
+    given = {name for _, more in positive or () for name in more}
+    if pictured and not given & {"concat_latent_image", "reference_latents"}:  # HuMo's picture is the latter
         raise no_picture()
 
 

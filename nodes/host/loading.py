@@ -202,13 +202,22 @@ def text_encoder_sizes(tensors, path, contents=True):
     return check_encoder(tensors, path, contents)
 
 
-def load_text_encoder(path):
+def load_text_encoder(path, disable_dynamic=False):
     """A CLIP from a umT5 file of any size, all of whose weights are there in shapes that fit together."""
-    sd, _ = read_tensors(path)
+    sd, metadata = read_tensors(path)
     sizes = text_encoder_sizes(sd, path)
-    return comfy.sd.load_text_encoder_state_dicts(
+    # as the host's own loader of files does: without it scales of fp8 weights would be dropped in silence
+    sd, _ = comfy.utils.convert_old_quants(sd, metadata=metadata)
+    clip = comfy.sd.load_text_encoder_state_dicts(
         [sd],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=comfy.sd.CLIPType.WAN,
         model_options={TEXT_CONFIG: {theirs: sizes[ours] for ours, theirs in _TEXT_SIZES.items()}},
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = (_text_encoder_patcher, (path,))
+    return clip
+
+
+def _text_encoder_patcher(path, disable_dynamic=False):
+    return load_text_encoder(path, disable_dynamic).patcher

@@ -35,9 +35,22 @@ def quant_entry(weight_q, scale):
 
 
 def _disabled():
-    """What the host knows of formats that the device cannot multiply: it dequantizes these. Newer hosts tell it."""
+    """Formats that the device cannot multiply, which the host computes in full precision. Newer hosts tell them."""
+    device, management = comfy.model_management.get_torch_device(), comfy.model_management
     ask = getattr(comfy.ops, "get_disabled_quant_formats", None)
-    return {} if ask is None else {"disabled": ask(comfy.model_management.get_torch_device())}
+    if ask is not None:
+        return ask(device)
+    kinds = {
+        "fp8": ("float8_e4m3fn", "float8_e5m2"),
+        "nvfp4": ("nvfp4",),
+        "mxfp8": ("mxfp8",),
+    }
+    return {name for kind, names in kinds.items() if not _computes(management, kind, device) for name in names}
+
+
+def _computes(management, kind, device):
+    supports = getattr(management, f"supports_{kind}_compute", None)
+    return supports is None or supports(device)
 
 
 def quantized_ops(compute_dtype):
@@ -46,7 +59,7 @@ def quantized_ops(compute_dtype):
     The host's own loader raises on formats it does not list, hence the branch in _load_from_state_dict; F.linear on
     a quantized weight reaches the layout only under inference_mode, hence the direct call in _forward.
     """
-    base = comfy.ops.mixed_precision_ops({}, compute_dtype, **_disabled())
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, disabled=_disabled())
     known = names_in(base.Linear.forward)
 
     class Linear(base.Linear):

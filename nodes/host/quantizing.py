@@ -16,7 +16,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...turbo_core.errors import TurboError, quoted
 from ...turbo_core.int8 import layout, quantize_block, quantize_rows
-from .fused import FusedWanBlock
+from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
 from .ops import ROW, quant_entry, quantized_ops
 from .schedule import mark_sigma_max
@@ -90,6 +90,8 @@ def _check_unbound(patcher):
     compiled = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     bound = ["the compiled network of TorchCompileModel"] if compiled else []
     bound += [f"the injection {name!r} (a bypass LoRA is one)" for name in patcher.injections]
+    if getattr(patcher, "additional_models", {}).get("multigpu"):
+        bound.append("the copies on other GPUs of MultiGPU CFG Split")
     bound += [f"the patch of {key}" for key in patcher.object_patches if f"{key}.".startswith(PREFIX)]
     if bound:
         raise TurboError(
@@ -124,6 +126,7 @@ def quantize_patcher(patcher, quantize, layers):
     sd = quantized_state_dict(patcher, quantize, layers)
     model.load_model_weights(sd, "", assign=patcher.is_dynamic())
     if isinstance(network, WanModel):
+        guard_feed_forward(network)
         mark_sigma_max(model)
     new = patcher.clone(model_override=(model, ({}, {}, {}, set())))
     new.size, new.parent, new.is_injected, new.hook_backup = 0, None, False, {}

@@ -20,11 +20,16 @@ def fingerprint(asked, sources=()):
     """A value that changes when the file last made for `asked` is deleted or replaced, or a file of sources changes."""
     asked = repr(asked)
     if asked not in _files:
-        return 0, [_state(path) for path in sources]
+        return 0, states(sources)
     path, state, lost = _files[asked]
     if path is not None and _state(path) != state:
         _files[asked] = [None, None, lost + 1]  # counted once: until it is made again there is nothing to lose
-    return _files[asked][2], [_state(path) for path in sources]
+    return _files[asked][2], states(sources)
+
+
+def states(paths):
+    """What changes when a file that was read is replaced or written to."""
+    return [_state(path) for path in paths]
 
 
 def _state(path):

@@ -134,6 +134,12 @@ def test_image_to_video_with_two_videos_at_once(lab, compare):
     assert output[2]["samples"].shape == shape
 
 
+def test_image_to_video_without_a_picture_is_refused(lab, compare):
+    model = lab.load(HIGH)
+    with pytest.raises(ValueError, match="got no picture"):
+        compare(model, model)
+
+
 def test_sigmas_take_the_place_of_steps(lab, compare):
     model = lab.load()
     output = compare(model, model, steps=4, sigmas=torch.tensor([0.9, 0.5, 0.0]))

@@ -168,6 +168,19 @@ def test_what_has_a_hand_in_between_goes_the_host_s_way(comfy, lab, fused):
         assert blocks or torch.equal(ours, plain)
 
 
+def test_what_was_taken_off_again_leaves_the_blocks_fused(lab, fused, pack):
+    """A bypass and a patched forward leave the module's own method in its dictionary when they go."""
+    model = lab.quantize(lab.load(T2V))
+    before, blocks = fused(lambda: lab.denoise(model))
+    patched = model.clone()
+    forward = model.model.diffusion_model.blocks[0].self_attn.forward
+    patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", lambda *a, **kw: 2 * forward(*a, **kw))
+    for changed in (lab.bypassed(model, lab.lora(model)), patched):
+        _, with_it = fused(lambda: lab.denoise(changed))  # noqa: B023
+        after, without = fused(lambda: lab.denoise(model))
+        assert with_it == 1 and without == blocks == 2 and torch.equal(after, before)
+
+
 def test_lora_in_the_weights_and_other_settings_stay_fused(comfy, lab, fused):
     """A LoRA that the host has put into the int8 weights needs nothing; block replacements and overrides neither."""
     model = lab.quantize(lab.load(T2V))

@@ -91,3 +91,9 @@ def test_an_encoder_that_only_reads_is_named(pack, tiny, prompt):
     clip = pack.loading.load_text_encoder(str(tiny / "tiny_umt5.safetensors"))
     with pytest.raises(ValueError, match="reads text and writes none: load a language model"):
         prompt("a fox", clip=clip)
+
+
+def test_its_seed_stays_where_nobody_changes_it(pack):
+    """One that changes after each run would have all that follows run again, without a language model too."""
+    seeds = [given for given in pack.nodes["TurboPrompt"].GET_SCHEMA().inputs if given.id == "seed"]
+    assert [str(seed.control_after_generate.value) for seed in seeds] == ["fixed"]

@@ -199,7 +199,14 @@ def test_what_is_tied_to_the_old_network_is_refused(comfy, lab):
     patched.add_object_patch("diffusion_model.blocks.0.self_attn.forward", lambda *args, **kwargs: None)
     compiled = lab.load()
     compiled.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "torch.compile", lambda *a, **k: None)
-    for model, name in ((bypassed, "bypass_lora"), (patched, "self_attn.forward"), (compiled, "TorchCompileModel")):
+    elsewhere = lab.load()
+    elsewhere.set_additional_models("multigpu", [lab.load()])
+    for model, name in (
+        (elsewhere, "MultiGPU CFG Split"),
+        (bypassed, "bypass_lora"),
+        (patched, "self_attn.forward"),
+        (compiled, "TorchCompileModel"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*after QuantizeW8A8"):
             lab.quantize(model)
 
@@ -231,3 +238,14 @@ def test_source_can_go(comfy, lab):
     gc.collect()
     assert watched() is None
     assert torch.equal(lab.denoise(quantized), expected)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_formats_that_the_card_does_not_multiply_stay_in_full_precision(comfy, lab, monkeypatch, computes):
+    """As the host's own loader has them, also in layers that stay as they were."""
+    part = lab.pack.part("nodes.host.ops")
+    monkeypatch.delattr(comfy.ops, "get_disabled_quant_formats", raising=False)
+    for kind in ("fp8", "nvfp4", "mxfp8"):
+        name = f"supports_{kind}_compute"
+        monkeypatch.setattr(comfy.model_management, name, lambda device=None: computes, raising=False)
+    assert part._disabled() == (set() if computes else {"float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8"})

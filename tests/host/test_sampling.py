@@ -330,3 +330,11 @@ def test_a_dozen_rounds_do_not_grow(comfy, lab):
     print("growth MiB", growth, "networks alive", len(alive))
     assert len(alive) <= 8, "those of the fixtures"
     assert growth < 9  # one round makes 9 + 4 MiB of weights: anything kept would be 80
+
+
+def test_a_picture_may_come_as_a_reference(lab, experts):
+    """HuMo has room for a picture and makes it of its reference by itself."""
+    check = lab.pack.part("nodes.host.inputs").check_image
+    with pytest.raises(ValueError, match="got no picture"):
+        check(experts[0], lab.positive())
+    check(experts[0], lab.positive(reference_latents=[lab.draw(*TINY_SHAPE, seed=20)]))

@@ -106,6 +106,27 @@ def test_turbo_save_refuses_a_bypass_lora(lab, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_each_turbo_save_knows_its_own_file(lab, tmp_path, monkeypatch):
+    """Two of them with one prefix, and one whose prefix comes by a link, of which the host tells nothing."""
+    import folder_paths
+    from comfy_api.latest import io
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model, nodes = lab.load(QUANT), {}
+    for number in ("1", "2"):
+        nodes[number] = type(f"Save{number}", (lab.pack.nodes["TurboSave"],), {})
+        nodes[number].hidden = io.HiddenHolder.from_dict({io.Hidden.unique_id: number})
+        nodes[number].execute(model, "mine")
+
+    def told():
+        return [node.fingerprint_inputs(filename_prefix=prefix) for node in nodes.values() for prefix in ("mine", None)]
+
+    before = told()
+    min(tmp_path.iterdir()).unlink()  # the first one's
+    now = told()
+    assert [one == other for one, other in zip(before, now)] == [False, False, True, True] and told() == now
+
+
 def test_turbo_save_says_what_it_wrote_and_writes_again_what_was_deleted(lab, tmp_path, monkeypatch):
     import folder_paths
 

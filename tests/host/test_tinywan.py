@@ -1,9 +1,12 @@
 """The trained small family in ComfyUI: its own VAE loader, our loaders, the same numbers as the standalone library."""
 
+import json
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from turbo_core import checkpoint
 from turbo_core.tinywan import FILES, PAIR, world
@@ -41,6 +44,45 @@ def test_the_text_encoder_knows_what_a_caption_says_in_any_wording(pack, family)
             means.append(hidden[hidden.abs().sum(1) > 0].mean(0))
     one, other = torch.stack(means).chunk(2)
     assert torch.equal(torch.cdist(one, other).argmin(1), torch.arange(6))
+
+
+@pytest.mark.parametrize("style", ["scaled_fp8", "comfy_quant"])
+def test_a_scaled_fp8_text_encoder_is_read_with_its_scales(pack, comfy, family, tmp_path, style):
+    """Both ways in which such files are published: their weights alone, without the scales, are another encoder."""
+    tensors = comfy.utils.load_torch_file(str(family / FILES["text"]))
+    stored = {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(".weight")
+        if tensor.ndim != 2 or ".layer." not in name or "block.23" in name or "relative" in name:
+            stored[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448
+        stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        stored[f"{layer}.scale_weight" if style == "scaled_fp8" else f"{layer}.weight_scale"] = scale
+        if style == "comfy_quant":
+            entry = list(json.dumps({"format": "float8_e4m3fn"}).encode())
+            stored[f"{layer}.comfy_quant"] = torch.tensor(entry, dtype=torch.uint8)
+    if style == "scaled_fp8":
+        stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    with safe_open(family / FILES["text"], "pt") as file:
+        save_file(stored, tmp_path / "scaled.safetensors", file.metadata())
+    hidden = []
+    for path in (family / FILES["text"], tmp_path / "scaled.safetensors"):
+        clip = pack.loading.load_text_encoder(str(path))
+        hidden.append(clip.encode_from_tokens(clip.tokenize(world.caption((0, 1, 2, 3), 0)))[0].float())
+    assert (hidden[1] - hidden[0]).norm() / hidden[0].norm() < 0.05
+
+
+def test_a_text_encoder_can_be_made_again_for_hooks(pack, family):
+    clip = pack.loading.load_text_encoder(str(family / FILES["text"]))
+    again = clip.patcher.clone(disable_dynamic=True) if clip.patcher.is_dynamic() else _again(clip.patcher)
+    own, made = clip.patcher.model.state_dict(), again.model.state_dict()
+    assert own.keys() == made.keys() and all(torch.equal(tensor, made[name]) for name, tensor in own.items())
+
+
+def _again(patcher):
+    make, given, *_ = patcher.cached_patcher_init
+    return make(*given, disable_dynamic=True)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "turbo", "high", "low"])

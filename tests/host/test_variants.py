@@ -159,6 +159,10 @@ def test_quantized_variant(comfy, lab, stock, tmp_path, name):
         int8 = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.dtype == torch.int8}
         assert int8 == expected_layers(name)
         assert type(again.model) is type(model.model)
+        guarded = {
+            type(m).__name__ for m in quantized.model.diffusion_model.modules() if "FeedForward" in type(m).__name__
+        }
+        assert "WanFeedForward" not in guarded  # a bypass LoRA must see what comes after the GELU
         assert lab.same(lab.weights(again), weights)
     assert torch.equal(evaluate(lab, model, name), dense), "the source is as it was"
 
