@@ -77,12 +77,12 @@ def config(form: str, m: int, device, card=None, gates: int = 1) -> Config:
     """Launch parameters for M rows of one of FORMS. card: the kind, default that of the device, tuned where it was.
     gates: of a residual.
     """
-    if card is None:
+    several = gates > 1 and _length(m) == "long"
+    if card is None and not several:  # the table was tuned with one
         tuned = tuned_table(device).get(f"{form} {_length(m)}")
         if tuned:
             return tuned
     kind = card or card_kind(device)
-    several = gates > 1 and _length(m) == "long"
     found = _GATES.get(kind, DEFAULT) if several else shipped(form, m, kind)
     return DEFAULT if (device, found) in _FAILED else found
 
@@ -133,13 +133,14 @@ def tuned_table(device) -> dict[str, Config]:
     return read_table(table_path(name), name)
 
 
-def drop(device, form: str, m: int, error) -> bool:
-    """Leave a launch that failed for the next plainer one, with one log line; False where there is none.
+def drop(device, form: str, m: int, error, gates: int = 1) -> bool:
+    """Leave a launch that failed for the next plainer one, with one log line; False where there is none. Arguments as
+    of config.
 
     After the tuned table comes the shipped one, and after its row the plainest launch: not every Triton compiles all.
     """
-    table, row = tuned_table(device), config(form, m, device)
-    if table:
+    table, row = tuned_table(device), config(form, m, device, gates=gates)
+    if row in table.values():
         table.clear()
         logging.warning(
             "TurboWan: the tuned launch table is not used any more: %s. `turbo-core tune` writes it anew.", error

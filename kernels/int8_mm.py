@@ -180,8 +180,9 @@ def _run(form, x_q, *operands, config=None, **epilogue):
     try:
         launch.run(*prepare(form, x_q, *operands, config=config, **epilogue))
     except launch.LaunchError as error:
-        name = f"{_format(x_q, *operands)} {form}"
-        if config is not None or not int8_configs.drop(x_q.device, name, len(x_q), error):
+        name, gate = f"{_format(x_q, *operands)} {form}", epilogue.get("gate")
+        gates = 1 if gate is None else len(gate)
+        if config is not None or not int8_configs.drop(x_q.device, name, len(x_q), error, gates):
             raise
         _run(form, x_q, *operands, **epilogue)
 

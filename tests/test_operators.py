@@ -6,7 +6,7 @@ import torch
 from tests.helpers.attention_inputs import projection, raw_form
 from tests.helpers.int8_operands import FORMATS, quantized
 from tests.helpers.tensors import gaussian
-from turbo_core import int8, sla
+from turbo_core import dispatch, int8, sla
 from turbo_core.int8 import reference
 
 BF16 = torch.bfloat16
@@ -120,3 +120,11 @@ def test_compiled_products_and_norms_are_one_node_each_whatever_the_length():
     assert same(result, chain(FLOATS, RESIDUAL))
     attention = ("int8_linear", "sparse_linear_attention", "sla_from_qkv", "sla_from_qkv_quantized")
     assert sorted(ours(calls)) == sorted(set(FORMS) - set(attention))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_what_waits_for_a_number_of_the_device_is_not_recorded_in_a_graph():
+    """Selection by score asks how many blocks the largest choice has."""
+    operators = getattr(torch.ops, dispatch.OPERATORS)
+    assert torch.Tag.cudagraph_unsafe in operators.sparse_linear_attention.default.tags
+    assert torch.Tag.cudagraph_unsafe not in operators.int8_linear.default.tags

@@ -7,6 +7,7 @@ costs speed and one log line, never a video. Where nobody asked for the proof, t
 
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -116,17 +117,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     trust("cpu")  # the interpreter is there to be tested
 
 
-def register_operator(name: str, run, schema: str, empty) -> None:
+def register_operator(name: str, run, schema: str, empty, reads_back: bool = False) -> None:
     """Make run torch's operator OPERATORS::name, one node for torch.compile.
 
-    empty: the same arguments -> results of the right shapes and dtypes, nothing computed.
+    empty: the same arguments -> results of the right shapes and dtypes, nothing computed. reads_back: it may wait for a
+    number of the device, which no CUDA graph records.
     """
 
     def explaining(*given):
         with explained():
             return run(*given)
 
-    torch.library.custom_op(f"{OPERATORS}::{name}", explaining, mutates_args=(), schema=schema).register_fake(empty)
+    options = {"mutates_args": (), "schema": schema}
+    if reads_back and "tags" in inspect.signature(torch.library.custom_op).parameters:
+        options["tags"] = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+    torch.library.custom_op(f"{OPERATORS}::{name}", explaining, **options).register_fake(empty)
 
 
 def learning(*tensors) -> bool:

@@ -113,3 +113,18 @@ def test_a_tuned_launch_takes_the_place_of_the_shipped_one(monkeypatch):
     assert int8_configs.config("block plain", 32760, CPU, "sm_90") == int8_configs.shipped(
         "block plain", 32760, "sm_90"
     )
+
+
+def test_several_gates_have_a_launch_of_their_own_and_fall_back_from_it(monkeypatch):
+    """What was tuned was tuned with one gate; and the launch that failed is the one that is left."""
+    tuned = int8_configs.DEFAULT._replace(stages=4)
+    monkeypatch.setattr(int8_configs, "card_kind", lambda device: "sm_100")
+    monkeypatch.setattr(int8_configs, "tuned_table", lambda device: {"block residual long": tuned})
+    monkeypatch.setattr(int8_configs, "_FAILED", set())
+    rows = 4 * int8_configs.SHORT
+    one, several = (int8_configs.config("block residual", rows, CPU, gates=gates) for gates in (1, 2))
+    assert one == tuned and several == int8_configs._GATES["sm_100"] != int8_configs.DEFAULT
+    assert int8_configs.drop(CPU, "block residual", rows, "no such launch", gates=2)
+    assert int8_configs.config("block residual", rows, CPU, gates=2) == int8_configs.DEFAULT
+    assert int8_configs.config("block residual", rows, CPU) == tuned, "not the one that is to blame"
+    assert not int8_configs.drop(CPU, "block residual", rows, "no such launch", gates=2)

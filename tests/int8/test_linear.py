@@ -1,5 +1,7 @@
 """int8_linear is the published arithmetic; operands that do not fit are named."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -221,3 +223,26 @@ def test_int8_linear_names_what_it_expected_and_got(change, words):
     with pytest.raises(TurboError) as error:
         int8.int8_linear(**GIVEN | change)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_another_library_launches_on_the_tensors_own_card(monkeypatch):
+    """It takes the current one, which in a process for the second card may be the first."""
+    entered = []
+
+    class OnCard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    def int8_linear(x, *weight, out_dtype):
+        return x if entered == [x.device] else None
+
+    monkeypatch.setattr(torch.cuda, "device", OnCard)
+    monkeypatch.setattr(kitchen, "library", lambda device: types.SimpleNamespace(int8_linear=int8_linear))
+    x = torch.ones(2, 2)
+    assert kitchen.int8_linear(x, None, None) is x and entered == [x.device, None]

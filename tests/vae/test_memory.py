@@ -80,3 +80,4 @@ def test_pieces_follow_from_the_memory():
     assert [frames_of_a_piece(*wish, "cuda", free=n * 10**9) for n in (0, 4, 6, 7, 9, 80)] == [1, 1, 2, 3, 4, 4]
     assert frames_of_a_piece(*wish, "cpu", free=80 * 10**9) == 1, "more was no faster there"
     assert frames_of_a_piece("decode", 128 * 128, 8, torch.float32, "cpu") == 4
+    assert frames_of_a_piece("decode", 1920 * 1088, 96, torch.bfloat16, "cuda", free=130 * 10**9) == 2, "2^31 numbers"

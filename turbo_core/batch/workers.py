@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 
+import torch
+
 from ..errors import TurboError
 from ..pipeline import Pipeline
 from .jobs import Job
@@ -124,7 +126,9 @@ class _Worker:
 def _serve(connection, settings, folder, options):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    alone, faults = threading.Lock(), Faults()
+    alone, faults, device = threading.Lock(), Faults(), str(settings["device"] or "")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # for libraries that ask for no other
 
     def tell(outcome):
         with alone:

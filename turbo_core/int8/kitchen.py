@@ -20,4 +20,5 @@ def library(device: torch.device):
 
 def int8_linear(x, weight_q, weight_scale, bias=None):
     """Float [M, K] -> [M, N] in x's dtype; weights in the row format."""
-    return library(x.device).int8_linear(x, weight_q, weight_scale, bias, out_dtype=x.dtype)
+    with torch.cuda.device(x.device):  # the library launches on the current device, by the stream of the tensor's
+        return library(x.device).int8_linear(x, weight_q, weight_scale, bias, out_dtype=x.dtype)

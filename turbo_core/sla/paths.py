@@ -38,7 +38,7 @@ def _operator(name, arguments, results, empty):
     def run(*given):
         return getattr(_eager(given[0]), name)(*given)
 
-    register_operator(name, run, f"({arguments}) -> {results}", empty)
+    register_operator(name, run, f"({arguments}) -> {results}", empty, reads_back=True)  # selection by score does
 
 
 def _empty_int8(qkv, *_):

@@ -11,6 +11,7 @@ MOST_FRAMES = 4  # of latents in one piece: more was no faster
 # the largest that are alive together. Counted at the published width, which tests/pipeline/test_plan.py does again.
 _TENSORS = {"decode": (27.5, 12.0), "encode": (17.5, 12.2), "tiny decode": (3.5, 9.5)}
 _ENOUGH = {"cpu": 2**28}  # bytes: larger pieces were no faster there
+_COUNTED = 2**31  # numbers of a tensor beyond which cuDNN before 9.3 has no convolution, and torch's own is slow
 _SHARE = 0.7  # of free memory: allocators leave gaps, libraries take workspaces
 
 
@@ -26,7 +27,11 @@ def frames_of_a_piece(work: str, pixels: int, dim: int, dtype: torch.dtype, devi
     device = torch.device(device)
     free = free_memory(device) if free is None else free
     room = min(math.inf if free is None else _SHARE * free, _ENOUGH.get(device.type, math.inf))
-    fitting = [n for n in range(1, MOST_FRAMES + 1) if piece_bytes(work, pixels, n, dim, dtype) <= room]
+    fitting = [
+        n
+        for n in range(1, MOST_FRAMES + 1)
+        if piece_bytes(work, pixels, n, dim, dtype) <= room and dim * (4 * n + 2) * pixels < _COUNTED
+    ]
     return max(fitting, default=1)
 
 
