@@ -1,5 +1,6 @@
 """A Ray cluster of this machine: every job made once, also when an actor is killed in the middle."""
 
+import json
 import os
 import signal
 import subprocess
@@ -69,6 +70,24 @@ def test_as_many_actors_as_the_cluster_takes_share_blocks_of_several_jobs(tiny, 
     assert seen == [((8, os.cpu_count()), min(8, 2 * os.cpu_count()))]
     assert [blocks(10_000, actors) for actors in (0, 64, 6_000)] == [1_250, 1_250, 10_000]
     assert Counter(outcome.state for outcome in told) == {"done": 8}
+
+
+@pytest.mark.slow
+def test_a_job_that_kills_its_process_is_failed_and_the_others_of_its_block_are_made(tiny, tmp_path, monkeypatch):
+    """Ray itself would start the process again for ever."""
+
+    class Deadly(cluster._Maker):
+        def __call__(self, block):
+            if any(json.loads(row)[2] == "1.mp4" for row in block["job"]):
+                os._exit(9)
+            return super().__call__(block)
+
+    monkeypatch.setattr(cluster, "_Maker", Deadly)
+    told = []
+    make_by_ray(None, 1, settings(tiny), listed(4), tmp_path, told.append)
+    states = {outcome.job.name: outcome.state for outcome in told}
+    assert len(told) == 4 and states == {"0.mp4": "done", "1.mp4": "failed", "2.mp4": "done", "3.mp4": "done"}
+    assert "died 2 times, with this job alone" in next(outcome.error for outcome in told if outcome.error)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Jobs over many machines by Ray Data: it schedules, scales and tries again; an actor is a pipeline.
 
 A video that an actor had finished before it died is found by what it says of itself and not made again, so a block of
-jobs may be tried as often as Ray likes. Files and the output folder must be the same paths on every machine.
+jobs may be tried again. Files and the output folder must be the same paths on every machine.
 """
 
 import json
@@ -17,7 +17,7 @@ from .jobs import Job
 from .making import Faults, Outcome, in_a_line, make
 from .remote import folder_of
 
-_DEATHS = 3
+_DEATHS = 2  # of a block
 _BLOCK = 8  # jobs of a block: what is tried again together, and overlaps within
 
 
@@ -59,31 +59,34 @@ def make_by_ray(
         most = min(most, actors or most, len(jobs))  # on one machine
         settings = settings | {"sharing": (most if on_cpu else 1, most)}
         constants = {"settings": settings, "folder": folder.shared(), "options": options}
-        rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in enumerate(jobs)]
         there, free = (int(known.get(kind, 0)) for known in (ray.cluster_resources(), ray.available_resources()))
-        blocks = _blocks(len(jobs), actors or there)
-        outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-            _Maker,
-            batch_size=None,
-            # those that can start do so at once: Ray adds the others one by one
-            compute=ray.data.ActorPoolStrategy(
-                min_size=max(1, min(free, actors or free, blocks)), max_size=actors or len(jobs)
-            ),
-            fn_constructor_kwargs=constants | {"version": __version__},
-            max_task_retries=_DEATHS - 1,  # else Ray tries a job that kills its process for ever
-            **each,
-        )
         left = dict(enumerate(jobs))
-        for row in outcomes.iter_rows():
-            found = json.loads(row["outcome"])
-            if "fatal" in found:
-                raise TurboError(found["fatal"])
-            tell(Outcome(left.pop(found.pop("number")), **found))
-        for job in left.values():  # of blocks whose process died again and again
+        # a process that dies takes its block along: what is left then is tried once more, each job by itself
+        for blocks in (_blocks(len(jobs), actors or there), len(jobs)):
+            blocks = min(blocks, len(left))
+            rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in left.items()]
+            # those that can start do so at once: Ray adds the others one by one
+            start = max(1, min(free, actors or free, blocks))
+            outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+                _Maker,
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(min_size=start, max_size=actors or len(jobs)),
+                fn_constructor_kwargs=constants | {"version": __version__},
+                max_task_retries=_DEATHS - 1,  # else Ray tries a job that kills its process for ever
+                **each,
+            )
+            for row in outcomes.iter_rows():
+                found = json.loads(row["outcome"])
+                if "fatal" in found:
+                    raise TurboError(found["fatal"])
+                tell(Outcome(left.pop(found.pop("number")), **found))
+            if not left:
+                break
+        for job in left.values():
             if folder.holds(job.name, job.id):
                 tell(Outcome(job, "done", bytes=folder.size(job.name)))
             else:
-                tell(Outcome(job, "failed", error=f"a process that had it in work died {_DEATHS} times."))
+                tell(Outcome(job, "failed", error=f"its process died {_DEATHS} times, with this job alone."))
     finally:
         ray.shutdown()
 
