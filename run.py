@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent
 OUTPUT = ROOT / "output"
 TINYWAN = ROOT / "models" / "tinywan"
 DEMO_PROMPT = "A bright red circle rises towards the top over a plain navy backdrop. The camera does not move."
+# folders of tests that run beside the others, each line in a process of its own
+BESIDE = (("kernels",), ("compiled",), ("parallel", "tinywan", "train"), ("hostile", "batch", "lora"))
 # of ComfyUI's requirements what our tests do not use (torchvision and torchaudio have no build for every torch)
 HOST_SKIPS = ("torch", "torchvision", "torchaudio", "spandrel", "pyopengl", "comfy-angle",
               "comfyui-workflow-templates", "comfyui-embedded-docs")  # fmt: skip
@@ -80,33 +82,36 @@ def demo(arguments):
 def test(arguments):
     failed = check([])
     pytest = [str(environment(".venv", [".[test]"])), "-m", "pytest", "-q", "--ignore=tests/host"]
-    # what takes as long as all the rest does runs beside it, and is shown when that is done
-    beside = {}
-    if find_comfyui() is None:
-        print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
-    else:
-        host_environment()  # before two runs want it
-        beside["tests/host"] = [sys.executable, __file__, "host", *arguments]
-        if not arguments:
-            beside["tests/page"] = [sys.executable, __file__, "page"]
-            pytest += ["--ignore=tests/page"]
-        if not arguments:
-            beside["tests/host, calls of newer hosts"] = [*beside["tests/host"], "--newer", "-m", "newer"]
-    if not arguments:
-        # kernels and compiled need processes of their own; the others would be the last to run, on one core
-        for folders in (["tests/kernels"], ["tests/compiled"], ["tests/parallel", "tests/tinywan", "tests/train"]):
-            beside[", ".join(folders)] = [*pytest, "-o", f"cache_dir=.pytest_cache/{folders[0]}", *folders]
-        pytest += [f"--ignore=tests/{name}" for name in ("kernels", "compiled", "parallel", "tinywan", "train")]
     # the tensors are small: more threads only wait for each other
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends all of it
+    # what takes as long as all the rest does runs beside it, and is shown when that is done
     running = {}
+
+    def beside(name, command):
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been shown)
+        apart = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
+        env = environ | ({"TRITON_INTERPRET": "1"} if name == "tests/kernels" else {})
+        running[name] = subprocess.Popen(command, cwd=ROOT, env=env, **apart), output
+
     try:
-        for name, command in beside.items():
-            output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been shown)
-            apart = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
-            env = environ | ({"TRITON_INTERPRET": "1"} if name == "tests/kernels" else {})
-            running[name] = subprocess.Popen(command, cwd=ROOT, env=env, **apart), output
+        if not arguments:
+            # kernels and compiled need processes of their own; the others would be the last to run, on one core
+            for folders in BESIDE:
+                own = [f"tests/{folder}" for folder in folders]
+                beside(", ".join(own), [*pytest, "-o", f"cache_dir=.pytest_cache/{own[0]}", *own])
+            pytest += ["--ignore=tests/page", *(f"--ignore=tests/{name}" for folders in BESIDE for name in folders)]
+        if find_comfyui() is None:
+            print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
+        else:
+            python = host_environment()  # before several want it, and all that they want
+            if not arguments:
+                page_lacks(python)
+            host_tests = [sys.executable, __file__, "host"]
+            beside("tests/host", [*host_tests, *arguments])
+            if not arguments:
+                beside("tests/page", [sys.executable, __file__, "page"])
+                beside("tests/host, calls of newer hosts", [*host_tests, "--newer", "-m", "newer"])
         failed |= subprocess.run([*pytest, *arguments], cwd=ROOT, env=environ).returncode
         for name, (process, _) in running.items():
             print(f"waiting for {name} ...", flush=True)

@@ -129,7 +129,21 @@ def long(pack):
     return found
 
 
-RULES = upward, foreign, crowded, long
+def unsafe(pack):
+    """Calls that would run what a file says: pickles by pickle or by torch.load as it is, and code."""
+    forbidden = {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "yaml.load", "eval", "exec"}
+    found = []
+    for module, path in pack.files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                careful = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                if name in forbidden or (name == "torch.load" and not careful):
+                    found.append(f"{module}, line {node.lineno}: {name}")
+    return found
+
+
+RULES = upward, foreign, crowded, long, unsafe
 
 
 @pytest.fixture(scope="module")

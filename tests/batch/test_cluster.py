@@ -42,11 +42,12 @@ def actors():
 
 @pytest.mark.slow
 def test_an_actor_that_is_killed_loses_nothing_and_nothing_is_made_twice(tiny, tmp_path):
-    jobs, told, killed = listed(24), [], []
+    jobs, told, killed, made = listed(24), [], [], {}
 
     def kill():
         while len(list(tmp_path.glob("*.mp4"))) < 2:
             time.sleep(0.05)
+        made.update({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")})
         killed.append(actors()[0])
         os.kill(killed[0], signal.SIGKILL)
 
@@ -54,7 +55,8 @@ def test_an_actor_that_is_killed_loses_nothing_and_nothing_is_made_twice(tiny, t
     thread.start()
     make_by_ray(None, 2, settings(tiny), jobs, tmp_path, told.append)
     thread.join(5)
-    assert killed
+    assert killed and len(made) >= 2
+    assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in made.items())
     assert Counter(outcome.job.name for outcome in told) == Counter(job.name for job in jobs)
     assert all(outcome.state == "done" for outcome in told)
     assert all(read_made(tmp_path / job.name)["id"] == job.id for job in jobs)

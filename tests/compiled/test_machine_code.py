@@ -1,5 +1,7 @@
 """The record of what the compiler makes of the kernels is of these kernels; the model that reads it can tell apart."""
 
+import re
+
 import pytest
 import torch
 
@@ -15,6 +17,12 @@ def test_the_record_has_every_kernel_and_card():
     wanted = {f"{name}, sm_{card}" for card in machine_code.CARDS for name in machine_code.launches(card)}
     assert set(record["now"]) == wanted, CURE
     assert all(values["spills"] == 0 for values in record["now"].values())
+
+
+def test_the_record_is_of_the_triton_that_is_installed_here():
+    """For any other one nothing is compared."""
+    pinned = re.search(r"^triton==(.+)$", (forecast_steps.ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)[1]
+    assert machine_code.recorded()["triton"] == pinned, CURE
 
 
 def test_the_table_is_what_the_record_says():

@@ -28,6 +28,7 @@ _STARTS = (
     "os.spawn",
     "os.startfile",
 )
+_LINKS = "os.link", "os.symlink"
 _SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -58,8 +59,11 @@ class Watch:
             "os.symlink",
         ):
             nothing = event == "os.mkdir" and os.path.isdir(arguments[0])  # is there already
-            if not nothing and not self._inside(arguments[0]):
-                self.seen.append(f"{event} {arguments[0]!r}")
+            # a link or a file that is moved lands at its second name; what a link points to is only read
+            places = arguments[:2] if event == "os.rename" else arguments[1:2] if event in _LINKS else arguments[:1]
+            outside = [place for place in places if not self._inside(place)]
+            if not nothing and outside:
+                self.seen.append(f"{event} {outside[0]!r}")
         elif event in _STARTS or event in _SOCKETS or event == "pickle.find_class":
             self.seen.append(f"{event} {arguments[:2]!r}"[:200])
         elif (
@@ -75,7 +79,8 @@ class Watch:
             return True
         self.on = False  # realpath looks at the disk
         try:
-            return os.path.realpath(path).startswith(self.folder)
+            place = os.path.realpath(path)
+            return place == self.folder or place.startswith(self.folder + os.sep)
         finally:
             self.on = True
 
@@ -161,6 +166,7 @@ def _warm(classes, doors, work):
             doors_left.discard(case.door)
             os.chdir(work)
             shutil.rmtree(folder)
+    assert not doors_left, f"no class opens {sorted(doors_left)}"
 
 
 def _peak(reset=False):

@@ -50,6 +50,9 @@ watch.on = watch.strict = True
 (Path(sys.argv[1]) / "work" / "inside").write_text("")
 assert not watch.seen, watch.seen
 (Path(sys.argv[1]) / "outside").write_text("")
+(Path(sys.argv[1]) / "work-2").write_text("")
+os.replace(Path(sys.argv[1]) / "work" / "inside", Path(sys.argv[1]) / "moved")
+os.symlink("outside", Path(sys.argv[1]) / "link")
 os.system("true")
 subprocess.run(["true"])
 pickle.loads(b"cos\\nsystem\\n.")
@@ -68,6 +71,9 @@ def test_the_watch_sees_what_it_is_there_for(tmp_path):
     seen = run_python("-c", HARM, tmp_path, interpret=False)
     for words in (
         "outside' to write",
+        "work-2' to write",
+        "moved",
+        "os.symlink",
         "os.system",
         "subprocess.Popen",
         "pickle.find_class",
