@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.opens import counted_opens
-from tests.helpers.states import same
+from tests.helpers.states import official, same
 from tests.helpers.tiny_dits import RAGGED, tiny_state_dict
 from turbo_core import checkpoint
 from turbo_core.checkpoint import names, write
@@ -282,3 +282,32 @@ def test_a_flipped_bit_among_the_weights_is_found_by_a_conversion(tiny, tmp_path
     with pytest.raises(TurboError, match=r"is damaged: .*data/\d+ is not what its checksum says"):
         checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.safetensors", "bf16")
     assert os.listdir(tmp_path) == ["x.pth"]
+
+
+@pytest.mark.parametrize("format", ["int8_row", "bf16"])
+def test_what_only_the_metadata_tell_stays(tmp_path, format):
+    """ComfyUI knows Animate-2 and causal models by it alone; without it they load as plain ones."""
+    config = {"num_heads": 3, "text_dim": 24, "model_type": "animate2", "causal_ar": True}
+    path = tmp_path / "x.safetensors"
+    save_file(official(tiny_state_dict(3, RAGGED)), path, {"config": json.dumps({"transformer": config})})
+    done = checkpoint.convert(path, tmp_path / "y.safetensors", format)
+    found = checkpoint.inspect(done.path)
+    assert json.loads(found.metadata["config"])["transformer"] == config and found.variant == "causal"
+
+
+def test_a_quantized_image_branch_is_read(tmp_path):
+    """Quantize W8A8 makes one where a pattern names it, and Turbo Save writes it."""
+    state = official(tiny_state_dict(3, RAGGED))
+    dim = state["head.modulation"].shape[-1]
+    for part in ("k_img", "v_img"):
+        weight = torch.randn(dim, dim)
+        for n in (0, 1):
+            q, scale = quantize_rows(weight)
+            name = f"blocks.{n}.cross_attn.{part}"
+            state |= {f"{name}.weight": q, f"{name}.weight_scale": scale, f"{name}.bias": torch.zeros(dim)}
+    save_file(state, tmp_path / "x.safetensors")
+    loaded = checkpoint.load(tmp_path / "x.safetensors")[0]
+    assert torch.equal(loaded["blocks.1.cross_attn.v_img.weight"], q)
+    done = checkpoint.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "bf16")
+    near = checkpoint.load(done.path)[0]["blocks.1.cross_attn.v_img.weight"].float()
+    assert (near - weight).norm() / weight.norm() < 0.02

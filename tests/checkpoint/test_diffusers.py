@@ -283,3 +283,11 @@ def test_two_layouts_in_one_file(tmp_path, state):
 
 def test_the_ten_linears_are_those_of_the_official_layout(state):
     assert sum(is_quantizable(official_name(name)) for name in renamed(state)) == 20
+
+
+def test_animate_in_this_layout_is_told_and_not_taken_for_a_plain_model(tmp_path, state):
+    """Its own parts have other names here, which no table translates: it would load as an I2V model."""
+    theirs = renamed(state) | {"face_adapter.0.norm_k.weight": torch.ones(4)}
+    save_file(theirs, tmp_path / "x.safetensors")
+    with pytest.raises(TurboError, match=r"Wan Animate in Diffusers' layout.*original repository"):
+        checkpoint.inspect(tmp_path / "x.safetensors")

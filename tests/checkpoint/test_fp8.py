@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.states import official, plain
 from tests.helpers.tiny_dits import tiny_state_dict
 from turbo_core import checkpoint
-from turbo_core.checkpoint.formats import encode_fp8
+from turbo_core.checkpoint.formats import decode, encode_fp8
 from turbo_core.checkpoint.names import PROJ_L, is_quantizable
 from turbo_core.errors import TurboError
 
@@ -94,3 +94,36 @@ def test_not_finite_fp8_weight_is_named(source, tmp_path):
     save_file(state, tmp_path / "bad.safetensors")
     with pytest.raises(TurboError, match=f"{Q} holds NaN"):
         checkpoint.convert(tmp_path / "bad.safetensors", tmp_path / "y.safetensors", "fp8")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_scale_that_is_none_is_named_when_the_file_is_loaded(source, tmp_path, value):
+    path = tmp_path / "x.safetensors"
+    checkpoint.convert(source, path, "fp8")
+    raw = load_file(path)
+    name = "blocks.0.ffn.0.weight_scale"
+    raw[name] = torch.full_like(raw[name], value)
+    save_file(raw, path)
+    with pytest.raises(TurboError, match=r"ffn.0.weight_scale"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("kind", ["e5m2", "a scale a row"])
+def test_fp8_that_is_rounded_again_is_told(source, tmp_path, kind):
+    state = checkpoint.load(source)[0]
+    name = "blocks.0.ffn.0.weight"
+    if kind == "e5m2":
+        state[name] = state[name].to(torch.float8_e5m2)
+    else:
+        scale = state[name].float().abs().amax(1, keepdim=True) / 448
+        state |= {name: (state[name].float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file(state, tmp_path / "x.safetensors")
+    done = checkpoint.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "fp8")
+    assert "1 layers were quantized already (fp8): their weights are rounded a second time" in done.warnings[0]
+    again = checkpoint.convert(done.path, tmp_path / "z.safetensors", "fp8")
+    assert not any("quantized already" in warning for warning in again.warnings), "the same bits"
+
+
+def test_the_smallest_numbers_do_not_become_nan():
+    q, scale = encode_fp8(torch.full((2, 3), 1e-44))
+    assert scale > 0 and decode(q, scale, torch.float32).isfinite().all()

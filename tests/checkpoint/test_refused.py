@@ -1,8 +1,10 @@
 """What is refused: damaged, foreign and malicious files, with what was expected, what came, and the cure."""
 
+import json
 import math
 import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from turbo_core import checkpoint
 from turbo_core.checkpoint.names import PROJ_L, looks_like
 from turbo_core.checkpoint.shapes import Sizes
 from turbo_core.errors import TurboError
+from turbo_core.pipeline.inputs import check_model
 
 Q = "blocks.1.self_attn.q"
 
@@ -297,3 +300,46 @@ def test_a_header_may_be_any_json(tmp_path, header):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     refuse(path, "damaged, cut short or not a checkpoint")
+
+
+def test_a_header_of_a_hundred_thousand_int8_names_is_refused_in_a_moment(tmp_path, state):
+    """Without data: what is looked for beside each of them must not be looked for among all."""
+    many = {f"a{n}.weight": torch.empty(0, dtype=torch.int8) for n in range(100_000)}
+    save_file(state | many, tmp_path / "x.safetensors")
+    start = time.process_time()
+    checkpoint.inspect(tmp_path / "x.safetensors")
+    assert time.process_time() - start < 20
+
+
+def test_a_layer_with_ten_thousand_parts_in_its_name_costs_no_more(tmp_path, state):
+    told = json.dumps({"layers": {".".join("a" * 200_000): {"format": "float8_e4m3fn"}}})
+    save_file(state, tmp_path / "x.safetensors", {"_quantization_metadata": told})
+    start = time.process_time()
+    checkpoint.inspect(tmp_path / "x.safetensors")
+    assert time.process_time() - start < 5
+
+
+def test_a_scaled_tensor_that_is_no_matrix_is_named(tmp_path, state):
+    state |= {"patch_embedding.weight": torch.ones(state["patch_embedding.weight"].shape, dtype=torch.int8)}
+    state |= {"patch_embedding.weight_scale": torch.ones(len(state["patch_embedding.weight"]), 1)}
+    refuse(saved(state, tmp_path / "x.safetensors"), "patch_embedding.weight is torch.int8", "Expected a matrix")
+
+
+def test_sides_that_no_tensor_has_are_damage(tmp_path):
+    entry = {"a": {"dtype": "F32", "shape": [0, 1 << 64], "data_offsets": [0, 0]}}
+    header = json.dumps(entry).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refuse(tmp_path / "x.safetensors", "has no shape or place")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda state: state | {"img_emb.proj.0.weight": torch.ones(4)}, "an image branch"),
+        (lambda state: state | {"vace_patch_embedding.weight": torch.ones(4)}, "VACE"),
+    ],
+)
+def test_a_model_with_more_than_the_plain_network_is_refused_before_anything_is_read(tmp_path, state, change, word):
+    found = checkpoint.inspect(saved(change(state), tmp_path / "x.safetensors"))
+    with pytest.raises(TurboError, match=f"{word}.*load others in ComfyUI"):
+        check_model(found)

@@ -234,3 +234,32 @@ def test_a_clip_model_with_a_token_embedding(tmp_path):
     save_file(state, tmp_path / "x.sft")
     with pytest.raises(TurboError, match="not a umT5 encoder"):
         load_text_encoder(tmp_path / "x.sft")
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("kind", ["scale_weight", "weight_scale", "weight_scale_inv"])
+def test_float8_is_multiplied_by_its_scales_under_every_name(folder, tmp_path, encoder, official, kind):
+    """LightX2V's repack has a scale a row beside Wan's own names: left out, it is another encoder."""
+    state = load_file(folder / "tiny_umt5.safetensors")
+    scales = {}
+    for name in [name for name in state if ".layer." in name and state[name].ndim == 2 and "relative" not in name]:
+        scale = state[name].abs().amax(1, keepdim=True) / 448
+        state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+        scales[name] = scale
+    if official:
+        names = official_text_names({name: name for name in state})
+        scales = {theirs: scales[name] for theirs, name in names.items() if name in scales}
+        state = {theirs: state[name] for theirs, name in names.items()}
+    state |= {f"{name.removesuffix('.weight')}.{kind}": scale for name, scale in scales.items()}
+    torch.save(state, tmp_path / "fp8.pth")
+    model, _ = load_text_encoder(tmp_path / "fp8.pth", folder / "spiece.model", dtype=torch.float32)
+    expected, found = (encode_text(m, encoder[1], PROMPTS[:1]) for m in (encoder[0], model))
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_scale_of_another_name_is_told(folder, tmp_path):
+    state = load_file(folder / "tiny_umt5.safetensors")
+    state[W] = state[W].to(torch.float8_e4m3fn)
+    save_file(state | {f"{K}.scale": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(TurboError, match=r"SelfAttention.k.weight is fp8 and its scale.*k\.scale \[1\] may be it"):
+        load_text_encoder(tmp_path / "x.safetensors")

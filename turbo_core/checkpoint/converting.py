@@ -19,8 +19,8 @@ from typing import NamedTuple
 from ..errors import TurboError, quoted, shown
 from ..files import state_of
 from .describe import Description, stored_formats
-from .encode import Plan, on_disk, plan, rewritten, while_unchanged
-from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED
+from .encode import Plan, is_encoded_anew, on_disk, plan, rewritten, while_unchanged
+from .formats import FLOATS, FORMATS, INTEGERS, QUANTIZED, transformer_config
 from .loading import FILE_VERSION, WORLD, opened
 from .others.sharded import files_of
 from .read import stored_checksums
@@ -88,7 +88,7 @@ def _rewrite(source: Path, target: Path, format: str, progress: Progress | None,
     output = rewritten(source, tensors, disk, planned, stored, count)
     metadata = file_metadata(description, format) | {"turbowan.source_sha256": _sha256(parts, count)}
     size = stream_safetensors(target, places, while_unchanged(output, states), metadata)
-    return Converted(str(target), size, _warnings(description, stored, planned))
+    return Converted(str(target), size, _warnings(description, tensors, stored, planned))
 
 
 def file_metadata(description: Description, format: str) -> dict[str, str]:
@@ -99,8 +99,12 @@ def file_metadata(description: Description, format: str) -> dict[str, str]:
         "turbowan.family": description.family,
         "turbowan.version": FILE_VERSION,
     }
+    stated = transformer_config(description.metadata, description.path)  # the kind of some models is told there alone
+    stated = {name: value for name, value in stated.items() if type(value) in (bool, int, float, str)}
     config = {"num_heads": description.num_heads, "text_dim": description.text_dim}
-    if config != {"num_heads": description.dim // 128, "text_dim": 4096}:
+    usual = config == {"num_heads": description.dim // 128, "text_dim": 4096}
+    config = stated | config
+    if not usual or len(config) > 2:
         metadata["config"] = json.dumps({"transformer": config})  # where ComfyUI looks for sizes other than Wan's own
     if WORLD in description.metadata:
         metadata[WORLD] = description.metadata[WORLD]
@@ -165,9 +169,10 @@ class _Held:
         self.at = end_here
 
 
-def _warnings(description: Description, stored: dict[str, str], planned: Plan) -> list[str]:
+def _warnings(description: Description, tensors: dict, stored: dict[str, str], planned: Plan) -> list[str]:
     result = list(description.notes)
-    changed = [name for name, kind in stored.items() if kind not in FLOATS and kind != planned[name]]
+    quantized = [name for name, kind in stored.items() if kind not in FLOATS]
+    changed = [name for name in quantized if stored[name] != planned[name] or is_encoded_anew(tensors, name)]
     if changed:
         kinds = ", ".join(sorted({stored[name] for name in changed}))
         effect = "the file is larger, not more precise"

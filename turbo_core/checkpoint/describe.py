@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import TurboError, shown
-from .formats import check_scale_names, declared_formats, layer_format
+from .formats import check_scale_names, declared_formats, layer_format, transformer_config
 from .names import PROJ_L, is_quantizable
 from .others.comfyui import attention_settings, comfyui_reads
 from .others.sharded import files_of
@@ -59,6 +59,7 @@ class Description:
     attention: dict[str, str] = field(default_factory=dict)  # {module: JSON} of the attention it asks ComfyUI for
     comfyui: bool = False  # its own loader reads it as it is read here, but for proj_l
     foreign: dict[str, str] = field(default_factory=dict)  # {weight: format} of those that are not read here: "nvfp4"
+    variant: str | None = None  # what makes it more than the plain network: "VACE", "an image branch", "causal"
 
 
 def describe(path, container: str, metadata: dict, stored: dict, tensors: dict, notes=()) -> Description:
@@ -111,7 +112,15 @@ def describe(path, container: str, metadata: dict, stored: dict, tensors: dict, 
         and Path(path).suffix.lower() in SAFETENSORS_SUFFIXES  # by which it chooses the reader
         and comfyui_reads(stored, official, formats, declared.keys() | foreign.keys()),
         foreign=foreign,
+        variant=variant or ("an image branch" if image_branch else _stated_kind(metadata, path)),
     )
+
+
+def _stated_kind(metadata: dict, path) -> str | None:
+    """What only the metadata tell, in ComfyUI's words."""
+    stated = transformer_config(metadata, path)
+    kind = stated.get("model_type")
+    return "causal" if stated.get("causal_ar") else kind if kind not in (None, "t2v", "i2v") else None
 
 
 def stored_formats(tensors: dict, path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from ..disk import Disk
 from ..errors import TurboError, shown
 from ..files import state_of
 from ..int8 import block_scale_shape, quantize_block, quantize_rows
-from .formats import FLOATS, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
+from .formats import FLOATS, FP8, INTEGERS, QUANTIZED, check_finite, check_scale_values, decode, encode_fp8, is_finite
 from .names import is_delicate, is_helper, is_quantizable, is_scale
 from .others.comfyui import is_attention
 from .write import Layout
@@ -122,6 +122,13 @@ def _integers(name, weight, scale, stored, kind, path):
         parts = zip(*(_QUANTIZERS[kind](slab) for slab in weight.split(_SLAB)))
         weight, scale = (torch.cat(part) for part in parts)
     return weight, scale
+
+
+def is_encoded_anew(tensors: dict, name: str) -> bool:
+    """True for a weight in fp8 that fp8 here cannot hold as it is: of another kind, or with a scale for each row."""
+    weight, scale = tensors[name], tensors.get(f"{name}_scale")
+    of_rows = scale is not None and len(scale) > 1 and scale.stride(0) != 0
+    return weight.dtype in FP8 and (weight.dtype != torch.float8_e4m3fn or of_rows)
 
 
 def _fp8(name, weight, scale, stored, kind, path):

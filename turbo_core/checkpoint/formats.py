@@ -18,7 +18,9 @@ STATED = {name: kind for kind, name in INTEGERS.items()} | dict.fromkeys(FP8.val
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()} | dict.fromkeys(FP8, "fp8")
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 _SLAB = 512  # rows in float32 at a time
+_MOST_PREFIXES = 6  # parts that may stand before a name
 _MOST_TEXT = 4096  # bytes of X.comfy_quant
+_OF_INPUTS = "input_scale", "scale_input", "pre_quant_scale"  # no scales of a weight
 _LIKE_A_SCALE = re.compile(r"scale|scb|absmax|qstat", re.IGNORECASE)  # in the names that other tools give one
 
 
@@ -40,6 +42,11 @@ def layer_format(name: str, tensors: dict, path) -> str:
             )
         return _FLOAT_NAMES[weight.dtype]
     shape = tuple(scale.shape)
+    if weight.ndim != 2:
+        raise TurboError(
+            f"{path}: {shown(name)} is {weight.dtype} {list(weight.shape)} with a scale. Expected a matrix: use the "
+            "bf16 version of this model."
+        )
     if not scale.dtype.is_floating_point or scale.dtype in FP8:
         raise TurboError(f"{path}: {shown(name)}_scale is {scale.dtype}. Expected float32.")
     if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in FP8:
@@ -58,18 +65,27 @@ def layer_format(name: str, tensors: dict, path) -> str:
 
 
 def check_scale_names(tensors: dict, path) -> None:
-    """Raise TurboError for an int8 weight without a scale beside which something lies that may be one."""
+    """Raise TurboError for an int8 or fp8 weight without a scale beside which something lies that may be one."""
+    like_scales = {}  # {layer: a name}
+    for name in tensors:
+        layer, _, last = name.rpartition(".")
+        if _LIKE_A_SCALE.search(last) and last not in _OF_INPUTS:
+            like_scales.setdefault(layer, name)
+            like_scales.setdefault(layer.rpartition(".")[0], name)  # or one level below it
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.int8 or not name.endswith(".weight") or f"{name}_scale" in tensors:
+        quantized = tensor.dtype == torch.int8 or tensor.dtype in FP8
+        if not quantized or not name.endswith(".weight") or f"{name}_scale" in tensors:
             continue
         layer = name.removesuffix("weight")
-        beside = [n for n in tensors if n.startswith(layer) and _LIKE_A_SCALE.search(n[len(layer) :])]
-        if beside:
+        beside = like_scales.get(layer[:-1])
+        if beside is not None:
+            kind = "int8" if tensor.dtype == torch.int8 else "fp8"
             raise TurboError(
-                f"{path}: {name} is int8 and its scale is looked for as {name}_scale, weight_scale_inv, scale_weight "
-                f"or, of {layer}int8_weight, as {layer}scale. None is there; {shown(beside[0])} "
-                f"{list(tensors[beside[0]].shape)} may be it. If the weight is int8 times that, save it as "
-                f"{name}_scale; else use the bf16 version of this model."
+                f"{path}: {shown(name)} is {kind} and its scale is looked for as {shown(name)}_scale, "
+                f"weight_scale_inv, scale_weight or, of {shown(layer)}int8_weight, as {shown(layer)}scale. None is "
+                f"there; {shown(beside)} "
+                f"{list(tensors[beside].shape)} may be it. If the weight is {kind} times that, save it as "
+                f"{shown(name)}_scale; else use the bf16 version of this model."
             )
 
 
@@ -104,8 +120,12 @@ def declared_formats(tensors: dict, metadata: dict, path) -> tuple[dict[str, str
 
 def _known(name: str, tensors: dict) -> str:
     """The name without what stands before it in a file with a prefix, which metadata keep."""
-    parts = name.split(".")
-    return next((n for i in range(len(parts)) if (n := ".".join(parts[i:])) in tensors), name)
+    rest = name
+    for _ in range(_MOST_PREFIXES):
+        if rest in tensors:
+            return rest
+        rest = rest.partition(".")[2]
+    return name
 
 
 def transformer_config(metadata: dict, path) -> dict:
@@ -142,7 +162,7 @@ def encode_fp8(weight):
     in every float type, also in bf16, to which the reader rounds the scale.
     """
     fraction, exponent = math.frexp(max(abs(edge.item()) for edge in weight.aminmax()) / _FP8_MAX)
-    scale = 2.0 ** (exponent - (fraction == 0.5)) if fraction else 1.0
+    scale = 2.0 ** max(exponent - (fraction == 0.5), -126) if fraction else 1.0  # in float32 smaller ones vanish
     slabs = [(slab.float() / scale).to(torch.float8_e4m3fn) for slab in weight.split(_SLAB)]
     return torch.cat(slabs), torch.tensor(scale)
 

@@ -105,7 +105,10 @@ def weights(file: Opened, device="cpu", mapped: bool = False) -> dict[str, torch
             tensor = tensor.float().contiguous()
         elif tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             scale = file.tensors.get(f"{name}_scale")
-            tensor = decode(read(tensor, again=True), None if scale is None else read(scale))
+            if scale is not None:
+                scale = read(scale)
+                check_scale_values(f"{name}_scale", scale, file.description.path)
+            tensor = decode(read(tensor, again=True), scale)
         elif not mapped:
             tensor = read(tensor)
         result[name] = tensor.to(device)

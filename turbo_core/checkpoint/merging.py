@@ -187,12 +187,18 @@ def _hollow(files, finetune, sources) -> dict[str, torch.Tensor]:
     result = {}
     for name, only in sources.items():
         tensor = files[only or finetune][name]
-        dtype = tensor.dtype if tensor.dtype.itemsize > 1 or is_attention(name) else torch.bfloat16
+        narrow = tensor.dtype.itemsize == 1 and _is_decoded(files[only or finetune], name)
+        dtype = torch.bfloat16 if narrow else tensor.dtype
         if only is None and is_delicate(name):  # as wide as the widest file has it
             for tensors in files.values():
                 dtype = torch.promote_types(dtype, tensors[name].dtype) if tensors[name].dtype.itemsize > 1 else dtype
         result[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return result
+
+
+def _is_decoded(tensors: dict, name: str) -> bool:
+    """True for what becomes floats: floats, and integers with a scale; others are carried along."""
+    return not is_attention(name) and (tensors[name].is_floating_point() or f"{name}_scale" in tensors)
 
 
 def _describe(finetune: Description, hollow: dict) -> Description:
@@ -220,7 +226,7 @@ def _merged(files, disks, planned, sources, paths, strengths, distance):
         only = sources[name]
         path = only or paths[0]
         tensor = read(path, name)
-        if not is_attention(name) and (tensor.dtype == torch.int8 or tensor.is_floating_point()):
+        if _is_decoded(files[path], name):
             tensor = decode(tensor, read(path, f"{name}_scale"), _decoded(tensor.dtype))
         if only is None and tensor.is_floating_point():
             inputs = [tensor, *(read(other, name) for other in paths[1:])]

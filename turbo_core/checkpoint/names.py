@@ -73,6 +73,11 @@ def canonical(tensors: dict, path) -> tuple[dict, list[str]]:
         notes.append(f"{len(bare) - len(inside)} tensors outside {shown(prefix)!r} left out")
     if translated:
         theirs, inside = inside, {}
+        if any(name.startswith(("face_adapter.", "motion_encoder.", "face_encoder.")) for name in theirs):
+            raise TurboError(
+                f"{path} is Wan Animate in Diffusers' layout, whose own parts are not translated here. Use the "
+                "original repository's file, or ComfyUI's."
+            )
         for name, tensor in theirs.items():
             _add(inside, diffusers.official_name(name), tensor, path)
         notes.append(DIFFUSERS)

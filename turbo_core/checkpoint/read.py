@@ -22,7 +22,7 @@ SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 # Linux's MAP_NORESERVE, which the mmap module names from Python 3.13 on; the number is that of these machines
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
-_MOST_AXES = 16
+_MOST_AXES, _MOST_NUMBERS = 16, 1 << 60
 _DEEPEST, _MOST_ITEMS = 16, 1 << 20  # containers within each other, values in a dump
 DTYPES = {  # as safetensors names them
     "F64": torch.float64,
@@ -249,6 +249,8 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise Damaged(f"{shown(name)} has no shape or place")
     if len(shape) > _MOST_AXES or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
+        raise Damaged(f"{shown(name)} has no shape or place")
+    if math.prod(max(n, 1) for n in shape) > _MOST_NUMBERS:  # an empty one may have sides that no tensor has
         raise Damaged(f"{shown(name)} has no shape or place")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise Damaged(f"{shown(name)} has the unknown type {shown(kind)}")

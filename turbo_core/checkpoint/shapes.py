@@ -13,7 +13,7 @@ from .names import PROJ_L, is_helper, looks_like
 from .others.comfyui import is_attention
 from .others.sharded import INDEX
 
-_IMAGE_BRANCH = re.compile(r"cross_attn\.(?:k_img\.(?:weight|bias)|v_img\.(?:weight|bias)|norm_k_img\.weight)")
+_IMAGE_BRANCH = re.compile(r"cross_attn\.(?:[kv]_img\.(?:weight(?:_scale)?|bias)|norm_k_img\.weight)")
 _MOST_BLOCKS = 200  # far above any Wan model; a higher number in a name is damage
 
 

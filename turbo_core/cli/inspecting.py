@@ -4,9 +4,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
+_OF_MODELS = "head.modulation", "condition_embedder.time_proj.weight"
+
 
 def rows_of(path: Path) -> list[tuple[str, str]]:
     """[(item, finding)] of a file as what it is. Raises TurboError for what is none of these, and for damaged ones."""
+    from ..checkpoint.lora_names import split_name
     from ..checkpoint.names import looks_like
     from ..checkpoint.read import open_tensors
     from ..pipeline.video import VIDEO_SUFFIXES
@@ -15,7 +18,11 @@ def rows_of(path: Path) -> list[tuple[str, str]]:
         return _video(path)
     if path.suffix.lower() != ".json" and os.path.isfile(path):  # Path's own raises for names that no disk takes
         file = open_tensors(path, contents=False)
+        if any(name.endswith(_OF_MODELS) for name in file.tensors):  # beside which an encoder and a VAE may lie
+            return _model(path)
         kind = looks_like(file.tensors) or ""
+        if not kind and any(split_name(name)[1] for name in file.tensors):
+            return _lora(path, file)
         parts = {" LoRA": _lora, "umT5": _text_encoder, "VAE": _vae}
         if "decoder.3.conv.0.weight" in file.tensors:
             return _tiny_decoder(path, file)
@@ -47,7 +54,8 @@ def _model(path):
 def _text_encoder(path, file):
     from ..pipeline.text import EMBEDDED, check_encoder
 
-    sizes = check_encoder(file.tensors, path)
+    read = not any(tensor.is_meta for tensor in file.tensors.values())  # packed parts are not
+    sizes = check_encoder(file.tensors, path, read)
     tokenizer = (
         "inside" if EMBEDDED in file.tensors else "not inside: give --tokenizer, or keep google/umt5-xxl beside it"
     )
@@ -79,6 +87,7 @@ def _lora(path, file):
     from ..errors import shown
 
     layers = [name.removesuffix(".weight") for name in expected_shapes(40, True) if not name.endswith(".bias")]
+    layers += [f"blocks.{n}.cross_attn.{part}" for n in range(40) for part in ("k_img", "v_img")]
     known = in_comfyui_names(file.tensors, layers)
     parts = {stored: split_name(name) for stored, name in known.items()}
     down = {stored: layer for stored, (layer, part) in parts.items() if "_A" in part or "down" in part}

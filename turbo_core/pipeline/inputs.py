@@ -31,9 +31,10 @@ def check_task(model: checkpoint.Description, image) -> None:
 
 def check_model(model: checkpoint.Description) -> None:
     """Raise TurboError unless wan.WanModel is the network for a checkpoint."""
-    if model.in_dim not in (16, 36) or model.out_dim != 16 or model.family.startswith("Wan2.1-I2V"):
+    if model.in_dim not in (16, 36) or model.out_dim != 16 or model.variant is not None:
+        more = "" if model.variant is None or str(model.variant) in model.family else f" ({model.variant})"
         raise TurboError(
-            f"{model.path} is {model.family}, which turbo_core does not run by itself. It runs TurboWan2.1-T2V, "
+            f"{model.path} is {model.family}{more}, which turbo_core does not run by itself. It runs TurboWan2.1-T2V, "
             "TurboWan2.2-I2V-A14B (two files) and plain Wan 2.1 T2V; load others in ComfyUI."
         )
 

@@ -94,6 +94,13 @@ def credentials(path) -> dict | None:
             found = json.loads(reader.json())
     except c2pa.C2paError as error:
         return None if isinstance(error, c2pa.C2paError.ManifestNotFound) else {"state": shown(error, 200)}
+    try:
+        return _told(found)
+    except (KeyError, TypeError, AttributeError):  # a stranger's video may say anything
+        return {"state": "not readable: its manifest has another form"}
+
+
+def _told(found: dict) -> dict:
     active = found["manifests"][found["active_manifest"]]
     actions = [
         action

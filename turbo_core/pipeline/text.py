@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.formats import check_scale_values
+from ..checkpoint.formats import check_scale_names, check_scale_values
 from ..checkpoint.read import open_tensors
 from ..errors import TurboError, missing_library, shown
 from ..files import counted
@@ -17,6 +17,8 @@ TEXT_LENGTH = 512  # tokens the DiT was trained with; shorter prompts are padded
 PAD, _EOS = 0, 1
 TOKENIZERS = ("spiece.model", "tokenizer.json")  # in a folder; the first that is there
 TABLE = "shared.weight"
+_SCALES = "scale_weight", "weight_scale", "weight_scale_inv"  # of a float8 weight, by which it is multiplied
+_SCALE_NAMES = re.compile(rf"\.(?:{'|'.join(_SCALES)})$")
 EMBEDDED = "spiece_model"  # ComfyUI's repacks carry the sentencepiece model as a uint8 tensor
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OFFICIAL_BLOCK_NAMES = {  # Wan-AI's name of a block's tensor -> Hugging Face's
@@ -85,7 +87,8 @@ def check_encoder(state: dict, path, contents: bool = True) -> dict[str, int]:
     """
     state = dict(state)
     embedded = state.pop(EMBEDDED, None)
-    sizes = _infer_sizes(_canonical(state, path), path)
+    state = _canonical(state, path)
+    sizes = _infer_sizes(state, path)
     with torch.device("meta"):
         expected = UMT5(**sizes).state_dict()
     for name, like in expected.items():
@@ -125,6 +128,7 @@ def _canonical(state: dict, path) -> dict:
     if "token_embedding.weight" in state:
         state = {_huggingface_name(key): value for key, value in state.items()}
     if TABLE in state and "encoder.block.0.layer.0.SelfAttention.q.weight" in state:
+        check_scale_names({_SCALE_NAMES.sub(".weight_scale", name): tensor for name, tensor in state.items()}, path)
         return state
     raise TurboError(
         f"text encoder: {path} is not a umT5 encoder. TurboWan needs models_t5_umt5-xxl-enc-bf16.pth from Wan-AI or "
@@ -137,9 +141,9 @@ def _huggingface_name(key: str) -> str:
         return TABLE
     if key == "norm.weight":
         return "encoder.final_layer_norm.weight"
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", key)
+    match = re.fullmatch(rf"blocks\.(\d+)\.(.+)\.(weight|{'|'.join(_SCALES)})", key)
     if match and match[2] in OFFICIAL_BLOCK_NAMES:
-        return f"encoder.block.{match[1]}.{OFFICIAL_BLOCK_NAMES[match[2]]}.weight"
+        return f"encoder.block.{match[1]}.{OFFICIAL_BLOCK_NAMES[match[2]]}.{match[3]}"
     return key
 
 
@@ -190,7 +194,7 @@ def _check_shape(state: dict, name: str, shape, path) -> None:
 
 def _scale_of(state: dict, name: str):
     stem = name.removesuffix(".weight")
-    return state.get(f"{stem}.scale_weight", state.get(f"{stem}.weight_scale"))
+    return next((state[scale] for kind in _SCALES if (scale := f"{stem}.{kind}") in state), None)
 
 
 def _floats(state: dict, name: str, path) -> torch.Tensor:

@@ -26,7 +26,7 @@ def comfyui_reads(stored: dict, tensors: dict, formats: dict[str, str], declared
         if not name.endswith("_scale") and bare.get(name) != tensor.shape:
             return False
     for name, kind in formats.items():
-        told = name in declared or (kind == "fp8" and scaled)
+        told = name in declared or (scaled and f"{name.removesuffix('weight')}scale_weight" in bare)
         if kind == "int8_block" or (kind not in FLOATS and f"{name}_scale" in tensors and not told):
             return False
     return True
