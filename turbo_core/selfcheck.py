@@ -197,8 +197,8 @@ def norm(device):
         [(dtype, 134, 200, None) for dtype in HALVES]
         if device.type == "cpu"
         else [
-            (BF16, 300, 5120, ("stats", "rms", "affine", "first", "modulated", "groups", "modulated rows")),
-            (BF16, 300, 1536, ("affine rows",)),
+            (BF16, 300, 5120, ("stats", "rms", "affine", "first", "modulated", "groups", "modulated rows", "wide rms")),
+            (BF16, 300, 1536, ("affine rows", "wide affine", "wide affine rows")),
             (FP16, 300, 5008, ("affine",)),  # ragged
         ]
     ):
@@ -224,6 +224,11 @@ def _norm_forms(x):
         ("modulated rows", modulated | {"rows": True}),
         ("groups rows", groups | {"rows": True}),
     ):
+        cases[name] = ("layer_norm_quantize", (x, 1e-6), given, None)
+    # without ComfyUI the weights of norms are float32 beside activations of a half
+    wide = {name: t.float() for name, t in affine.items()}
+    cases["wide rms"] = ("rms_norm", (x, weight.float(), 1e-6), {}, None)
+    for name, given in (("wide affine", wide | stats), ("wide affine rows", wide | {"rows": True})):
         cases[name] = ("layer_norm_quantize", (x, 1e-6), given, None)
     return cases
 

@@ -116,3 +116,13 @@ def test_a_clip_is_its_blocks_times_its_evaluations():
 @pytest.mark.parametrize("without", [{"dim": 256}, {"int8 row, turbo-core, SLA": None}])
 def test_no_clip_is_told_of_a_width_that_no_model_has_or_with_a_rung_missing(without):
     assert block.derived(measured_block(**without)) is None
+
+
+def test_each_sparse_contender_has_the_blocks_that_its_name_says(monkeypatch):
+    """Whatever is chosen later for other shares: flex_attention once computed three times the work it was named for."""
+    given = []
+    monkeypatch.setattr(attention, "_flex", lambda o, index, quick: given.append(index) or (lambda: o.q))
+    case = attention.attention_case(torch.device("cpu"), 1, 2, 2560, 64, quick=True)
+    next(one for one in case.contenders if "flex_attention" in one.name).build()
+    kept = given[0].shape[-1]
+    assert kept == round(attention.TOPK * 2560 / 64) and f"{kept} of 40 key blocks" in case.name

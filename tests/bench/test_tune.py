@@ -105,3 +105,24 @@ def test_tune_says_where_there_is_nothing_to_tune_and_shows_what_it_found(monkey
     assert main(["tune", "--device", "cpu", "-o", "table.json"]) == 0
     said = capsys.readouterr().out
     assert "table.json" in said and "12 us" in said and "16 us" in said
+
+
+def test_what_was_measured_stays_when_a_later_form_fails(tmp_path, launched, monkeypatch):
+    path, measure, done = tmp_path / "table.json", tune._measure, []
+
+    def broken(case, configs, device):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return measure(case, configs, device)
+
+    monkeypatch.setattr(tune, "_measure", broken)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune("cpu", [CASE, CASE._replace(form="block qkv")], out=path)
+    assert list(json.loads(path.read_text())["launches"]) == ["block plain long"]
+
+
+def test_a_form_whose_plainest_launch_fails_has_no_row(tmp_path, launched):
+    launched[1][int8_configs.DEFAULT] = RuntimeError("does not compile")
+    tune.tune("cpu", [CASE], out=tmp_path / "table.json")
+    assert not (tmp_path / "table.json").exists() or not json.loads((tmp_path / "table.json").read_text())["launches"]

@@ -9,7 +9,7 @@ from tests.helpers import oracles
 from tests.helpers.attention_inputs import projection
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.qkv import BLOCKS, LENGTHS, qkv
-from tests.helpers.tensors import assert_close, relative
+from tests.helpers.tensors import assert_close, gaussian, relative
 from turbo_core import sla
 from turbo_core.int8 import products
 from turbo_core.sla import reference, rows
@@ -287,3 +287,15 @@ def test_what_is_held_beside_the_blocks_is_one_row(way):
     with torch.no_grad(), LiveBytes() as count:
         reference.sparse_attention(q, k, v, index)
     assert count.peak < 4 * q.nbytes + 2 * (16 * 64 * 64 * 4) + 2**18  # blocks of q, k, v, their result, one row
+
+
+def test_what_is_gathered_twice_gives_the_same_gradients(monkeypatch):
+    """Of a long video the gathered keys and values do not fit: they are gathered again for the gradient."""
+    q, k, v = (gaussian(1, 600, 2, 64, seed=seed).requires_grad_(True) for seed in range(3))
+    index = sla.block_map(q.detach(), k.detach(), 0.5)
+    found = []
+    for kept in (1 << 40, 0):
+        monkeypatch.setattr(reference, "KEPT", kept)
+        out = reference.sparse_attention(q, k, v, index, 128, 64, "bf16")
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(one, other) for one, other in zip(*found))

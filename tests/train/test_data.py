@@ -8,8 +8,10 @@ import torch
 
 from tests.helpers.training import clips
 from turbo_core.errors import TurboError
+from turbo_core.pipeline.video import write_video
 from turbo_core.tinywan.data import joined
 from turbo_core.train import data
+from turbo_core.train.videos import read_video
 
 
 def test_missing_and_wrong_data(tmp_path):
@@ -107,3 +109,15 @@ def test_a_caption_longer_than_a_prompt_may_be_is_cut_as_a_prompt_is():
     text, lengths = data.encode_captions(Encoder(), lambda caption: [*range(2, 2 + len(caption)), 1], ["", 700 * "a"])
     assert text.shape == (2, 512, 1) and lengths.tolist() == [1, 512]
     assert text[1, -2:, 0].tolist() == [512.0, 1.0]  # the end token stays
+
+
+@pytest.mark.parametrize(
+    "rate, picked", [(16, [0, 1, 2, 3]), (32, [0, 2, 4, 6]), (48, [0, 3, 6, 9]), (24, [0, 2, 3, 5]), (8, [0, 1, 1, 2])]
+)
+def test_a_video_of_another_rate_is_shown_at_wans(tmp_path, rate, picked):
+    """Frame by frame, 60 a second would be learnt as slow motion."""
+    frames = torch.stack([torch.full((32, 32, 3), 20 * i, dtype=torch.uint8) for i in range(12)])
+    write_video(tmp_path / "x.mp4", frames, fps=rate)
+    shown = read_video(tmp_path / "x.mp4", 4).float().mean((1, 2, 3))
+    expected = torch.tensor([20.0 * i for i in picked])
+    assert (shown - expected).abs().max() < 9, shown

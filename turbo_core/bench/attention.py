@@ -290,12 +290,12 @@ def attention_case(device, b, h, length, d, quick=False) -> Case:
         ),
     ]  # fmt: skip
     for topk in MORE:
-        index = sla.block_map(o.q, o.k, topk)
-        kept_flop = dense_flop * index.shape[-1] / -(-length // BLOCK_K) + 4.0 * b * h * length * d * d
+        wider = sla.block_map(o.q, o.k, topk)
+        kept_flop = dense_flop * wider.shape[-1] / -(-length // BLOCK_K) + 4.0 * b * h * length * d * d
         contenders.append(
             Contender(
                 f"SLA {topk:.0%}, turbo-core {name}", lambda topk=topk: _ours(o, "bf16", True, topk),
-                o.judge(o.exact(index, True)), float_bound, flop=kept_flop,
+                o.judge(o.exact(wider, True)), float_bound, flop=kept_flop,
             )
         )  # fmt: skip
     for stage in STAGES:

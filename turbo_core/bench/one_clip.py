@@ -14,11 +14,12 @@ from contextlib import contextmanager
 import torch
 
 from .. import checkpoint, pipeline
-from ..devices import peak_memory, pick_device
+from ..devices import peak_memory, pick_device, synchronize
 from ..pipeline.sizes import latent_shape
 from ..pipeline.text import encode_text, load_text_encoder
 from ..pipeline.video import to_frames, write_video
 from ..schedule import rcm_sigmas
+from ..selfcheck import prove
 from ..vae import LATENT_CHANNELS
 from ..wan import Text, WanModel
 from . import rivals
@@ -49,6 +50,7 @@ class Clock:
     the wall; "start" is what has gone by since the process was made."""
 
     def __init__(self, job):
+        self.device = pick_device(job["device"])
         self.read = time.process_time if job["clock"] == CPU_TIME else time.perf_counter
         began = time.process_time() if job["clock"] == CPU_TIME else time.time() - job["spawned"]
         self.seconds, self.steps, self.marks = {"start": began}, [], {}
@@ -57,6 +59,7 @@ class Clock:
     def stage(self, name):
         start = self.read()
         yield
+        synchronize(self.device)  # on a card a call returns before its work is done
         self.seconds[name] = self.seconds.get(name, 0.0) + self.read() - start
 
     def follow(self, names):
@@ -86,6 +89,7 @@ class Clock:
         self.last = self.read()
 
     def step(self, *_):
+        synchronize(self.device)
         self.steps.append(self.read() - self.last)
         self.step_begins()
         return {}
@@ -112,6 +116,7 @@ def guided(job, clock):
         rivals.imported()
         state, described = checkpoint.load(job["dit"])
         model = WanModel.from_state_dict(state, dtype, device, num_heads=described.num_heads)
+        prove(device)
         vae = rivals.vae(job["vae"], device, dtype)
     with clock.stage("text"):
         encoder, tokenize = load_text_encoder(job["text"], device=device, dtype=dtype)
@@ -133,6 +138,7 @@ def hosted(job, clock):
         vae = rivals.host_vae(job["vae"], device)
         state, described = checkpoint.load(job["dit"])
         model = WanModel.from_state_dict(state, dtype, device, num_heads=described.num_heads)
+        prove(device)
     with clock.stage("text"):
         encoder, tokenize = load_text_encoder(job["text"], device=device, dtype=dtype)
         context = encode_text(encoder, tokenize, [job["prompt"]])

@@ -91,6 +91,7 @@ def run(groups, device, out: Path, sizes=None, quick=False, seconds=harness.SECO
         }
         partial = folder / f"{group}.partial.json"
         for make in GROUPS[group][0].cases(device, given, quick):
+            case = None  # the operands of the one before go first
             clock.release()
             try:
                 case = make()

@@ -109,7 +109,8 @@ def modulate_case(device, m, k, rows, quick=False) -> Case:
 
     def kitchen():
         library = _kitchen()
-        return lambda: library.quantize_int8_rowwise(library.adaln(o.x, o.scale.to(o.dtype), o.shift.to(o.dtype), EPS))
+        given = o.scale.to(o.dtype), o.shift.to(o.dtype)
+        return lambda: library.quantize_int8_rowwise(library.adaln(o.x, *given, EPS))
 
     contenders = [
         Contender("eager chain", lambda: plain(chain), error, INT8),

@@ -53,7 +53,7 @@ def _add_data(command) -> None:
     add("--text-encoder", type=Path, required=True)
     add("--tokenizer", type=Path)
     add("--size", default="832x480", help="default %(default)s")
-    add("--frames", type=int, default=81, help="4n + 1; default %(default)s")
+    add("--frames", type=int, default=81, help="4n + 1, at 16 a second; default %(default)s")
     add("--image", action="store_true", help="their first frames too, for an image-to-video model")
     add("--device", help="default the best there is")
     add("-o", "--output", type=Path, required=True, metavar="DATA.safetensors")

@@ -151,7 +151,7 @@ def block_of_a_video(dim: int, ffn: int, heads: int, tokens: int, rows: bool, pr
     def borrow(*names):
         return contextlib.nullcontext([layer(name) for name in names])
 
-    norm = torch.empty(dim, dtype=bf16)
+    norm = torch.empty(dim)  # checkpoint.loading and WanModel keep the weights of norms in float32
 
     def attend(qkv, sums, quantized):
         width = dim // heads

@@ -97,7 +97,7 @@ def _paths():
         ("sparse attention", _kernels(device, "sla", "PyTorch, block by block")),
         ("dense attention", "torch scaled_dot_product_attention"),
         ("text encoder", f"PyTorch on {device}"),
-        ("VAE", f"PyTorch on {device}"),
+        ("VAE", f"PyTorch on {device}; its norms: {_kernels(device, 'vae', 'PyTorch')}"),
         ("generate", generate),
         ("inspect, convert, quantize", "yes"),
     ]

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..dispatch import learning
 from ..int8 import quantize_block
@@ -9,6 +10,7 @@ from ..rope import rotate
 from . import rows
 from .blocks import covering_map, in_blocks, nan_unless_finite, top_map
 
+KEPT = 1 << 30  # bytes of gathered keys and values that are kept for the gradient
 GATHERED = 1 << 27  # bytes of gathered keys held at a time: memory stays linear in L whatever top-k is
 SLICE = 1 << 25  # elements of q computed at a time: heads are independent, and their copies stay small beside q
 BITE = 1 << 20  # the same on a CPU, in whose cache they stay
@@ -85,7 +87,15 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
     counts = None if counts is None else counts.reshape(b * h, -1, 1)
     batch = torch.arange(b * h, device=q.device)[:, None, None]
     out = torch.empty_like(qb)
-    step = max(1, GATHERED // (b * h * kept * block_k * d * kb.element_size()))
+    row = b * h * kept * block_k * d * kb.element_size()  # bytes of what one query block gathers of k, or of v
+    step = max(1, GATHERED // row)
+    # what is gathered is kept for the gradient: of a video's tokens tens of gigabytes, so it is gathered twice there
+    again = learning(q, k, v) and 2 * row * qb.shape[1] > KEPT
+
+    def gather(part, kb, vb, chosen, mask):
+        gathered = (x[batch, chosen].reshape(-1, kept * block_k, d) for x in (kb, vb))
+        return attend(part.reshape(-1, block_q, d), *gathered, mask, d**-0.5).view_as(part)
+
     for start in range(0, qb.shape[1], step):
         some = slice(start, start + step)
         chosen = index[:, some]
@@ -97,9 +107,11 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
             mask = there if mask is None else mask & there
         if mask is not None:
             mask = mask.reshape(-1, 1, kept * block_k)
-        part = qb[:, some]
-        gathered = (x[batch, chosen].reshape(-1, kept * block_k, d) for x in (kb, vb))
-        out[:, some] = attend(part.reshape(-1, block_q, d), *gathered, mask, d**-0.5).view_as(part)
+        given = qb[:, some], kb, vb, chosen, mask
+        if again:
+            out[:, some] = checkpoint(gather, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out[:, some] = gather(*given)
     out = out.view(b, h, -1, d)[:, :, :length]
     return out.transpose(1, 2).to(dtype)
 

@@ -11,7 +11,7 @@ from ..pipeline.text import encode_text, load_text_encoder
 from ..schedule import default_sigma_max, rcm_sigmas
 from ..train import teacher
 from ..train.experts import BOUNDARY
-from ..wan import WanModel
+from ..wan import Text, WanModel
 from . import FILES, PAIR, data, world
 
 
@@ -78,7 +78,8 @@ def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.T
         attention = {"topk": row.topk, "precision": row.precision}
         return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return teacher.sample(model_at, x, torch.cat([context, empty.expand_as(context)]), row.steps, row.guidance)
+    both = Text(torch.cat([context, empty.expand_as(context)]))  # as the student's sampler has it
+    return teacher.sample(model_at, x, both, row.steps, row.guidance)
 
 
 def load_row(folder: Path, row: Row):

@@ -36,6 +36,11 @@ def shared(seed: int, step: int, most: int) -> int:
     return int(torch.randint(1, most + 1, (), generator=random))
 
 
+def _by_nccl() -> bool:
+    """True where what processes share lies on cards."""
+    return "nccl" in str(dist.get_backend_config())
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -63,7 +68,9 @@ def start_processes(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did; returns this one's device."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         # one process may have clips to encode that the others encoded before a kill
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+        # TinyWan's VAE and text encoder stay on the CPU, also where the transformer is on a card
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -88,7 +95,7 @@ def spread(model, shard: bool = False):
     """A model whole in every process, or in FSDP2's shards on this process's device, wherever it was before; a second
     call changes nothing."""
     if dist.is_initialized() and shard and not isinstance(model, FSDPModule):
-        mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh("cuda" if _by_nccl() else "cpu", (dist.get_world_size(),))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -124,7 +131,8 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
         if now - said > 10:
             said = now
             recent = history[-50:]
-            means = (f"{name} {sum(h.get(name, 0) for h in recent) / len(recent):.4g}" for name in values)
+            told = {name: [one[name] for one in recent if name in one] for name in values}
+            means = (f"{name} {sum(found) / len(found):.4g}" for name, found in told.items())
             log(f"step {len(history)}/{steps}  {now - start:.0f} s  " + "  ".join(means))
         last = len(history) == steps or (seconds is not None and now - start > seconds)
         if _agreed(last or now - saved > pause):
@@ -140,7 +148,7 @@ def _agreed(decision: bool) -> bool:
     """The first process's decision in all of them: their clocks differ, and saving is done together."""
     if not dist.is_initialized():
         return decision
-    flag = torch.tensor([int(decision)], device=torch.device("cuda") if dist.get_backend() == "nccl" else "cpu")
+    flag = torch.tensor([int(decision)], device="cuda" if _by_nccl() else "cpu")
     dist.broadcast(flag, 0)
     return bool(flag.item())
 

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import TurboError, shown
 from ..pipeline import encode_image
-from ..pipeline.sizes import latent_shape
+from ..pipeline.sizes import FPS, latent_shape
 from ..pipeline.text import load_text_encoder
 from ..pipeline.video import MOST_PIXELS, VIDEO_SUFFIXES, opened_video, prepare_image
 from ..selfcheck import prove
@@ -51,9 +51,9 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, imag
 
 
 def read_video(path, frames: int) -> torch.Tensor:
-    """The first frames of a video: uint8 [frames, 3, H, W]. Raises TurboError when there are fewer, or none, or they
-    are not of one size."""
-    pictures, packets = [], 0
+    """The first frames of a video at Wan's rate, FPS, whatever its own is: uint8 [frames, 3, H, W]. Raises TurboError
+    when there are fewer, or none, or they are not of one size."""
+    pictures, packets, first = [], 0, None
     with opened_video(path) as container:
         stream = container.streams.video[0]
         if stream.codec_context is None:
@@ -69,13 +69,18 @@ def read_video(path, frames: int) -> torch.Tensor:
                         f"video: {path} changes its size at frame {len(pictures)}, {sizes}. Expected one size: save it "
                         "again."
                     )
-                pictures.append(picture)
+                at = len(pictures) / FPS if frame.time is None else frame.time
+                first = at if first is None else first
+                # the first one at or after each moment: of 32 a second every other one, of 8 each twice
+                while len(pictures) < frames and len(pictures) <= (at - first) * FPS + 0.01:
+                    pictures.append(picture)
                 if len(pictures) == frames:
                     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous()
             if packets > _PACKETS * (len(pictures) + 16):
                 break  # it may go on for ever
     raise TurboError(
-        f"video: {path} has {len(pictures)} frames, expected at least {frames}. Lower --frames, or remove it."
+        f"video: {path} has {len(pictures)} frames at {FPS} a second, expected at least {frames}. Lower --frames, or "
+        "remove it."
     )
 
 
