@@ -1,5 +1,6 @@
 """ComfyUI's Wan block with sparse-linear self-attention and its trained projection proj_l."""
 
+import logging
 import re
 
 import comfy.ldm.wan.model as wan
@@ -105,7 +106,7 @@ def has_trained_sla(diffusion_model) -> bool:
 
 
 def watch_replaced(patcher):
-    """Say once, before a run, that another node has put attention of its own in the place of the trained one."""
+    """Say before each run that another node has put attention of its own in the place of the trained one."""
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, _KEY, _tell_replaced)
 
 
@@ -117,8 +118,9 @@ def _tell_replaced(patcher):
     theirs = patcher.object_patches[next(name for name, match in found.items() if match)]
     function = getattr(theirs, "__func__", theirs)
     who = getattr(function, "__qualname__", type(theirs).__qualname__)
-    log_once(
-        f"{who} (in {getattr(function, '__module__', type(theirs).__module__)}) stands in the place of self-attention "
-        f"in {len(blocks)} blocks from block {blocks[0]}: there this model's trained linear branch does not run, nor "
-        "Sparse Low-Bit Attention, and the video is another one. Leave that node out (Enhance-A-Video is such a node)."
-    )
+    logging.warning(
+        "TurboWan: %s (in %s) stands in the place of self-attention in %d blocks from block %d: there this model's "
+        "trained linear branch does not run, nor Sparse Low-Bit Attention, and the video is another one. Leave that "
+        "node out (Enhance-A-Video is such a node).",
+        who, getattr(function, "__module__", type(theirs).__module__), len(blocks), blocks[0],
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from .blocks import SLAWanBlock, watch_replaced
 from .files import read_tensors, stays_mapped
 from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
-from .ops import names_in, part_of_host, quant_entry, quantized_ops
+from .ops import names_in, part_of_host, quant_entry, quantized_ops, refuse_weight_hooks
 from .schedule import mark_sigma_max
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +68,8 @@ def build_patcher(sd, description, dtype=None, disable_dynamic=False):
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     devices = {"load_device": load_device, "offload_device": offload_device}
     patcher = patcher_class(model, **devices, **_disk(patcher_class, sd))
+    if quantized:
+        refuse_weight_hooks(patcher)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     try:

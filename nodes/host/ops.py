@@ -7,9 +7,11 @@ import importlib
 import inspect
 import json
 
+import comfy.hooks
 import comfy.model_management
 import comfy.ops
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QUANT_ALGOS
 
 from ...turbo_core.errors import TurboError
@@ -84,6 +86,21 @@ def quantized_ops(compute_dtype):
             if f"{prefix}weight" in missing:
                 missing.remove(f"{prefix}weight")
 
+        # what state_dict writes beside the weight can be asked for by name, as nodes that merge models and hooks do
+        @property
+        def weight_scale(self):
+            return self._written("weight_scale")
+
+        @property
+        def comfy_quant(self):
+            return self._written("comfy_quant")
+
+        def _written(self, name):
+            try:
+                return self.state_dict()[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
         def forward(self, input, *given, **named):
             return call_linear(super().forward, known, input, *given, **named)
 
@@ -99,6 +116,20 @@ def quantized_ops(compute_dtype):
 
     TurboOps.Linear = Linear
     return TurboOps
+
+
+def refuse_weight_hooks(patcher):
+    """Tell of a LoRA hook before a run: the host changes no quantized weight between steps, which it would find out in
+    the middle."""
+    patcher.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, "turbowan", _check_hooks)
+
+
+def _check_hooks(patcher, hooks, *_):
+    if hooks.get_type(comfy.hooks.EnumHookType.Weight):
+        raise TurboError(
+            "A LoRA by a hook (Create Hook LoRA, keyframes) cannot change int8 weights between steps. Load the "
+            "unquantized file, or put the LoRA on the MODEL by a LoRA loader."
+        )
 
 
 def part_of_host(module, name):

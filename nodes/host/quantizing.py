@@ -18,7 +18,7 @@ from ...turbo_core.errors import TurboError, quoted
 from ...turbo_core.int8 import layout, quantize_block, quantize_rows
 from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
-from .ops import ROW, quant_entry, quantized_ops
+from .ops import ROW, quant_entry, quantized_ops, refuse_weight_hooks
 from .schedule import mark_sigma_max
 from .weights import PREFIX, float_weight, original_weight
 
@@ -133,6 +133,7 @@ def quantize_patcher(patcher, quantize, layers):
     if hasattr(new, "fast_disk"):  # newer hosts read such weights from their file again; these are in no file
         new.fast_disk = False
     new.cached_hook_patches.clear()
+    refuse_weight_hooks(new)
     new.clone_base_uuid, new.patches_uuid = uuid.uuid4(), uuid.uuid4()
     baked = {key: new.patches.pop(key) for key in [f"{PREFIX}{layer}.weight" for layer in layers] if key in new.patches}
     if patcher.cached_patcher_init is not None:

@@ -2,12 +2,12 @@
 
 import functools
 
+import comfy.model_sampling
 import comfy.samplers
 
 from ...turbo_core.errors import TurboError
 from ...turbo_core.schedule import default_sigma_max, rcm_sigmas
 from .inputs import check_sigmas
-from .settings import log_once
 
 SCHEDULER = "turbo_rcm"
 _TEXT_TO_VIDEO = 16  # input channels
@@ -36,15 +36,17 @@ def sigmas_of(steps, sigma_max, model, given=None):
 
 
 def _scheduler(model_sampling, steps, tell):
-    tell(SCHEDULER, steps)
-    sigma_max = getattr(model_sampling, "rcm_sigma_max", None)
+    if not isinstance(model_sampling, comfy.model_sampling.CONST):
+        raise TurboError(f"{SCHEDULER} is for flow models such as Wan, this is {type(model_sampling).__name__}.")
+    sigma_max, notes = getattr(model_sampling, "rcm_sigma_max", None), []
     if sigma_max is None:
         sigma_max = default_sigma_max(_TEXT_TO_VIDEO)
-        log_once(
+        notes.append(
             f"{SCHEDULER} starts at sigma_max {sigma_max:.0f}, right for text-to-video: this model is not from "
             "TurboLoader or its sampling was replaced (ModelSamplingSD3, not needed). Image-to-video wants 200: use "
             "TurboSampler or TurboScheduler, which ask the model itself."
         )
+    tell(SCHEDULER, steps, *notes)
     try:
         return rcm_sigmas(steps, sigma_max).float()
     except TurboError as error:
@@ -52,7 +54,8 @@ def _scheduler(model_sampling, steps, tell):
 
 
 def register_scheduler(tell):
-    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them; tell(name, steps) before each use."""
+    """Offer `turbo_rcm` wherever the host lists schedulers, KSampler among them; tell(name, steps, *notes) before each
+    use."""
     handler = functools.partial(_scheduler, tell=tell)
     comfy.samplers.SCHEDULER_HANDLERS[SCHEDULER] = comfy.samplers.SchedulerHandler(handler)
     if SCHEDULER not in comfy.samplers.SCHEDULER_NAMES:

@@ -3,6 +3,8 @@
 import functools
 import logging
 
+import torch
+
 from ...turbo_core.sla import HEAD_DIMS, sparse_linear_attention
 
 OPTIONS = "turbowan_attention"  # key of the settings in transformer_options
@@ -25,6 +27,7 @@ def log_once(message):
     logging.info("TurboWan: %s", message)
 
 
+@torch.compiler.disable  # the host's compile node guards nothing that is read from transformer_options: it would freeze
 def active_settings(transformer_options, tokens, head_dim, defaults=DEFAULTS):
     """The settings for this block and step, or None where attention is to be dense."""
     settings = transformer_options.get(OPTIONS, defaults)

@@ -24,9 +24,10 @@ def of_sampling(model, low, boundary, sigmas) -> list[str]:
                 f"{names[0]} is the {noise}-noise expert of two and samples all steps alone, past the boundary "
                 f"{boundary:g}: connect the {other}-noise one to {place}."
             )
-    if not _distilled(model):
+    plain = [name or "This model" for which, name in zip((model, low), names) if which and not _distilled(which)]
+    if plain:
         said.append(
-            f"{names[0] or 'This model'} is not known to be distilled: in {len(sigmas) - 1} steps without guidance it "
+            f"{plain[0]} is not known to be distilled: in {len(sigmas) - 1} steps without guidance it "
             "gives a blurred video. Take a TurboWan file, connect a few-step LoRA before this node, or sample with "
             "KSampler in 20 to 50 steps and CFG 5."
         )
@@ -66,20 +67,25 @@ def of_quantizing(model, layers) -> list[str]:
     ]
 
 
-def tell_of_scheduler(scheduler, steps):
-    """Say on the KSampler that runs what is not for models that need this scheduler: CFG above 1, more steps than 4."""
-    now = running()
+def tell_of_scheduler(scheduler, steps, *notes):
+    """Say on the KSampler that runs what is not for models that need this scheduler: CFG above 1, another sampler, more
+    steps than 4; and notes."""
+    now, said = running(), list(notes)
     if now is None:
+        warn(*said)
         return
     graph, number = now
     given = graph.get(number, {}).get("inputs", {})
-    cfg, said = given.get("cfg"), []
+    cfg, sampler = given.get("cfg"), given.get("sampler_name")
     if isinstance(cfg, (int, float)) and cfg > 1:
         said.append(
             f"cfg {cfg:g} with {scheduler}: guidance is distilled into TurboWan models, and above 1 it burns the "
             "colours and takes twice the time. Set cfg to 1."
         )
-    if untrained(steps):
+    if isinstance(sampler, str) and sampler not in ("lcm", "euler"):
+        # some ask for a step more and leave one out: other times than the model was trained for
+        said.append(f"{sampler} with {scheduler}: few-step models are for lcm (noise drawn anew) or euler. Choose one.")
+    elif untrained(steps):
         denoise = given.get("denoise")
         part = f" (KSampler's steps / denoise {denoise:g})" if isinstance(denoise, float) and denoise < 1 else ""
         said.append(f"{scheduler}{part}: {untrained(steps)}")

@@ -176,9 +176,10 @@ class Examined:
         middle, least = self.ratios[ordered[len(ordered) // 2]], self.ratios[ordered[0]]
         lines = [
             f"{len(ordered)} of the layers are int8. Merged into them the sum is rounded again; at strength 1 the "
-            f"change is {middle:.2g} times that rounding (median; least {least:.2g}, in {ordered[0]}). Where little "
-            "memory is free, ComfyUI adds it in float and nothing is rounded."
+            f"change is {middle:.2g} times that rounding (median; least {least:.2g}, in {ordered[0]})."
         ]
+        if not self.model.is_dynamic():
+            lines[0] += " Where little memory is free, ComfyUI adds it in float and nothing is rounded."
         if middle < 1:
             lines.append("That is little: apply this LoRA before QuantizeW8A8, or by a bypass LoRA node.")
         return lines

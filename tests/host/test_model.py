@@ -193,3 +193,43 @@ def test_compiled_model_gives_the_same(lab):
     out = lab.loaded(compiled).apply_model(**lab.inputs(), transformer_options=options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert lab.difference(out, lab.denoise(model)) < 1e-5
+
+
+def test_settings_change_a_compiled_model_from_step_to_step_and_from_run_to_run(lab):
+    """TorchCompileModel has torch guard nothing that comes from transformer_options: what is read there is frozen."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    network = lab.load()
+
+    def denoised(sigma, compiled, **settings):
+        model = lab.attention(network, **settings)
+        if compiled:
+            set_torch_compile_wrapper(model, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+        options = {"sigmas": torch.tensor([sigma]), **model.model_options["transformer_options"]}
+        options["wrappers"] = model.wrappers
+        return lab.loaded(model).apply_model(**lab.inputs(sigma=sigma), transformer_options=options)
+
+    dense_first = {"topk": 0.3, "start_percent": 0.3}
+    for sigma, settings in ((0.99, dense_first), (0.6, dense_first), (0.6, {"topk": 0.6}), (0.6, {"mode": "dense"})):
+        found, expected = (denoised(sigma, compiled, **settings) for compiled in (True, False))
+        assert lab.distance(found, expected) < 1e-5, (sigma, settings)
+
+
+@pytest.mark.parametrize("kind", ["block", "row"])
+def test_nodes_that_merge_models_read_what_an_int8_model_stores(comfy, lab, kind):
+    """The host's merging nodes ask a MODEL for every key of its state dict."""
+    model = lab.quantize(lab.load(), kind)
+    patches = model.get_key_patches("diffusion_model.")
+    name = "diffusion_model.blocks.0.ffn.0.weight_scale"
+    assert name in patches and torch.equal(patches[name][0][0], model.model.state_dict()[name])
+    assert not hasattr(lab.load().model.diffusion_model.blocks[0].ffn[0], "weight_scale")
+
+
+@pytest.mark.parametrize("kind", ["quantized", "loaded"])
+def test_a_lora_hook_on_int8_weights_is_told_before_the_run(comfy, lab, kind):
+    model = lab.quantize(lab.load()) if kind == "quantized" else lab.load(QUANT)
+    hooks = comfy.hooks.create_hook_lora(lab.lora(model), 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    with pytest.raises(ValueError, match=r"by a hook .* cannot change int8 weights.*unquantized file"):
+        model.register_all_hook_patches(hooks, target)

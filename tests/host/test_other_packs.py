@@ -131,8 +131,8 @@ def test_whoever_replaces_trained_attention_is_named(lab, packs, told, name):
     patched = packs["enhanced self-attention"](lab.load(name))
     for _ in range(2):
         lab.turbo(patched, steps=1)
-    (line,) = told(REPLACED)
-    assert "enhanced" in line and "2 blocks from block 0" in line
+    lines = told(REPLACED)  # each run: the second may be another person's workflow
+    assert len(lines) == 2 and all("enhanced" in line and "2 blocks from block 0" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", [T2V, STOCK])

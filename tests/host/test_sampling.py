@@ -338,3 +338,44 @@ def test_a_picture_may_come_as_a_reference(lab, experts):
     with pytest.raises(ValueError, match="got no picture"):
         check(experts[0], lab.positive())
     check(experts[0], lab.positive(reference_latents=[lab.draw(*TINY_SHAPE, seed=20)]))
+
+
+def test_the_schedule_is_for_flow_models(comfy):
+    class Discrete(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    with pytest.raises(ValueError, match="turbo_rcm is for flow models such as Wan, this is Discrete"):
+        comfy.samplers.calculate_sigmas(Discrete(), "turbo_rcm", 4)
+
+
+def test_another_sampler_than_its_own_is_told(lab, t2v, monkeypatch):
+    """uni_pc asks for a step more and leaves one out: other times than the model was trained for."""
+    part, said = lab.pack.part("nodes.reports.advice"), []
+    monkeypatch.setattr(part, "warn", lambda *texts: said.extend(texts))
+    for sampler, told in (("uni_pc", True), ("lcm", False), ("euler", False)):
+        inputs = {"cfg": 1.0, "sampler_name": sampler, "denoise": 1.0}
+        monkeypatch.setattr(part, "running", lambda inputs=inputs: ({"3": {"inputs": inputs}}, "3"))
+        said.clear()
+        ksample(lab, t2v, sampler=sampler)
+        assert bool(said) == told and not any("steps:" in text for text in said)
+
+
+def test_each_run_says_that_the_first_sigma_is_not_the_models_own(comfy, lab, experts, monkeypatch):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    part, said = lab.pack.part("nodes.reports.advice"), []
+    monkeypatch.setattr(part, "warn", lambda *texts: said.extend(texts))
+    replaced = ModelSamplingSD3().patch(experts[0], 5.0)[0].get_model_object("model_sampling")
+    for _ in range(2):
+        comfy.samplers.calculate_sigmas(replaced, "turbo_rcm", 4)
+    assert len(said) == 2 and all("Image-to-video wants 200" in text for text in said)
+
+
+def test_the_second_expert_must_be_distilled_too(lab, experts, image):
+    from tests.helpers.lab import STOCK
+
+    part = lab.pack.part("nodes.reports.advice")
+    sigmas = lab.sigmas(4, model=experts[0])
+    assert not any("distilled" in text for text in part.of_sampling(*experts, 0.9, sigmas))
+    [told] = [text for text in part.of_sampling(experts[0], lab.load(STOCK), 0.9, sigmas) if "distilled" in text]
+    assert "not known to be distilled" in told and experts[0].model is not None
