@@ -114,8 +114,8 @@ class TurboPrompt(io.ComfyNode):
                     advanced=True,
                     tooltip="Most tokens that the language model writes.",
                 ),
-                # a seed that changes would have all that follows run again, also where no model reads it
-                seed_input("Of the language model: another seed, another wording.", io.ControlAfterGenerate.fixed),
+                # one that changes after each run would have all that follows run again, also where nothing reads it
+                seed_input("Of the language model: another seed, another wording.", changes=False),
             ],
             outputs=[io.String.Output(display_name="prompt", tooltip="For the text of CLIP Text Encode.")],
             has_intermediate_output=True,  # the prompt, when the host takes the node from its cache

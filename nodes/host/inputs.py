@@ -16,10 +16,10 @@ from ...turbo_core.schedule import MOST_STEPS
 MAX_SEED = 2**64 - 1
 
 
-def seed_input(tooltip, after=True):
-    """For GuidedRun, which checks it. after: what becomes of it after a run, True for the page's default."""
+def seed_input(tooltip, changes=True):
+    """For GuidedRun, which checks it. changes: the page offers to change it after each run."""
     limits = {"default": 0, "min": 0, "max": MAX_SEED}
-    return io.Int.Input("seed", control_after_generate=after, tooltip=tooltip, **limits)
+    return io.Int.Input("seed", control_after_generate=changes or None, tooltip=tooltip, **limits)
 
 
 _STEPS = "4 is best, 1 is fastest. More than 4 take longer at times that the model was not trained for."

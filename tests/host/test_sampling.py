@@ -348,9 +348,20 @@ def test_the_schedule_is_for_flow_models(comfy):
         comfy.samplers.calculate_sigmas(Discrete(), "turbo_rcm", 4)
 
 
+def advice(lab, monkeypatch):
+    """nodes.reports.advice, to which the scheduler speaks: another copy of the pack may have registered it last."""
+    import comfy.samplers
+
+    part = lab.pack.part("nodes.reports.advice")
+    name, handlers = "turbo_rcm", comfy.samplers.SCHEDULER_HANDLERS
+    monkeypatch.setitem(handlers, name, handlers[name])  # put back at the end
+    lab.pack.part("nodes.host.schedule").register_scheduler(part.tell_of_scheduler)
+    return part
+
+
 def test_another_sampler_than_its_own_is_told(lab, t2v, monkeypatch):
     """uni_pc asks for a step more and leaves one out: other times than the model was trained for."""
-    part, said = lab.pack.part("nodes.reports.advice"), []
+    part, said = advice(lab, monkeypatch), []
     monkeypatch.setattr(part, "warn", lambda *texts: said.extend(texts))
     for sampler, told in (("uni_pc", True), ("lcm", False), ("euler", False)):
         inputs = {"cfg": 1.0, "sampler_name": sampler, "denoise": 1.0}
@@ -363,7 +374,7 @@ def test_another_sampler_than_its_own_is_told(lab, t2v, monkeypatch):
 def test_each_run_says_that_the_first_sigma_is_not_the_models_own(comfy, lab, experts, monkeypatch):
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    part, said = lab.pack.part("nodes.reports.advice"), []
+    part, said = advice(lab, monkeypatch), []
     monkeypatch.setattr(part, "warn", lambda *texts: said.extend(texts))
     replaced = ModelSamplingSD3().patch(experts[0], 5.0)[0].get_model_object("model_sampling")
     for _ in range(2):

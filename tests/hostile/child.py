@@ -157,16 +157,13 @@ def _put_canary(folder, canary):
 
 def _warm(classes, doors, work):
     """Open every door once: what they import then is theirs."""
-    doors_left = set(doors.DOORS)
     for kind in classes.KINDS:
         for seed in range(-3, 0):
             case, folder = classes.made(kind, seed), work / "warm"
             _enter(folder, case)
             doors.opened(case, folder)
-            doors_left.discard(case.door)
             os.chdir(work)
             shutil.rmtree(folder)
-    assert not doors_left, f"no class opens {sorted(doors_left)}"
 
 
 def _peak(reset=False):

@@ -244,5 +244,5 @@ def test_another_library_launches_on_the_tensors_own_card(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", OnCard)
     monkeypatch.setattr(kitchen, "library", lambda device: types.SimpleNamespace(int8_linear=int8_linear))
-    x = torch.ones(2, 2)
+    x = types.SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float16, is_cuda=True)
     assert kitchen.int8_linear(x, None, None) is x and entered == [x.device, None]

@@ -1,5 +1,6 @@
 """The int8 linear by comfy_kitchen, where that has one for the row format and our kernels do not compute."""
 
+import contextlib
 import functools
 import importlib.util
 
@@ -20,5 +21,6 @@ def library(device: torch.device):
 
 def int8_linear(x, weight_q, weight_scale, bias=None):
     """Float [M, K] -> [M, N] in x's dtype; weights in the row format."""
-    with torch.cuda.device(x.device):  # the library launches on the current device, by the stream of the tensor's
+    # the library launches on the current device, by the stream of the tensor's
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         return library(x.device).int8_linear(x, weight_q, weight_scale, bias, out_dtype=x.dtype)
