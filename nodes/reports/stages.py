@@ -6,6 +6,7 @@ import comfy.model_management
 
 from ...turbo_core.devices import peak_memory, reset_peak_memory
 from ...turbo_core.files import human_bytes
+from ..host.ops import part_of_host
 
 
 class Stages:
@@ -39,7 +40,9 @@ class Stages:
         parts = [f"{len(self.steps)} step{plural} in {total:.1f} s ({each})", f"loading and the rest {rest:.1f} s"]
         peak = peak_memory(self.device)
         if "device" in peak:
-            parts.append(f"peak {human_bytes(peak['device'])} on the card")
+            # dynamic VRAM keeps weights where torch does not count them
+            beside = ", dynamic weights not counted" if part_of_host("memory_management", "aimdo_enabled") else ""
+            parts.append(f"peak {human_bytes(peak['device'])} on the card{beside}")
         elif "process" in peak:
             parts.append(f"peak {human_bytes(peak['process'])} since ComfyUI started")
         return ", ".join(parts)

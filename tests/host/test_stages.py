@@ -28,6 +28,16 @@ def test_peak_is_that_of_the_process_without_a_card(stages):
     assert re.search(r"^1 step in .*, peak [\d.]+ [MG]B since ComfyUI started$", stages.line())
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_peak_without_the_dynamic_weights_says_so(stages, pack, monkeypatch, dynamic):
+    """They lie where torch does not count them: of a 14B model 13 GB would be missing without a word."""
+    module = pack.part("nodes.reports.stages")
+    monkeypatch.setattr(module, "peak_memory", lambda device: {"device": 10**10})
+    monkeypatch.setattr(module, "part_of_host", lambda *_: dynamic)
+    stages.timed(lambda: None)()
+    assert stages.line().endswith(f"peak 10.0 GB on the card{', dynamic weights not counted' if dynamic else ''}")
+
+
 def test_text_goes_to_the_node_that_runs(pack, monkeypatch):
     module = pack.part("nodes.reports.show")
     sent = []
