@@ -33,7 +33,7 @@ def with_settings(model, mode, start_percent, end_percent, tell=log_once, **sett
     model = model.clone()
     options = model.model_options["transformer_options"]
     options[OPTIONS] = {
-        "mode": MODES["sparse only" if mode == "auto" and not trained else mode],
+        "mode": MODES[mode],  # "auto" is each network's own affair: a guider evaluates two by one MODEL's options
         "sigma_start": to_sigma(start_percent) if start_percent > 0 else None,
         "sigma_end": to_sigma(end_percent) if end_percent < 1 else None,
         **settings,

@@ -47,7 +47,8 @@ def attention_text(model, network) -> str:
     if settings is None or settings["mode"] == "dense":
         own = settings is None and options.get(OVERRIDE) is not None
         return "dense, by another node's override" if own else f"dense, by {host_attention()}"
-    kind = {"sparse-linear": "sparse-linear (SLA)", "sparse": "sparse, without a linear branch"}[settings["mode"]]
+    linear = trained and settings["mode"] == "sparse-linear"
+    kind = "sparse-linear (SLA)" if linear else "sparse, without a linear branch"
     limits = [f"blocks {', '.join(map(str, sorted(settings['dense_blocks'])))} dense"] * bool(settings["dense_blocks"])
     limits += [f"dense below {settings['min_tokens']} tokens"] * bool(settings["min_tokens"])
     limits += ["part of the sigmas only"] * (settings["sigma_start"] is not None or settings["sigma_end"] is not None)

@@ -212,3 +212,14 @@ def test_a_call_for_another_shape_of_result_is_not_ours(lab):
         )
         assert len(seen) == given
     assert seen[0]["skip_output_reshape"]
+
+
+def test_options_of_a_stock_model_leave_another_models_trained_branch_alone(lab):
+    """DualModelGuider evaluates the negative MODEL by the options of the positive one."""
+    trained, stock = lab.load(T2V), lab.load(STOCK)
+    own = lab.denoise(lab.attention(trained, 0.3))
+    borrowed = trained.clone()
+    theirs = lab.attention(stock, 0.3).model_options["transformer_options"]["turbowan_attention"]
+    borrowed.model_options["transformer_options"]["turbowan_attention"] = theirs
+    assert torch.equal(lab.denoise(borrowed), own)
+    assert not torch.equal(lab.denoise(lab.attention(trained, 0.3, mode="sparse only")), own)
