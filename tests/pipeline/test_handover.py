@@ -84,33 +84,23 @@ def test_only_files_with_the_same_tensors_can_follow():
     assert not can_follow(model, smaller)
 
 
-def test_a_file_that_cannot_be_read_is_named_and_nothing_hangs(monkeypatch):
+@pytest.mark.parametrize(
+    "fault, said",
+    [(OSError("input/output error"), "input/output error.*still there"), (MemoryError("none left"), "none left")],
+)
+def test_a_fault_of_any_kind_in_the_copying_thread_is_told_and_no_forward_waits(fault, said, monkeypatch):
     model = model_of(expert(0))
     handover = Handover(model, expert(1))
 
     def broken(pairs, ticket):
-        raise OSError("input/output error")
+        raise fault
 
     monkeypatch.setattr(handover._lane, "copy", broken)
     model(*INPUT)
-    with pytest.raises(TurboError, match=r"input/output error.*still there"):
+    with pytest.raises(TurboError, match=said):
         model(*INPUT)
     handover.cancel()
     assert not handover._thread.is_alive()
-
-
-def test_a_fault_of_any_kind_in_the_copying_thread_does_not_leave_a_forward_waiting(monkeypatch):
-    model = model_of(expert(0))
-    handover = Handover(model, expert(1))
-
-    def broken(pairs, ticket):
-        raise MemoryError("none left")
-
-    monkeypatch.setattr(handover._lane, "copy", broken)
-    model(*INPUT)
-    with pytest.raises(TurboError, match="none left"):
-        model(*INPUT)
-    handover.cancel()
 
 
 def test_cancel_before_and_after_the_end():

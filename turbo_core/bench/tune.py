@@ -86,6 +86,7 @@ def tune(device=None, shapes=None, progress=None, out=None) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     path = Path(out) if out else int8_configs.table_path(name)
     cases = default_cases() if shapes is None else shapes
+    table = int8_configs.read_table(path, name)  # what is not measured again stays
     launches, times = {}, {}
     for done, case in enumerate(cases):
         if progress:
@@ -96,12 +97,12 @@ def tune(device=None, shapes=None, progress=None, out=None) -> dict:
         )
         measured = _measure(case, tried, device)
         key = f"{case.form} {case.length}"
-        if not measured:
-            continue  # the plainest launch does not run here: the table has no row of that form
-        launches[key] = min(measured, key=measured.get)
-        write_table(path, name, launches)  # what is done stays, whatever comes
-        times[key] = {"best": 1e6 * measured[launches[key]], "shipped": 1e6 * measured.get(shipped, float("nan"))}
-    write_table(path, name, launches)
+        if measured:
+            table[key] = launches[key] = min(measured, key=measured.get)
+            times[key] = {"best": 1e6 * measured[launches[key]], "shipped": 1e6 * measured.get(shipped, float("nan"))}
+        else:
+            table.pop(key, None)  # the plainest launch does not run here: the table has no row of that form
+        write_table(path, name, table)  # what is done stays, whatever comes
     if progress:
         progress(len(cases), len(cases), str(path))
     return {"card": name, "file": str(path), "launches": launches, "microseconds": times}

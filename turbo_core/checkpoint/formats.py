@@ -49,9 +49,9 @@ def layer_format(name: str, tensors: dict, path) -> str:
         )
     if not scale.dtype.is_floating_point or scale.dtype in FP8:
         raise TurboError(f"{path}: {shown(name)}_scale is {scale.dtype}. Expected float32.")
-    if weight.ndim == 2 and shape == (weight.shape[0], 1) and weight.dtype in FP8:
+    if shape == (weight.shape[0], 1) and weight.dtype in FP8:
         return "fp8"
-    if weight.ndim == 2 and weight.dtype == torch.int8:
+    if weight.dtype == torch.int8:
         if shape == block_scale_shape(*weight.shape) and shape != (weight.shape[0], 1):
             return "int8_block"
         if shape == (weight.shape[0], 1):

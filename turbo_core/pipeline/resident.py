@@ -1,7 +1,7 @@
 """Models that stay: one video or thousands from the same files, each file read once where memory allows.
 
 While a video is decoded and written, the next one is sampled. What stays in memory is decided for each video by what
-it takes, see Stay; a video comes out the same bit for bit whatever stays, and whatever was made before it.
+it takes, see Stay; on a CPU a video is the same bit for bit whatever stays and whatever came before it.
 """
 
 import functools
