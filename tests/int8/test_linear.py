@@ -142,12 +142,12 @@ def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, monkeypatch):
     monkeypatch.setattr(products, "int_mm", lambda a, b, *room: tiles.append((len(a), len(b))) or multiply(a, b, *room))
     whole = int8.int8_linear(x, *weight, bias)
     assert set(tiles) == {(400, 270)}
-    for tile, expected in (
+    for (tall, wide), expected in (
         ((128, 128), {(m, n) for m in (128, 16) for n in (128, 14)}),  # a block at a time, ragged at both ends
         ((256, 256), {(m, n) for m in (256, 144) for n in (256, 14)}),
         ((384, 300), {(m, n) for m in (384, 16) for n in (270,)}),
     ):
-        monkeypatch.setattr(products, "TILE", tile)
+        monkeypatch.setattr(products, "TILE", (tall // 2 if fmt == "row" else tall, wide))
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         tiles.clear()
         assert torch.equal(int8.int8_linear(x, *weight, bias), whole)
@@ -157,7 +157,7 @@ def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, monkeypatch):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("columns", [1536, 4608, 8960, 13824, 1, 130])
 def test_tiles_are_whole_blocks_and_alike(columns, fmt):
-    _, wide = products.tile(torch.empty(columns, 1536, dtype=torch.int8))
+    _, wide = products.tile(torch.empty(columns, 1536, dtype=torch.int8), False)
     count = -(-columns // wide)
     assert wide % 128 == 0 and wide <= products.TILE[1]
     assert wide * count - columns < 128 * count, "no tile is much smaller than the others"

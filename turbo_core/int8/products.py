@@ -15,23 +15,24 @@ TILE = 512, 1536  # rows for each thread and columns of a CPU's tile: two times 
 EXACT = 1024  # products that float32 sums without rounding: 128 * 128 * 1024 = 2^24
 
 
-def products(quantized, m, w_q, w_scale, rows: bool, bias, dtype, learns: bool):
+def products(quantized, m, w_q, w_scale, rows: bool, bias, dtype, learns: bool, y=None):
     """Yield (slice of rows, slice of columns, that part of x w^T + bias in float32) until all of [M, N] is there.
 
     quantized(slice of rows) -> int8 x [rows, K], its scale: asked for once for each slice, in order. rows: the row
     format. dtype: that of the result to come. A part may be changed in place, and is overwritten by the next one
-    unless something learns.
+    unless something learns. y: [M, N], where the parts are going to: where that saves a pass they are views of it.
     """
     w_q, n = w_q.contiguous(), w_q.shape[0]
-    multiply = _multiplier(w_q, w_scale, rows, dtype, learns)
-    tall, wide = tile(w_q)
+    bias = None if bias is None else bias.float()
+    in_place = rows and y is not None and y.dtype == torch.float32 and not (learns or torch.compiler.is_compiling())
+    multiply = _multiplier(w_q, w_scale, rows, bias, dtype, learns)
+    tall, wide = tile(w_q, rows)
     for start in range(0, m, tall):
         here = slice(start, min(start + tall, m))
         x = quantized(here)
         for first in range(0, n, wide):
             columns = slice(first, min(first + wide, n))
-            part = multiply(*x, columns).float()
-            yield here, columns, part if bias is None else part.add_(bias[columns])
+            yield here, columns, multiply(*x, columns, y[here, columns] if in_place else None)
 
 
 def slice_rows(columns: int, elements: int) -> int:
@@ -39,15 +40,15 @@ def slice_rows(columns: int, elements: int) -> int:
     return max(1, elements // max(1, columns) // BLOCK) * BLOCK
 
 
-def tile(w_q):
-    """(rows, columns) that are computed at a time."""
+def tile(w_q, by_rows: bool):
+    """(rows, columns) that are computed at a time; twice as many rows in the row format, which adds nothing up."""
     n, k = w_q.shape
     if not has_cache(w_q.device):
         return slice_rows(max(n, k), SLICE), max(1, n)
     rows, columns = TILE
     parts = -(-n // columns)
     even = -(-n // (parts * BLOCK)) * BLOCK if n else 1
-    return min(rows * threads(), slice_rows(max(even, k), SLICE)), even
+    return min((2 if by_rows else 1) * rows * threads(), slice_rows(max(even, k), SLICE)), even
 
 
 def threads() -> int:
@@ -61,24 +62,38 @@ def has_cache(device) -> bool:
     return device.type == "cpu"
 
 
-def _multiplier(w_q, w_scale, rows, dtype, learns):
-    """multiply(x_q, x_scale, slice of columns) -> their product, float32, or dtype where floats are multiplied."""
-    if not rows and not has_cache(w_q.device):
-        # in the result's own half precision, whose rounding is a tenth of int8's: tensor cores take no float32
-        weight = dequantize_block(w_q, w_scale, dtype if dtype.itemsize == 2 else torch.float32)
-        return lambda x_q, x_scale, columns: dequantize_block(x_q, x_scale, weight.dtype) @ weight[columns].t()
+def _multiplier(w_q, w_scale, rows, bias, dtype, learns):
+    """multiply(x_q, x_scale, slice of columns, None or where the result may lie) -> their product and bias, float32."""
     dots, sums = Room(learns), Room(learns)
     if rows:
-        return lambda x_q, x_scale, columns: int_mm(x_q, w_q[columns], dots).mul_(x_scale).mul_(w_scale[columns].t())
+        by_column = w_scale.t()
+
+        def multiply(x_q, x_scale, columns, place):
+            y = int_mm(x_q, w_q[columns], dots).mul_(x_scale)
+            place = None if learns else y if place is None else place
+            if bias is None:
+                return torch.mul(y, by_column[:, columns], out=place)
+            return torch.addcmul(bias[columns], y, by_column[:, columns], out=place)
+
+        return multiply
+    if not has_cache(w_q.device):
+        # in the result's own half precision, whose rounding is a tenth of int8's: tensor cores take no float32
+        weight = dequantize_block(w_q, w_scale, dtype if dtype.itemsize == 2 else torch.float32)
+
+        def multiply(x_q, x_scale, columns, _):
+            y = (dequantize_block(x_q, x_scale, weight.dtype) @ weight[columns].t()).float()
+            return y if bias is None else y.add_(bias[columns])
+
+        return multiply
     by_block = w_scale.t().repeat_interleave(BLOCK, 1)  # [K-blocks, N]: a row of it is read in one go
 
-    def multiply(x_q, x_scale, columns):
+    def multiply(x_q, x_scale, columns, _):
         m, part = len(x_q), w_q[columns]
         y = sums.take(m, len(part), x_scale).zero_()
         x_scale = x_scale.t().repeat_interleave(BLOCK, 1)[:, :m, None]
         for x_b, x_s, w_b, w_s in zip(x_q.split(BLOCK, 1), x_scale, part.split(BLOCK, 1), by_block[:, columns]):
             y.addcmul_(int_mm(x_b, w_b, dots).mul_(x_s), w_s)
-        return y
+        return y if bias is None else y.add_(bias[columns])
 
     return multiply
 
