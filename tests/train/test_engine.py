@@ -67,6 +67,13 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
+def test_a_training_of_half_a_million_steps_resumes(tmp_path):
+    history = [{"loss": 0.5, "gradient": step / 3} for step in range(500_000)]
+    parts, path = {"model": torch.nn.Linear(2, 2)}, tmp_path / engine.CHECKPOINT
+    engine.save(parts, history, path)
+    assert engine.load(parts, path) == history
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
     stages(tmp_path)["teacher"]()
     before = (tmp_path / engine.CHECKPOINT).read_bytes()

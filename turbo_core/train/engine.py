@@ -6,6 +6,7 @@ checkpoint makes the same weights as one that was never interrupted.
 
 import ctypes
 import datetime
+import json
 import os
 import sys
 import time
@@ -159,7 +160,7 @@ def save(parts: dict, history: list, path: Path) -> None:
     if rank() == 0:
         try:
             with written_aside(path) as aside, open(aside, "wb") as file:
-                torch.save({"parts": states, "history": history}, file)
+                torch.save({"parts": states, "history": _packed(history)}, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TurboError(f"Could not write {path} ({error}). Free space and start again: it resumes.") from error
 
@@ -176,14 +177,26 @@ def load(parts: dict, path: Path) -> list:
                 now = part.state_dict()
                 state = {key: optim.like(value, now.get(key, value)) for key, value in state.items()}
             part.load_state_dict(state)
-        if not all(type(value) in (int, float) for values in stored["history"] for value in values.values()):
-            raise ValueError("its history is none")
+        history = _unpacked(stored["history"])
     except Exception as error:  # what is in it may be anything, and parts take it apart in their own ways
         reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{path} ")
         raise TurboError(
             f"{path} does not fit this training ({shown(reason, 200)}). Remove it, or take another folder."
         ) from error
-    return stored["history"]
+    return history
+
+
+def _packed(history: list) -> torch.Tensor:
+    """JSON in bytes: as objects of a pickle, hundreds of thousands of steps are more than a reader that distrusts its
+    file takes."""
+    return torch.frombuffer(bytearray(json.dumps(history).encode()), dtype=torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor) -> list:
+    history = json.loads(bytes(packed.numpy()))
+    if not all(type(value) in (int, float) for values in history for value in values.values()):
+        raise ValueError("its history is none")
+    return history
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
