@@ -29,11 +29,29 @@ def small_parts() -> dict:
 
 @cache
 def _good() -> dict:
-    history = torch.frombuffer(bytearray(b'[{"loss": 1.5}, {"loss": 1.25}]'), dtype=torch.uint8)
+    history = _bytes('[{"loss": 1.5}, {"loss": 1.25}]')
     return {"parts": {n: p.state_dict() for n, p in small_parts().items()}, "history": history}
 
 
-_ANYTHING = (None, 3, -1, 1.5, "x", [], {}, [[]], (1, 2), torch.zeros(0), torch.ones(3), {"x": {}}, [{"loss": "x"}])
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+_ANYTHING = (
+    None,
+    3,
+    -1,
+    1.5,
+    "x",
+    [],
+    {},
+    [[]],
+    (1, 2),
+    torch.zeros(0),
+    torch.ones(3),
+    {"x": {}},
+    *map(_bytes, ('[{"loss": "x"}]', "{}", "[1]", "[" * 9999)),
+)
 
 
 def checkpoint(random: Random) -> Case:

@@ -130,12 +130,14 @@ def test_the_product_for_devices_without_int8_matmul_is_exact(monkeypatch):
     assert torch.equal(products.int_mm(a, b).double(), a.double() @ b.double().t())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("has_int_mm", [True, False])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, monkeypatch):
+def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, biased, dtype, monkeypatch):
     monkeypatch.setattr(products, "has_int_mm", lambda device: has_int_mm)
     monkeypatch.setattr(products, "int_mm_pays", lambda device: True)
-    x, bias = gaussian(2, 200, 300, dtype=torch.bfloat16), gaussian(270, seed=2, dtype=torch.bfloat16)
+    x, bias = gaussian(2, 200, 300, dtype=dtype), gaussian(270, seed=2, dtype=torch.bfloat16) if biased else None
     x[1] *= 16
     weight = FORMATS[fmt](gaussian(270, 300, seed=1))
     tiles, multiply = [], products.int_mm
@@ -157,7 +159,8 @@ def test_working_in_tiles_changes_no_bit(fmt, has_int_mm, monkeypatch):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("columns", [1536, 4608, 8960, 13824, 1, 130])
 def test_tiles_are_whole_blocks_and_alike(columns, fmt):
-    _, wide = products.tile(torch.empty(columns, 1536, dtype=torch.int8), False)
+    tall, wide = products.tile(torch.empty(columns, 1536, dtype=torch.int8), fmt == "row")
+    assert tall == torch.get_num_threads() * products.TILE[0] * (2 if fmt == "row" else 1)
     count = -(-columns // wide)
     assert wide % 128 == 0 and wide <= products.TILE[1]
     assert wide * count - columns < 128 * count, "no tile is much smaller than the others"

@@ -17,7 +17,7 @@ FLOAT = 2e-6
 def way(request, monkeypatch):
     """The products as a CPU computes them, one block at a time, and as a device without fast int8 does."""
     if request.param == "blocks":
-        monkeypatch.setattr(products, "TILE", (128, 128))
+        monkeypatch.setattr(products, "tile", lambda w_q, by_rows: (128, 128))
     if request.param == "float products":
         monkeypatch.setattr(products, "has_cache", lambda _: False)
     return request.param
@@ -39,10 +39,11 @@ def test_every_form_is_the_product_and_its_epilogue(fmt, m, n, k, way):
     assert_near(stats, row_stats(y), FLOAT)
     assert reference.int8_mm_residual(*x, *w, None, residual, stats=False)[1] is None
 
-    y, sums = reference.int8_mm_qkv(*x, *zip(*weights), biases)
-    for i in range(3):
-        assert_near(y[i], product(x, weights[i], biases[i]), half)
-    assert_near(sums, torch.stack([row_squares(y[0]), row_squares(y[1])]), FLOAT)
+    for dtype, near in ((torch.bfloat16, half), (torch.float32, FLOAT)):
+        y, sums = reference.int8_mm_qkv(*x, *zip(*weights), biases, dtype)
+        for i in range(3):
+            assert_near(y[i], product(x, weights[i], biases[i]), near)
+        assert_near(sums, torch.stack([row_squares(y[0]), row_squares(y[1])]), FLOAT)
 
 
 @pytest.mark.parametrize("m, n, k", SHAPES)

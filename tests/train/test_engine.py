@@ -74,6 +74,15 @@ def test_a_training_of_half_a_million_steps_resumes(tmp_path):
     assert engine.load(parts, path) == history
 
 
+@pytest.mark.parametrize("history", ['[{"loss": "x"}]', "{}", '""', "[1]", "[" * 9999, "?"])
+def test_a_history_that_is_none_is_refused(history, tmp_path):
+    parts, path = {"model": torch.nn.Linear(2, 2)}, tmp_path / engine.CHECKPOINT
+    states = {"model": parts["model"].state_dict()}
+    torch.save({"parts": states, "history": torch.frombuffer(bytearray(history.encode()), dtype=torch.uint8)}, path)
+    with pytest.raises(TurboError, match="does not fit this training"):
+        engine.load(parts, path)
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
     stages(tmp_path)["teacher"]()
     before = (tmp_path / engine.CHECKPOINT).read_bytes()

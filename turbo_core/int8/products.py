@@ -11,7 +11,7 @@ from ..devices import has_int_mm, int_mm_pays
 from .formats import BLOCK, dequantize_block
 
 SLICE = 1 << 24  # elements of x or y that other devices compute at a time
-TILE = 512, 1536  # rows for each thread and columns of a CPU's tile: two times 3 MB, and a Wan model's width at once
+TILE = 512, 1536  # rows for each thread and columns of a CPU's tile: 3 MB of sums, and a Wan model's width at once
 EXACT = 1024  # products that float32 sums without rounding: 128 * 128 * 1024 = 2^24
 
 

@@ -194,7 +194,9 @@ def _packed(history: list) -> torch.Tensor:
 
 def _unpacked(packed: torch.Tensor) -> list:
     history = json.loads(bytes(packed.numpy()))
-    if not all(type(value) in (int, float) for values in history for value in values.values()):
+    if not isinstance(history, list) or not all(
+        type(value) in (int, float) for values in history for value in values.values()
+    ):
         raise ValueError("its history is none")
     return history
 
