@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +81,8 @@ def demo(arguments):
 
 
 def test(arguments):
+    # installing is work for one core: both environments are made at once
+    for_host = ThreadPoolExecutor(1).submit(host_environment) if find_comfyui() else None
     failed = check([])
     pytest = [str(environment(".venv", [".[test]"])), "-m", "pytest", "-q", "--ignore=tests/host"]
     # the tensors are small: more threads only wait for each other
@@ -101,10 +104,10 @@ def test(arguments):
                 own = [f"tests/{folder}" for folder in folders]
                 beside(", ".join(own), [*pytest, "-o", f"cache_dir=.pytest_cache/{own[0]}", *own])
             pytest += ["--ignore=tests/page", *(f"--ignore=tests/{name}" for folders in BESIDE for name in folders)]
-        if find_comfyui() is None:
+        if for_host is None:
             print("No ComfyUI found (COMFYUI_DIR, ~/ComfyUI): the tests in the real host are skipped.")
         else:
-            python = host_environment()  # before several want it, and all that they want
+            python = for_host.result()  # before several want it, and all that they want
             if not arguments:
                 page_lacks(python)
             host_tests = [sys.executable, __file__, "host"]
