@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "turbo_core", "nodes")
-GROUND = "errors files disk devices dispatch kernels rope __init__"
+GROUND = "errors files disk devices dispatch heap kernels rope __init__"
 # of turbo_core, from the ground up; rooms of one floor do not know each other
 FLOORS = (GROUND, "schedule sampler", "int8 channels", "sla parallel", "wan", "selfcheck", "checkpoint", "lora vae",
           "pipeline", "batch diagnostics train", "bench tinywan", "cli", "__main__")  # fmt: skip

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from turbo_core.bench import machine
+from turbo_core.heap import keep_freed_memory
 from turbo_core.int8 import quantize_rows
 from turbo_core.parallel import Rows, Sequence
 from turbo_core.rope import rope_angles
-from turbo_core.train.engine import keep_freed_memory
 from turbo_core.vae import WanVAE, decode_each, decode_rows
 from turbo_core.wan import QUANTIZED_LINEARS, Block, Int8Linear
 
@@ -91,7 +91,7 @@ def measure(sequence, make) -> dict:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     torch.set_num_threads(1)
     sequence = Sequence()
     facts = machine.facts("cpu")

@@ -1,11 +1,5 @@
 """A training that was killed goes on to the weights of one that was not, and bad folders are told before anything."""
 
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +8,6 @@ from turbo_core.errors import TurboError
 from turbo_core.train import distill, engine, sparsify, teacher
 
 STEPS = 6
-ROOT = Path(__file__).parents[2]
 
 
 def stages(folder, steps=STEPS):
@@ -122,28 +115,3 @@ def test_the_fake_score_learns_before_it_is_asked(tmp_path):
     _, history = distill.train(model(), model(), fake, clips(), tmp_path, 2, alone=1.0, batch=2, log=lambda line: None)
     assert not any("apart" in values for values in history)
     assert not torch.equal(fake.blocks[0].self_attn.q.weight, model().blocks[0].self_attn.q.weight)
-
-
-FAULTS = """
-import resource, sys
-import torch
-from turbo_core.train.engine import keep_freed_memory
-torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for i in range(40):
-    if i == 20:  # aligned blocks drift before they come back
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)  # 64 MiB, more than glibc ever keeps by itself
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is what is told")
-def test_freed_memory_is_kept():
-    def faults(how):
-        command = [sys.executable, "-c", FAULTS, how]
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        return int(subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout)
-
-    assert faults("keep") < 0.25 * faults("leave")  # pages of memory that came anew

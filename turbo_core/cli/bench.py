@@ -49,6 +49,7 @@ def run_bench(arguments) -> int:
     from ..bench import check, report, run
     from ..bench.machine import slug
     from ..devices import pick_device
+    from ..heap import keep_freed_memory
 
     named = [arguments.what] if isinstance(arguments.what, str) else arguments.what
     groups = tuple(run.GROUPS) if "all" in named else tuple(name for name in dict.fromkeys(named) if name != CLIP)
@@ -56,6 +57,7 @@ def run_bench(arguments) -> int:
     if arguments.seconds <= 0 or (arguments.threads or 1) < 1:
         raise TurboError(f"--seconds and --threads are above 0, got {arguments.seconds:g} and {arguments.threads}")
     device = pick_device(arguments.device)
+    keep_freed_memory(device)  # as turbo-core generate does; for every contender
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     failed = CLIP in named and _bench_clip(device, arguments)

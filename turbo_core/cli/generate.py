@@ -101,10 +101,13 @@ def run_generate(arguments) -> None:
 
 
 def _generate(arguments, team) -> None:
+    from ..devices import pick_device
+    from ..heap import keep_freed_memory
     from ..pipeline import Pipeline
     from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
     from .console import progress_bars
 
+    keep_freed_memory(pick_device(arguments.device))
     gc.freeze()  # what the imports made stays: the collections after each network need not look through it
     clip = clip_of(arguments, arguments.prompt, arguments.image)
     if team.first:

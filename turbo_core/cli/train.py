@@ -33,11 +33,14 @@ def _add_tiny(command) -> None:
 
 
 def run_tiny(arguments) -> None:
+    import torch
+
+    from ..heap import keep_freed_memory
     from ..tinywan import recipe
     from ..train import engine, precision
 
     device, say = engine.start_processes(arguments.device), _say()
-    engine.keep_freed_memory()  # VAE and text encoder learn on the CPU wherever the transformer does
+    keep_freed_memory(torch.device("cpu"))  # VAE and text encoder learn on the CPU wherever the transformer does
     for name in dict.fromkeys(["cpu", device.type]):
         say(precision.described(name))
     made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)

@@ -4,11 +4,9 @@ A step draws everything random from generator(seed, step), so that a run which w
 checkpoint makes the same weights as one that was never interrupted.
 """
 
-import ctypes
 import datetime
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ..checkpoint.read import open_dump
 from ..errors import TurboError, shown
 from ..files import written_aside
+from ..heap import keep_freed_memory
 from . import optim
 
 CHECKPOINT = "checkpoint.pt"
@@ -75,8 +74,7 @@ def start_processes(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    if device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(torch.device(device))
     return torch.device(device)
 
 
@@ -199,22 +197,3 @@ def _unpacked(packed: torch.Tensor) -> list:
     ):
         raise ValueError("its history is none")
     return history
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones; does nothing elsewhere.
-
-    Otherwise each large tensor goes back to the system, which clears its pages again: a fifth to a half of the time of
-    training on a CPU. The price: the process never shrinks.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # a C library without it
-        return
-    mallopt(_M_TRIM_THRESHOLD, -1)  # never
-    mallopt(_M_MMAP_MAX, 0)
