@@ -1,9 +1,8 @@
 """Steps, sizes and learning rates of every stage of TinyWan's recipe; batches are of one process.
 
-"cpu" is meant for two processes on two cores and some hours, "gpu" for one card: both are yet to be run from nothing to
-the end. "cpu" is that of the second family, of 192x192; the report still renders at world.SIDE, the first one's. "try"
-shows in a minute that all of it works, and learns nothing. "pair" is for the image-to-video experts, which are made on
-request.
+"cpu" is meant for two processes on two cores and some hours, and made the second family, of 192x192; the report still
+renders at world.SIDE, the first one's. "gpu", for one card, has never been run. "try" shows in a minute that all of it
+works, and learns nothing. "pair" is for the image-to-video experts, which are made on request.
 """
 
 # of a teacher from nothing; how high its rates may go was tried out, see models/tinywan/log.md
