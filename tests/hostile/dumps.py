@@ -38,20 +38,9 @@ def _bytes(text: str) -> torch.Tensor:
 
 
 _ANYTHING = (
-    None,
-    3,
-    -1,
-    1.5,
-    "x",
-    [],
-    {},
-    [[]],
-    (1, 2),
-    torch.zeros(0),
-    torch.ones(3),
-    {"x": {}},
+    None, 3, -1, 1.5, "x", [], {}, [[]], (1, 2), torch.zeros(0), torch.ones(3), {"x": {}},
     *map(_bytes, ('[{"loss": "x"}]', "{}", "[1]", "[" * 9999)),
-)
+)  # fmt: skip
 
 
 def checkpoint(random: Random) -> Case:
