@@ -68,7 +68,7 @@ def demo(arguments):
         python, "generate", "--prompt", " ".join(arguments) or DEMO_PROMPT,
         "--dit", dit, "--vae", TINYWAN / "vae" / "TinyWan2.1_VAE.safetensors",
         "--text-encoder", TINYWAN / "text_encoders" / "TinyWan_umt5.safetensors",
-        "--size", "128x128", "--frames", "33", "--steps", "4", "--topk", "0.15", "--seed", "0",
+        "--size", "192x192", "--frames", "33", "--steps", "4", "--topk", "0.15", "--seed", "0",
         "-o", OUTPUT / "demo.mp4", "--contact-sheet", OUTPUT / "demo.png",
     )  # fmt: skip
     print(
@@ -85,8 +85,6 @@ def test(arguments):
     for_host = ThreadPoolExecutor(1).submit(host_environment) if find_comfyui() else None
     failed = check([])
     pytest = [str(environment(".venv", [".[test]"])), "-m", "pytest", "-q", "--ignore=tests/host"]
-    # the tensors are small: more threads only wait for each other
-    environ = {"OMP_NUM_THREADS": "1", **os.environ}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends all of it
     # what takes as long as all the rest does runs beside it, and is shown when that is done
     running = {}
@@ -94,7 +92,7 @@ def test(arguments):
     def beside(name, command):
         output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been shown)
         apart = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "start_new_session": True}
-        env = environ | ({"TRITON_INTERPRET": "1"} if name == "tests/kernels" else {})
+        env = os.environ | ({"TRITON_INTERPRET": "1"} if name == "tests/kernels" else {})
         running[name] = subprocess.Popen(command, cwd=ROOT, env=env, **apart), output
 
     try:
@@ -115,7 +113,7 @@ def test(arguments):
             if not arguments:
                 beside("tests/page", [sys.executable, __file__, "page"])
                 beside("tests/host, calls of newer hosts", [*host_tests, "--newer", "-m", "newer"])
-        failed |= subprocess.run([*pytest, *arguments], cwd=ROOT, env=environ).returncode
+        failed |= subprocess.run([*pytest, *arguments], cwd=ROOT).returncode
         for name, (process, _) in running.items():
             print(f"waiting for {name} ...", flush=True)
             failed |= process.wait()

@@ -1,6 +1,12 @@
 """What tests of any room may ask for."""
 
+import os
+
 import pytest
+
+# Before torch is imported. The tensors are small: more threads only wait for each other, and add in another order than
+# the processes of one thread that tests/parallel holds byte for byte.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,19 @@ def test_the_quality_table_is_of_the_report():
     of = {row[0]: row for row in cells}
     for name, ours in {
         "teacher, 50 steps, guidance 3": "teacher, 50 steps, guidance 3",
+        "teacher, 4 steps, guidance 3": "teacher, 4 steps, guidance 3",
         "rCM, 4 steps": "rCM, 4 steps, no guidance",
+        "rCM, 2 steps": "rCM, 2 steps",
+        "rCM, 1 step": "rCM, 1 step",
         "rCM 4 + SLA top-k 0.15": "rCM 4 + SLA, top-k 0.15",
         "rCM 4 + W8A8 block": "rCM 4 + W8A8, blocks",
         "rCM 4 + SageSLA 0.15 + W8A8 block": "rCM 4 + SageSLA 0.15 + W8A8, blocks",
         "I2V, 4 steps, SLA top-k 0.15": "image to video, two experts: 4 steps + SLA 0.15",
     }.items():
         share = round(float(of[name][1].rstrip("%")))
-        interval = of[name][2].rstrip("%")
-        assert f"| {ours} | {share} % ({interval}) | {of[name][-2]} |" in README
+        interval, points, seconds = of[name][2].rstrip("%"), of[name][8], of[name][11]
+        points = points if "rCM" in name else "-"
+        assert f"| {ours} | {share} % ({interval}) | {points} | {seconds} |" in README
 
 
 def test_the_drawing_shows_every_room():

@@ -86,7 +86,7 @@ def test_from_the_templates_to_a_video_without_a_shell(browser, fresh, request):
     _shoot(page, shots, "done")
     assert page.evaluate(FAILED) == [] and page.errors == []
     assert 0 < seen["left"] < seen["right"] < VIEW["width"] and 0 < seen["top"] < seen["bottom"] < VIEW["height"]
-    assert seen["width"] == 128 and seen["seconds"] == pytest.approx(33 / 16, abs=0.2)
+    assert seen["width"] == 192 and seen["seconds"] == pytest.approx(33 / 16, abs=0.2)
     assert list((fresh.base / "output" / "video").glob("TurboWan*.mp4"))
     print(f"from the open page to the video: {took:.1f} s")
     assert took < (PATIENCE if busy else SECONDS)

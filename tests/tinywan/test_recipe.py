@@ -17,16 +17,21 @@ from turbo_core.vae import load_vae
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("family")
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """Small crops of small clips: a VAE learns nothing in four steps of any size."""
     with pytest.MonkeyPatch.context() as patch:
-        # the VAE sees small crops of small clips: it learns nothing in four steps of any size
         patch.setattr(world, "FRAMES", 9)
         patch.setattr(world, "SIDE", 64)
         patch.setattr(vae, "WINDOWS", ((9, 48), (5, 64)))
-        recipe.train(folder, "try", log=lambda line: None)
-        recipe.train(folder, "try", pair=True, log=lambda line: None)  # added to a family that is there
+        yield
+
+
+@pytest.fixture(scope="module")
+def family(small_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    recipe.train(folder, "try", log=lambda line: None)
+    recipe.train(folder, "try", pair=True, log=lambda line: None)  # added to a family that is there
     return folder
 
 
@@ -81,43 +86,75 @@ def test_settings_bind_once_their_stage_has_begun(family, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
+    def tried(name, stages):
+        with monkeypatch.context() as patch:
+            patch.setitem(plain, name, stages)
+            recipe.train(family, "try", log=lambda line: None)
+
+    def taken(stages):
+        """They are kept, and the stages would begin."""
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(recipe.sparsify, "train", stopped)
+            tried("sparsify", stages)
+        kept = json.loads((family / "work" / "settings.json").read_text())
+        assert [kept[f"sparsify{i}"] for i in range(len(stages))] == stages
+
     plain, changed = presets.PRESETS["try"], {"steps": 3, "batch": 2}
-    begun = family / "work" / "sparsify" / engine.CHECKPOINT
-    for name in ("text", "sparsify"):
-        with monkeypatch.context() as patch, pytest.raises(TurboError, match=rf"other settings \({name}\)"):
-            patch.setitem(plain, name, changed)
-            recipe.train(family, "try", log=lambda line: None)
-    begun.rename(begun.with_name("aside"))
+    first, second = plain["sparsify"]
+    checkpoints = [family / "work" / f"sparsify{i}" / engine.CHECKPOINT for i in range(2)]
+    for name, stages, told in (
+        ("text", changed, "text"),
+        ("sparsify", [changed, second], "sparsify0"),
+        ("sparsify", [first, changed], "sparsify1"),
+    ):
+        with pytest.raises(TurboError, match=rf"other settings \({told}\)"):
+            tried(name, stages)
+    for path in checkpoints:
+        path.rename(path.with_name("aside"))
+    (family / "work" / "sparsify1-more.safetensors").unlink(missing_ok=True)  # with its clips encoded it has begun
     try:
-        with pytest.raises(TurboError, match=r"other settings \(sparsify\)"), monkeypatch.context() as patch:
-            patch.setitem(plain, "sparsify", changed)  # its file is there
-            recipe.train(family, "try", log=lambda line: None)
+        with pytest.raises(TurboError, match=r"other settings \(sparsify0\)"):
+            tried("sparsify", [changed, second])  # its file is there
         (family / FILES["turbo"]).rename(family / "turbo")
         for stages in ([*plain["distill"], changed], [changed, *plain["distill"][1:]], plain["distill"][:1]):
-            with pytest.raises(TurboError, match=r"other settings \(distill"), monkeypatch.context() as patch:
-                patch.setitem(plain, "distill", stages)  # its file is made of those that were
-                recipe.train(family, "try", log=lambda line: None)
-        with monkeypatch.context() as patch:
-            patch.setattr(recipe.sparsify, "train", stopped)
-            for options in (changed, plain["sparsify"]):  # to come: nothing is made of it yet
-                patch.setitem(plain, "sparsify", options)
-                with pytest.raises(KeyboardInterrupt):
-                    recipe.train(family, "try", log=lambda line: None)
-                assert json.loads((family / "work" / "settings.json").read_text())["sparsify"] == options
+            with pytest.raises(TurboError, match=r"other settings \(distill"):
+                tried("distill", stages)  # its file is made of those that were
+        taken([changed, second])  # to come: nothing is made of it yet
+        taken([first, second])
+        checkpoints[0].with_name("aside").rename(checkpoints[0])
+        taken([first, changed])  # the second one is to come
+        with pytest.raises(TurboError, match=r"other settings \(sparsify0\)"):
+            tried("sparsify", [changed, changed])
+        taken([first, second])
     finally:
-        begun.with_name("aside").rename(begun)
-        (family / "turbo").rename(family / FILES["turbo"])
+        for path in checkpoints:
+            if path.with_name("aside").exists():
+                path.with_name("aside").rename(path)
+        if (family / "turbo").exists():
+            (family / "turbo").rename(family / FILES["turbo"])
 
 
-def test_another_seed_wants_another_folder(family):
-    with pytest.raises(TurboError, match="other settings"):
+def test_another_seed_or_size_wants_another_folder(family, tmp_path, monkeypatch):
+    with pytest.raises(TurboError, match=r"other settings \(seed\)"):
         recipe.train(family, "try", seed=1)
+    for name in ("SIDE", "FRAMES"):
+        with monkeypatch.context() as patch, pytest.raises(TurboError, match=rf"other settings \({name.lower()}\)"):
+            patch.setattr(world, name, 128)
+            recipe.train(family, "try")
     with pytest.raises(TurboError, match="preset"):
         recipe.train(family, "none")
 
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
 
-def test_the_family_can_be_measured(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "FRAMES", 9)
-    monkeypatch.setattr(world, "SIDE", 64)
+    monkeypatch.setattr(recipe.vae, "train", stopped)
+    for side in (64, 128):  # where nothing has begun it may change
+        monkeypatch.setattr(world, "SIDE", side)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.train(tmp_path, "try")
+    assert json.loads((tmp_path / "work" / "settings.json").read_text())["side"] == 128
+
+
+def test_the_family_can_be_measured(family, tmp_path):
     found = evaluate.evaluate(family, tmp_path, 1, rows=rows.ROWS[-2:], log=lambda line: None)  # of the pair
     assert [row["name"] for row in found] == ["VAE", rows.ROWS[-2].name, rows.ROWS[-1].name]

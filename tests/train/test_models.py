@@ -87,7 +87,7 @@ def test_attention_that_keeps_its_scores_is_torchs(biased, monkeypatch):
         assert apart < max(2 * torchs, 0.01), (apart, torchs)
 
 
-def test_only_training_keeps_scores():
+def test_what_is_trained_keeps_scores():
     fast = precision.has_bfloat16("cpu")
     trained = models.trainable(model().state_dict(), 2)
     for net, keeps in ((model(), False), (trained, fast), (models.new_model(), fast)):

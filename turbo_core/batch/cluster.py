@@ -62,7 +62,10 @@ def make_by_ray(
         there, free = (int(known.get(kind, 0)) for known in (ray.cluster_resources(), ray.available_resources()))
         left = dict(enumerate(jobs))
         # a process that dies takes its block along: what is left then is tried once more, each job by itself
-        for blocks in (_blocks(len(jobs), actors or there), len(jobs)):
+        # and sent when its actor is free: one that waits for an actor dies with it
+        for blocks, sent in ((_blocks(len(jobs), actors or there), None), (len(jobs), 1)):
+            if sent == 1 and (scaling := getattr(context, "autoscaling_config", None)):
+                scaling.actor_pool_util_upscaling_threshold = 1.0  # more than that is never waiting
             blocks = min(blocks, len(left))
             rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in left.items()]
             # those that can start do so at once: Ray adds the others one by one
@@ -70,7 +73,9 @@ def make_by_ray(
             outcomes = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
                 _Maker,
                 batch_size=None,
-                compute=ray.data.ActorPoolStrategy(min_size=start, max_size=actors or len(jobs)),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=start, max_size=actors or len(jobs), max_tasks_in_flight_per_actor=sent
+                ),
                 fn_constructor_kwargs=constants | {"version": __version__},
                 max_task_retries=_DEATHS - 1,  # else Ray tries a job that kills its process for ever
                 **each,

@@ -258,7 +258,7 @@ def _add_evaluate(command) -> None:
     add = command.add_argument
     add("folder", type=Path, metavar="DIR")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="quality.json, .md and .png")
-    add("--prompts", type=int, default=160, help="default %(default)s")
+    add("--prompts", type=int, default=320, help="default %(default)s")
     add("--again", action="store_true", help="measure rows of changed files again")
     command.set_defaults(run=run_evaluate)
 

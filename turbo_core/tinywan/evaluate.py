@@ -1,6 +1,7 @@
 """The quality report: how much of a prompt comes true at each acceleration, read by the judge."""
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from ..errors import TurboError
 from ..files import digest, write_whole
-from ..train import engine
+from ..train import engine, precision
 from ..vae import decode_video, encode_video, load_vae
 from . import FILES, judge, world
 from .rows import ROWS, Row, files_of, load_row, pictures, prompts, sample_row
@@ -17,7 +18,7 @@ from .rows import ROWS, Row, files_of, load_row, pictures, prompts, sample_row
 BATCH = 8
 
 
-def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=print) -> list[dict]:
+def evaluate(folder, out, count=320, seed=1000, rows=ROWS, again=False, log=print) -> list[dict]:
     """Measure the family in a folder and return the report, a dictionary a row; out/quality.json keeps each finished
     row, and a second call measures only what is missing there.
 
@@ -37,12 +38,15 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TurboError(f"{out} cannot be a folder for a report ({error}). Choose another one.") from error
-    asked = {"count": count, "seed": seed}
+    asked = {"count": count, "seed": seed, "frames": world.FRAMES, "side": world.SIDE}
     of = {name: asked | {"files": digest(files)} for name, files in _needs(folder).items()}
     # the first process's, in all of them
     report = {row["name"]: row for row in engine.gathered(read(out / "quality.json") if engine.rank() == 0 else [])}
     if any(row["of"] | asked != row["of"] for row in report.values()):
-        raise TurboError(f"{out / 'quality.json'} is a report of other prompts. Choose another folder, or remove it.")
+        raise TurboError(
+            f"{out / 'quality.json'} is a report of other prompts or of another size. Choose another folder, or remove "
+            "it."
+        )
     changed = [name for name in report if report[name]["of"] != of.get(name)]
     if changed and not again:
         raise TurboError(
@@ -56,7 +60,8 @@ def evaluate(folder, out, count=160, seed=1000, rows=ROWS, again=False, log=prin
     if gone:
         _keep(_in_order(report), out)
     scenes, _, context, empty = prompts(folder, count, seed)
-    known = _Prompts(scenes, context, empty, load_vae(folder / FILES["vae"]), seed)
+    codec = load_vae(folder / FILES["vae"], dtype=precision.dtype("cpu"))
+    known = _Prompts(scenes, context, empty, codec, seed)
     for name, row in wanted.items():
         if name not in report or name in changed:
             line = _measure(folder, row, known, log) if row else _vae_row(known, folder / FILES["vae"])
@@ -89,21 +94,21 @@ class _Prompts(NamedTuple):
 def _measure(folder: Path, row: Row, known: _Prompts, log) -> dict:
     """One row of the report; each process takes some of the batches."""
     model_at, size = load_row(folder, row)
-    found = []  # (place, seconds, mark, square error of the first frame) of each clip
+    found = []  # (place, CPU seconds of sampling, mark, square error of the first frame) of each clip
     for start in range(engine.rank() * BATCH, len(known.scenes), engine.processes() * BATCH):
         scenes, context = known.scenes[start : start + BATCH], known.context[start : start + BATCH].clone()
         seed = known.seed + start
         first, y = pictures(known.codec, scenes, seed) if row.file == "pair" else (None, None)
-        began = time.perf_counter()
+        began = time.process_time()
         latents = sample_row(model_at, row, context, known.empty, seed, y)
-        seconds = (time.perf_counter() - began) / len(scenes)
+        seconds = (time.process_time() - began) / len(scenes)
         for i, (video, scene) in enumerate(zip(decode_video(known.codec, latents), scenes)):
             apart = None if first is None else (video[:, 0].clamp(-1, 1) - first[i]).square().mean().item()
             found.append((start + i, seconds, judge.score(video, scene), apart))
         done = f"{min(len(found) * engine.processes(), len(known.scenes))}/{len(known.scenes)}"
         log(f"{row.name}: {done}, {sum(mark['all'] for _, _, mark, _ in found) / len(found):.0%} all right")
     _, seconds, marks, apart = zip(*sorted(engine.gathered(found), key=lambda clip: clip[0]))
-    line = _summary(row, marks, known.scenes, sum(seconds) / len(seconds), size)
+    line = _summary(row, marks, known.scenes, statistics.median(seconds), size)
     return line | ({"first_frame": round(_psnr(apart), 2)} if row.file == "pair" else {})
 
 
@@ -117,7 +122,7 @@ def read(path: Path) -> list[dict]:
         raise TurboError(f"{path} is not a report ({error}). Remove it and evaluate again.") from error
     if not isinstance(report, list) or not all(isinstance(row, dict) and "name" in row for row in report):
         raise TurboError(f"{path} is not a report. Remove it and evaluate again.")
-    if not all(isinstance(row.get("of"), dict) for row in report):
+    if not all(isinstance(row.get("of"), dict) and "seconds" not in row for row in report):
         raise TurboError(f"{path} was made by an earlier version. Remove it and evaluate again.")
     return report
 
@@ -152,7 +157,8 @@ def _summary(row: Row, marks, scenes, seconds: float, size: int) -> dict:
         right = motions.setdefault(world.describe(scene)["motion"], [0, 0])
         right[0] += mark["motion"]
         right[1] += 1
-    extra = {"held_out": sum(held), "held_out_count": len(held), "seconds": round(seconds, 3), "bytes": size}
+    extra = {"held_out": sum(held), "held_out_count": len(held), "cpu_seconds": round(seconds, 3), "bytes": size}
+    extra["computed"] = "float32" if row.guidance is None else str(precision.dtype("cpu")).removeprefix("torch.")
     extra |= {"processes": engine.processes(), "threads": torch.get_num_threads()}  # that the seconds were taken with
     extra["motions"] = motions  # {motion: [read back, asked for]}
     extra["true"] = "".join(str(int(mark["all"])) for mark in marks)  # of each prompt, so that rows can be paired

@@ -24,6 +24,8 @@ from . import FILES, PAIR, data, text, vae, world
 from .presets import PRESETS
 
 _PART = 100  # clips encoded into one file
+_SIZE = "side", "frames"
+_OF_ALL = "preset", "seed", *_SIZE  # settings of no stage
 
 
 class _Run(NamedTuple):
@@ -40,8 +42,13 @@ class _Run(NamedTuple):
         options = {"seed": self.seed + seed, "log": lambda line: log(f"{name}: {line}")}
         return {"folder": self.work / folder, **options}
 
+    def of_all(self) -> dict:
+        """What all stages depend on."""
+        return {"seed": self.seed, "side": world.SIDE, "frames": world.FRAMES}
+
     def free(self, stages, made: dict):
-        """(name of a setting) -> True as long as it may change: no stage from its own on has begun.
+        """(name of a setting) -> True as long as it may change: no stage from its own on has begun, or none at all
+        where it is the size of all.
 
         stages: in order; made: {stage, without its number: a file that it makes}.
         """
@@ -52,7 +59,8 @@ class _Run(NamedTuple):
             return checkpoint.exists() or encoded or (file is not None and file.exists())
 
         to_come = set(itertools.takewhile(lambda name: not begun(name), reversed(stages)))
-        return lambda name: name in to_come or not (name in stages or name in ("preset", "seed") or begun(name))
+        to_come |= set(_SIZE) if len(to_come) == len(stages) else set()
+        return lambda name: name in to_come or not (name in stages or name in _OF_ALL or begun(name))
 
 
 def _by_stage(settings: dict, before: str = "") -> dict:
@@ -78,7 +86,7 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
     files = {name: folder / file for name, file in FILES.items()}
     plain = _by_stage({name: value for name, value in settings.items() if name != "pair"})
     free = run.free(plain, files | {"decoder": files["vae"], "distill": files["student"], "sparsify": files["turbo"]})
-    record.claim(run.work / "settings.json", {"preset": preset, "seed": seed, **plain}, free=free)
+    record.claim(run.work / "settings.json", {"preset": preset, **run.of_all(), **plain}, free=free)
     for file in files.values():
         file.parent.mkdir(exist_ok=True)
 
@@ -98,9 +106,9 @@ def train(folder, preset: str = "cpu", seed: int = 0, device="cpu", pair: bool =
             run, files, "teacher", models.new_model(seed).to(device), known, settings["teacher"], [files["teacher"]]
         )
     if not files["student"].exists():
-        _student(run, "distill", [files["teacher"]], known, settings["distill"], [files["student"]])
+        _student(run, files, "distill", [files["teacher"]], known, settings["distill"], [files["student"]])
     if not files["turbo"].exists():
-        _sparse(run, "sparsify", [files["student"]], known, settings["sparsify"], [files["turbo"]])
+        _sparse(run, files, "sparsify", [files["student"]], known, settings["sparsify"], [files["turbo"]])
     return [*files.values(), *(_pair(run, folder, files, settings["pair"]) if pair else [])]
 
 
@@ -112,14 +120,14 @@ def _pair(run: _Run, folder: Path, files: dict, settings: dict) -> list[Path]:
     taught, distilled = ([run.work / f"{kind}-{name}.safetensors" for name in PAIR] for kind in ("teacher", "student"))
     plain = _by_stage(settings, "pair-")
     free = run.free(plain, {"pair-teacher": taught[0], "pair-distill": distilled[0], "pair-sparsify": made[0]})
-    record.claim(run.work / "pair.json", {"seed": run.seed, **plain}, free=free)
+    record.claim(run.work / "pair.json", {**run.of_all(), **plain}, free=free)
     known = _data(run, files, "pair-data", settings["data"] | {"images": True}, run.seed + 1)
     if not _all_there(taught):
         both = (models.with_image(models.load_model(files["teacher"], run.device)) for _ in PAIR)
         _teacher(run, files, "pair-teacher", Experts(*both), known, settings["teacher"], taught)
     if not _all_there(distilled):
-        _student(run, "pair-distill", taught, known, settings["distill"], distilled)
-    _sparse(run, "pair-sparsify", distilled, known, settings["sparsify"], made)
+        _student(run, files, "pair-distill", taught, known, settings["distill"], distilled)
+    _sparse(run, files, "pair-sparsify", distilled, known, settings["sparsify"], made)
     return made
 
 
@@ -128,30 +136,40 @@ def _all_there(files) -> bool:
 
 
 def _teacher(run: _Run, files: dict, name: str, model, known, stages: list[dict], outputs) -> None:
-    """more, of a stage: clips that it and later ones see beside those that are known."""
-    for i, options in enumerate(stages):
-        stage, more = run.stage(f"{name}{i}", f"{name} {i + 1}", i), options.get("more")
-        if more:
-            known = data.joined([known, _data(run, files, f"{name}{i}-more", more, run.seed + 2)])
-        options = {key: value for key, value in options.items() if key != "more"}
-        model, history = teacher.train(model.train().requires_grad_(True), known, **options, **stage, device=run.device)
+    history = []
+    for clips, options in _stages(run, files, name, known, stages):
+        model, more = teacher.train(model.train().requires_grad_(True), clips, **options)
+        history += more
     _write_models(run, model, outputs, history)
 
 
-def _student(run: _Run, name: str, teachers, known, stages: list[dict], outputs) -> None:
+def _student(run: _Run, files: dict, name: str, teachers, known, stages: list[dict], outputs) -> None:
     student, guide, fake = (models.load_models(teachers, BOUNDARY, run.device) for _ in range(3))
-    for i, options in enumerate(stages):
-        stage = run.stage(f"{name}{i}", f"{name} {i + 1}", i)
-        student, history = distill.train(
-            student.train().requires_grad_(True), guide, fake, known, **options, **stage, device=run.device
-        )
+    history = []
+    for clips, options in _stages(run, files, name, known, stages):
+        student, more = distill.train(student.train().requires_grad_(True), guide, fake, clips, **options)
+        history += more
     _write_models(run, student, outputs, history)
 
 
-def _sparse(run: _Run, name: str, students, known, options: dict, outputs) -> None:
+def _sparse(run: _Run, files: dict, name: str, students, known, stages: list[dict], outputs) -> None:
     sparse, dense = (models.load_models(students, BOUNDARY, run.device, sla) for sla in (True, False))
-    sparse, history = sparsify.train(sparse, dense, known, **options, **run.stage(name, name), device=run.device)
+    history = []
+    for clips, options in _stages(run, files, name, known, stages):
+        sparse, more = sparsify.train(sparse.train().requires_grad_(True), dense, clips, **options)
+        history += more
     _write_models(run, sparse, outputs, history)
+
+
+def _stages(run: _Run, files: dict, name: str, known: Data, stages: list[dict]):
+    """(clips, arguments of train) of each stage. more, in a preset: clips that it and later ones see beside those that
+    are known."""
+    for i, options in enumerate(stages):
+        options = dict(options)
+        if more := options.pop("more", None):
+            more = more | {"images": known.images is not None}
+            known = data.joined([known, _data(run, files, f"{name}{i}-more", more, run.seed + 2)])
+        yield known, options | run.stage(f"{name}{i}", f"{name} {i + 1}", i) | {"device": run.device}
 
 
 def _data(run: _Run, files: dict, name: str, sizes: dict, seed: int) -> Data:

@@ -9,7 +9,7 @@ import torch
 from .. import checkpoint, pipeline
 from ..pipeline.text import encode_text, load_text_encoder
 from ..schedule import default_sigma_max, rcm_sigmas
-from ..train import teacher
+from ..train import models, precision, teacher
 from ..train.experts import BOUNDARY
 from ..wan import Text, WanModel
 from . import FILES, PAIR, data, world
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     format: str | None = None
 
 
+SHIFT = 5.0  # of the times at which the teacher is sampled
 TEACHER, STUDENT, IMAGE = "teacher, 50 steps, guidance 3", "rCM, 4 steps", "I2V, 4 steps, SLA top-k 0.15"
 ROWS = (
     Row(TEACHER, "teacher", 50, guidance=teacher.GUIDANCE),
@@ -39,7 +40,8 @@ ROWS = (
     Row("rCM, 1 step", "student", 1, TEACHER),
     Row("rCM 4 + SLA top-k 1.0", "turbo", 4, STUDENT, topk=1.0),
     Row("rCM 4 + SLA top-k 0.3", "turbo", 4, STUDENT, topk=0.3),
-    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, STUDENT, topk=0.15),  # one of nine key blocks, as top-k 0.1 would be
+    Row("rCM 4 + SLA top-k 0.15", "turbo", 4, STUDENT, topk=0.15),  # three of 21 key blocks
+    Row("rCM 4 + SLA top-k 0.1", "turbo", 4, STUDENT, topk=0.1),  # two
     Row("rCM 4 + SageSLA top-k 0.15", "turbo", 4, STUDENT, topk=0.15, precision="int8"),
     Row("rCM 4 + W8A8 block", "student", 4, STUDENT, format="int8_block"),
     Row("rCM 4 + W8A8 row", "student", 4, STUDENT, format="int8_row"),
@@ -71,7 +73,11 @@ def prompts(folder, count: int, seed: int = 1000):
 
 
 def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.Tensor:
-    """Latents of a batch of prompts, context [B, 512, text_dim]; model_at: see load_row; y: see pictures."""
+    """Latents of a batch of prompts, context [B, 512, text_dim]; model_at: see load_row; y: see pictures.
+
+    A teacher runs as it was trained, in bfloat16 where the CPU has it, and the students in float32, in which int8 is
+    told from rounding.
+    """
     shape = (len(context), 16, (world.FRAMES - 1) // 4 + 1, world.SIDE // 8, world.SIDE // 8)
     if row.guidance is None:
         sigmas = rcm_sigmas(row.steps, default_sigma_max(16 if y is None else 36))
@@ -79,7 +85,8 @@ def sample_row(model_at, row: Row, context, empty, seed: int, y=None) -> torch.T
         return pipeline.sample(model_at, context, shape, sigmas, y=y, seed=seed, **attention)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = Text(torch.cat([context, empty.expand_as(context)]))  # as the student's sampler has it
-    return teacher.sample(model_at, x, both, row.steps, row.guidance)
+    with precision.autocast("cpu"):
+        return teacher.sample(model_at, x, both, row.steps, row.guidance, SHIFT)
 
 
 def load_row(folder: Path, row: Row):
@@ -87,6 +94,8 @@ def load_row(folder: Path, row: Row):
     so."""
     if row.file != "pair":
         model, size = _load(folder / FILES[row.file], row.format)
+        if row.guidance is not None:
+            models.keep_scores(model)  # as it was trained
         return lambda sigma: model, size
     (high, size), (low, more) = (_load(folder / name, row.format) for name in files_of(row))
     return lambda sigma: high if sigma >= BOUNDARY else low, size + more

@@ -24,7 +24,7 @@ BACKGROUNDS = {
     "brown": (0.35, 0.20, 0.10),
 }
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
-FRAMES, SIDE = 33, 128  # of the clips that the family is trained for
+FRAMES, SIDE = 33, 192  # of the clips that the family is trained for
 GRADIENT = 0.15  # a background is this much lighter at its top and darker at its foot
 AREA = (math.pi, 3.2, 3.2, 2.72)  # of a shape of radius 1, in the order of SHAPES
 _TRAVEL = 0.56  # path of a straight motion, as a share of the side

@@ -10,7 +10,7 @@ from . import engine, optim, precision
 from .experts import Experts
 from .models import compile_blocks, train_dense
 
-SHIFT = 3.0  # of the time, as Wan is sampled
+SHIFT = 3.0  # of the times
 GUIDANCE = 3.0
 
 
@@ -67,13 +67,13 @@ def train(model: WanModel | Experts, data, folder, steps, batch=16, kept=None, m
 
 
 @torch.inference_mode()
-def sample(model_at, x, both, steps: int, guidance: float = GUIDANCE, done=lambda: None):
+def sample(model_at, x, both, steps: int, guidance: float = GUIDANCE, shift: float = SHIFT, done=lambda: None):
     """Latents of noise x [B, 16, T, H, W] by Euler's method with classifier-free guidance.
 
     model_at: callable (time) -> WanModel. both: [2 B, tokens, text_dim] or a Text of it, the prompts and then the empty
-    one. done: called after each step.
+    one. shift: of the times. done: called after each step.
     """
-    at = shifted(torch.linspace(1, 0, steps + 1), SHIFT).tolist()
+    at = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
     for now, after in itertools.pairwise(at):
         time = torch.full((2 * len(x),), 1000 * now, device=x.device)
         wanted, unwanted = model_at(now)(torch.cat([x, x]), time, both).chunk(2)

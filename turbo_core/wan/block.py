@@ -24,7 +24,7 @@ QUANTIZED_LINEARS = tuple(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x 
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm of q and k over the full width. sla adds proj_l under its published name.
 
-    keeps_scores: dense attention of few tokens on a CPU by plain products. For training in bfloat16, where torch's own
+    keeps_scores: dense attention of few tokens on a CPU by plain products. For bfloat16, where torch's own
     kernel takes up to twice as long, three times where there are few keys; probabilities are rounded to bfloat16.
     """
 
