@@ -65,7 +65,7 @@ def make_by_ray(
         # and sent when its actor is free: one that waits for an actor dies with it
         for blocks, sent in ((_blocks(len(jobs), actors or there), None), (len(jobs), 1)):
             if sent == 1 and (scaling := getattr(context, "autoscaling_config", None)):
-                scaling.actor_pool_util_upscaling_threshold = 1.0  # more than that is never waiting
+                scaling.actor_pool_util_upscaling_threshold = 1.0  # all it can be where nothing waits
             blocks = min(blocks, len(left))
             rows = [{"job": json.dumps([number, *job[:-1], job.clip.plain()])} for number, job in left.items()]
             # those that can start do so at once: Ray adds the others one by one

@@ -136,40 +136,42 @@ def _all_there(files) -> bool:
 
 
 def _teacher(run: _Run, files: dict, name: str, model, known, stages: list[dict], outputs) -> None:
-    history = []
-    for clips, options in _stages(run, files, name, known, stages):
-        model, more = teacher.train(model.train().requires_grad_(True), clips, **options)
-        history += more
-    _write_models(run, model, outputs, history)
+    _through(run, files, name, known, stages, outputs, model, teacher.train)
 
 
 def _student(run: _Run, files: dict, name: str, teachers, known, stages: list[dict], outputs) -> None:
     student, guide, fake = (models.load_models(teachers, BOUNDARY, run.device) for _ in range(3))
-    history = []
-    for clips, options in _stages(run, files, name, known, stages):
-        student, more = distill.train(student.train().requires_grad_(True), guide, fake, clips, **options)
-        history += more
-    _write_models(run, student, outputs, history)
+
+    def train(model, clips, **options):
+        return distill.train(model, guide, fake, clips, **options)
+
+    _through(run, files, name, known, stages, outputs, student, train)
 
 
 def _sparse(run: _Run, files: dict, name: str, students, known, stages: list[dict], outputs) -> None:
     sparse, dense = (models.load_models(students, BOUNDARY, run.device, sla) for sla in (True, False))
+
+    def train(model, clips, **options):
+        return sparsify.train(model, dense, clips, **options)
+
+    _through(run, files, name, known, stages, outputs, sparse, train)
+
+
+def _through(run: _Run, files: dict, name: str, known: Data, stages: list[dict], outputs, model, train) -> None:
+    """Train a model stage by stage and write it, with the curves of all of them. more, in a preset: clips that a stage
+    and later ones see beside those that are known."""
     history = []
-    for clips, options in _stages(run, files, name, known, stages):
-        sparse, more = sparsify.train(sparse.train().requires_grad_(True), dense, clips, **options)
-        history += more
-    _write_models(run, sparse, outputs, history)
-
-
-def _stages(run: _Run, files: dict, name: str, known: Data, stages: list[dict]):
-    """(clips, arguments of train) of each stage. more, in a preset: clips that it and later ones see beside those that
-    are known."""
     for i, options in enumerate(stages):
-        options = dict(options)
+        options = options | run.stage(f"{name}{i}", f"{name} {i + 1}", i) | {"device": run.device}
         if more := options.pop("more", None):
             more = more | {"images": known.images is not None}
             known = data.joined([known, _data(run, files, f"{name}{i}-more", more, run.seed + 2)])
-        yield known, options | run.stage(f"{name}{i}", f"{name} {i + 1}", i) | {"device": run.device}
+        model, steps = train(model.train().requires_grad_(True), known, **options)
+        history += steps
+    if engine.rank() == 0:
+        charts.save(charts.history(outputs[0].stem, history), run.work / f"{outputs[0].stem}.png")
+    models.save_models(model, outputs, world.WORLD)
+    engine.wait()
 
 
 def _data(run: _Run, files: dict, name: str, sizes: dict, seed: int) -> Data:
@@ -206,11 +208,4 @@ def _write(run: _Run, write, path: Path, history: list[dict]) -> None:
     if engine.rank() == 0:
         charts.save(charts.history(path.stem, history), run.work / f"{path.stem}.png")
         write(path)
-    engine.wait()
-
-
-def _write_models(run: _Run, model, paths, history: list[dict]) -> None:
-    if engine.rank() == 0:
-        charts.save(charts.history(paths[0].stem, history), run.work / f"{paths[0].stem}.png")
-    models.save_models(model, paths, world.WORLD)
     engine.wait()

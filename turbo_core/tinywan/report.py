@@ -28,8 +28,7 @@ _FRAMES, _TILE = 5, 96  # of each clip, and how high
 def table(report: list[dict]) -> list[tuple[str, ...]]:
     """The rows of a report as text, a heading first; every acceleration against what it accelerates, prompt by prompt
     where both rows tell which were true. dB: of clips that went through the VAE, and of the first frame against the
-    picture that was given; CPU s/clip: of all threads, sampling
-    without decoding, computed as sample_row says."""
+    picture that was given. CPU s/clip: of all threads, sampling without decoding, computed as sample_row says."""
     told = ("whole prompt", "95 % interval", "colour", "shape", "motion", "background", "of base")
     paired = ("points to base", "p") if any("true" in row for row in report) else ()
     lines = [("", *told, *paired, "dB", "CPU s/clip", "MB")]
