@@ -109,7 +109,9 @@ def test_the_shipped_package_has_all_that_runs_and_what_its_pages_link_to():
     pages = {f for f in git("ls-files") if re.match(r"(docs|benchmarks/results)/", f)}
     roots = {"__init__.py", "LICENSE", "README.md", "SECURITY.md", "CONTRIBUTING.md"}
     roots |= {"pyproject.toml", "requirements.txt"}
-    family = {f"models/tinywan/{name}" for name in ["README.md", "log.md", *FILES.values(), *PAIR.values()]}
+    family = {
+        f"models/tinywan/{name}" for name in ["README.md", "log.md", "curves.png", *FILES.values(), *PAIR.values()]
+    }
     assert files == code | pages | roots | family
     assert sum((ROOT / f).stat().st_size for f in files if (ROOT / f).exists()) < 27e6
 
