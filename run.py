@@ -58,6 +58,8 @@ def main():
 
 
 def demo(arguments):
+    if arguments and arguments[0].startswith("-"):  # no prompt begins so: before anything is set up
+        sys.exit(__doc__)
     python = environment(".venv", [".[pipeline]"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of TinyWan are small: more threads only wait for each other
     began = time.perf_counter()

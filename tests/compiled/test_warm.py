@@ -33,6 +33,12 @@ def test_a_share_is_compiled_into_the_cache_once(tmp_path, monkeypatch):
     assert len(written) == 1
 
 
+def test_without_triton_the_cure_is_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(TurboError, match="pip install triton"):
+        warm.target_of("sm_90")
+
+
 def stand_in(monkeypatch, script):
     """Processes that run a script in place of the compiler; `job` is what they were given."""
     begin = "import json, sys, time\njob = json.load(sys.stdin)\ndef say(**x): print(json.dumps(x), flush=True)\n"

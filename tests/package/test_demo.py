@@ -28,6 +28,12 @@ def test_the_demo_runs_again(run, tmp_path, monkeypatch):
     assert (tmp_path / "demo.mp4").stat().st_size > 1000 and (tmp_path / "demo.png").is_file()
 
 
+def test_the_demo_takes_no_options_for_a_prompt(run, monkeypatch):
+    monkeypatch.setattr(run, "environment", lambda *_: pytest.fail("it sets itself up"))
+    with pytest.raises(SystemExit, match="demo   render a prompt"):
+        run.demo(["--help"])
+
+
 def test_an_environment_is_filled_once_for_each_set(run, tmp_path, monkeypatch):
     """Sets of this project add to each other; one ComfyUI's requirements take the place of another's."""
     monkeypatch.setattr(run, "ROOT", tmp_path)

@@ -21,7 +21,7 @@ import torch
 from ..checkpoint import Description
 from ..devices import pick_device
 from ..dispatch import cannot_run, whole_name
-from ..errors import TurboError, missing_library, quoted, shown
+from ..errors import TurboError, quoted, shown
 from ..pipeline.inputs import DEFAULT_TOPK
 from ..wan.model import PATCH
 
@@ -36,7 +36,10 @@ def target_of(text: str | None):
     try:
         import triton
     except ImportError as error:
-        raise missing_library("triton", "Compiling kernels") from error
+        raise TurboError(
+            "Compiling kernels needs the Python package triton, which is not installed. Cure: pip install triton (on "
+            "Windows triton-windows)."
+        ) from error
     if text is not None:
         match = re.fullmatch(r"sm_(\d{2,3})", text)
         if match is None or int(match[1]) < 80:
