@@ -145,7 +145,8 @@ def test_a_node_of_the_library_stands_for_a_whole_workflow(host_page, name):
     host_page.evaluate("() => app.graph.clear()")
     host_page.wait_for_timeout(300)
     host_page.mouse.dblclick(900, 500)
-    host_page.wait_for_timeout(500)
+    # on a busy machine the field opens late, and what is typed before is lost
+    host_page.wait_for_function("() => document.activeElement.tagName === 'INPUT'", timeout=60_000)
     host_page.keyboard.type(name, delay=5)
     host_page.get_by_text("Blueprint", exact=True).first.wait_for(timeout=60_000)
     host_page.keyboard.press("Enter")
