@@ -1,7 +1,9 @@
 """turbo-core batch: the videos of single runs, resumed without doing anything twice, one job's fault its own."""
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +26,7 @@ from turbo_core.cli import batch as cli_batch
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import Clip
-from turbo_core.pipeline.video import read_made
+from turbo_core.pipeline.video import read_made, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = "a red circle\na blue square\nbad \x00 is fine\na red circle that moves\n"
@@ -283,6 +285,42 @@ def test_a_process_that_died_while_it_had_nothing_to_do_is_found_when_it_gets_jo
         assert worker.end() not in (None, 0)
 
 
+class _Fragile(workers._Worker):
+    """Makes so many videos of those it is given, and dies between two of them."""
+
+    makes = 1
+
+    def __init__(self, place, *_):
+        self.place, self.chunk, self.begun = place, {}, set()
+        self.connection, self.theirs = multiprocessing.Pipe()
+
+    def give(self, jobs):
+        self.chunk = {job.name: job for job in jobs}
+        for job in jobs[: self.makes]:
+            self.theirs.send(making.Outcome(job, "begun"))
+            self.theirs.send(making.Outcome(job, "done", bytes=1))
+        if self.makes < len(jobs):
+            self.theirs.close()
+
+    def end(self):
+        self.connection.close()
+        return 9
+
+
+@pytest.mark.parametrize("makes", [1, 0])
+def test_processes_that_die_between_videos_end_a_batch_only_where_none_is_made(tmp_path, monkeypatch, makes):
+    monkeypatch.setattr(workers, "_Worker", _Fragile)
+    monkeypatch.setattr(_Fragile, "makes", makes)
+    listed, told = [jobs.Job(n, f"{n}.mp4", str(n), None, Clip("a")) for n in range(12)], []
+    run = functools.partial(workers.make_by_workers, ["cpu"], {}, listed, tmp_path, told.append)
+    if makes:
+        run()
+        assert sorted(o.job.line for o in told if o.state == "done") == list(range(12))
+    else:
+        with pytest.raises(TurboError, match=r"died before it began a video \(exit code 9\)"):
+            run()
+
+
 @pytest.mark.parametrize("more", [["--dtype", "bfloat16"], ["--tokenizer"]])
 def test_another_type_or_tokenizer_makes_other_videos(tiny, tmp_path, more):
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
@@ -336,6 +374,29 @@ def test_a_file_that_no_batch_made_is_left_alone(tiny, tmp_path, capsys):
     (out / "mine.mp4").write_bytes((out / "mine.mp4").read_bytes()[:-9])  # ours, by what lies beside
     (out / "holiday.mp4").unlink()
     assert main(command(tiny, prompts, out)) == 0
+
+
+def test_a_clip_of_generate_and_settings_without_a_video_are_left_alone(tiny, tmp_path, prompts):
+    out, others = tmp_path / "out", tmp_path / "others"
+    assert main(command(tiny, prompts, others)) == 0
+    first, second, third, fourth = (record["name"] for record in records(others) if record["state"] == "done")
+    out.mkdir()
+    beside = (others / first).with_suffix(".json")
+    made_by_hand = read_made(others / first)
+    del made_by_hand["id"]
+    write_video(
+        out / first, torch.zeros(5, 32, 32, 3, dtype=torch.uint8), made=made_by_hand
+    )  # as turbo-core generate does
+    (out / second).with_suffix(".json").write_text('{"notes": "of a person"}')
+    shutil.copy(others / third, out)  # of another batch, its settings somebody's
+    (out / third).with_suffix(".json").write_text('{"notes": "of a person"}')
+    shutil.copy(beside, (out / fourth).with_suffix(".json"))  # of a batch that was killed before its video was there
+    manifest = Manifest(out)
+    assert [manifest.folder.is_foreign(name) for name in (first, second, third, fourth)] == [True, True, True, False]
+    mine = {path: path.read_bytes() for path in out.iterdir() if fourth.split(".")[0] not in path.name}
+    assert main(command(tiny, prompts, out)) == 1
+    assert all(path.read_bytes() == content for path, content in mine.items())
+    assert (out / fourth).is_file() and (out / fourth).with_suffix(".json").is_file()
 
 
 def test_a_picture_replaced_in_a_batch_is_its_own_clips_fault(tiny, tmp_path, monkeypatch):

@@ -10,9 +10,11 @@ from fsspec.registry import known_implementations as known
 from tests.batch.test_batch import command, prompts
 from turbo_core.batch import Manifest, remote
 from turbo_core.batch.folder import Folder
+from turbo_core.batch.jobs import Job
 from turbo_core.batch.remote import Remote, folder_of
 from turbo_core.cli import main
 from turbo_core.errors import TurboError
+from turbo_core.pipeline import Clip
 from turbo_core.pipeline.video import read_made
 
 __all__ = ["prompts"]
@@ -138,3 +140,17 @@ def test_what_another_process_sent_meanwhile_is_seen(memory):
         memory.pipe_file("/bucket/clips/a.mp4", b"video")
         memory.pipe_file("/bucket/clips/a.json", json.dumps({"settings": {"id": "id"}, "bytes": 5}).encode())
         assert folder.holds("a.mp4", "id") and not folder.holds("a.mp4", "other")
+
+
+def test_what_was_sent_by_others_is_entered_with_its_bytes_and_made_again_when_it_is_gone(memory):
+    job = Job(1, "a.mp4", "id", None, Clip("a"))
+    with Manifest("memory://bucket/clips") as manifest:
+        memory.pipe_file("/bucket/clips/a.mp4", b"video")
+        memory.pipe_file("/bucket/clips/a.json", json.dumps({"settings": {"id": "id"}, "bytes": 5}).encode())
+        assert manifest.is_done(job) and manifest.known["a.mp4"] == ("id", "done", 5)
+    memory.rm_file("/bucket/clips/a.mp4")
+    for size in (5, None):  # None: as earlier versions wrote it
+        with Manifest("memory://bucket/clips") as manifest:
+            assert not manifest.is_done(job)
+            manifest.known["a.mp4"] = "id", "done", size
+            assert not manifest.is_done(job)

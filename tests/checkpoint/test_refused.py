@@ -49,6 +49,17 @@ def test_malicious_pickle_does_not_run(tmp_path, state, zipped):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("kind, size", [("U16", 2), ("U32", 4), ("U64", 8), ("F4", 1), ("C64", 8)])
+def test_a_type_that_safetensors_has_and_we_have_not_is_no_damage(tmp_path, kind, size):
+    header = json.dumps({"x": {"dtype": kind, "shape": [2], "data_offsets": [0, 2 * size]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * size))
+    for call in (checkpoint.inspect, checkpoint.load):
+        with pytest.raises(TurboError, match=f"x is {kind}. Expected floats") as error:
+            call(path)
+        assert "damaged" not in str(error.value) and str(path) in str(error.value)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", "old.pth"])
 @pytest.mark.parametrize("kept", [0, 5, 300, 0.5, 0.999])
 def test_truncated_file(tmp_path, state, suffix, kept):

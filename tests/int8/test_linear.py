@@ -193,8 +193,42 @@ def test_the_host_s_linear_computes_rows_where_it_is_there_and_kernels_are_not(m
     assert torch.equal(given, x.flatten(0, 1)) and scale.shape == (64, 1) and dtype == torch.bfloat16
     int8.int8_linear(x.double(), *weights["row"])
     int8.int8_linear(x[:0], *weights["row"])
-    int8.int8_linear(x, *weights["row"], bias.clone().requires_grad_())
-    assert len(calls) == 1  # nor are float64, no rows at all, and what learns
+    assert len(calls) == 1  # nor are float64 and no rows at all
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_dequantized_weight(fmt, dtype):
+    """Rounding has a gradient of zero: a LoRA that learned through it would learn from what the scales let through."""
+    x, weight = gaussian(2, 150, 200, dtype=dtype).requires_grad_(), FORMATS[fmt](gaussian(300, 200, seed=1))
+    bias, probe = gaussian(300, seed=2, dtype=dtype).requires_grad_(), gaussian(2, 150, 300, seed=3, dtype=dtype)
+    y = int8.int8_linear(x, *weight, bias)
+    assert torch.equal(y, int8.int8_linear(x.detach(), *weight, bias.detach())) and y.grad_fn is not None
+    found = torch.autograd.grad((y * probe).sum(), (x, bias))
+    floats = F.linear(x, int8.dequantize(*weight, dtype), bias)
+    expected = torch.autograd.grad((floats * probe).sum(), (x, bias))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.1)
+    (of_bias,) = torch.autograd.grad((int8.int8_linear(x.detach(), *weight, bias) * probe).sum(), bias)
+    assert torch.equal(of_bias, found[1])
+
+
+def test_a_lora_learns_through_int8_what_it_learns_through_floats():
+    """One step down the slope of a LoRA that stands before an int8 linear, as it does in a block."""
+    x, wanted, down = gaussian(64, 128), gaussian(64, 96, seed=1), gaussian(4, 128, seed=2) * 0.1
+    weight = FORMATS["block"](gaussian(96, 128, seed=3) * 0.1)
+    slopes = []
+    for linear in (lambda y: int8.int8_linear(y, *weight), lambda y: F.linear(y, int8.dequantize(*weight))):
+        up = torch.zeros(128, 4, requires_grad=True)
+        loss = (linear(x + x @ down.t() @ up.t()) - wanted).square().mean()
+        slopes.append(torch.autograd.grad(loss, up)[0])
+    assert (slopes[0] - slopes[1]).norm() < 0.02 * slopes[1].norm()
+
+
+def test_a_scale_that_is_to_learn_is_refused():
+    q, scale = FORMATS["block"](gaussian(64, 200))
+    with pytest.raises(TurboError, match=r"scale of the weight has no gradient\. Train on the unquantized weight"):
+        int8.int8_linear(gaussian(5, 200), q, scale.requires_grad_())
 
 
 INT8, GIVEN = torch.int8, {"x": torch.zeros(4, 200), "weight_q": torch.zeros(300, 200, dtype=torch.int8)}

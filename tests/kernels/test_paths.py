@@ -48,13 +48,20 @@ def test_the_norms_of_a_model_take_the_kernel(monkeypatch):
     assert taken == [(12, 256)] and torch.equal(y.flatten(0, 1), kernel(x.reshape(12, 256), layer.weight, 1e-6))
 
 
-def test_where_something_learns_it_is_torch(monkeypatch):
+def test_where_something_learns_the_linear_is_a_kernel_with_a_gradient(monkeypatch):
+    taken, kernel = [], fast.int8_linear
+    monkeypatch.setattr(fast, "int8_linear", lambda *given: taken.append(1) or kernel(*given))
+    x, bias = gaussian(5, 200).requires_grad_(), torch.zeros(64, requires_grad=True)
+    weight = quantized("row", 64, 200, 1)
+    of_x, of_bias = torch.autograd.grad(int8.int8_linear(x, *weight, bias).sum(), (x, bias))
+    assert torch.equal(of_bias, torch.full((64,), 5.0)) and len(taken) == 1
+    torch.testing.assert_close(of_x, int8.dequantize(*weight).sum(0).expand(5, 200))
+
+
+def test_where_something_learns_the_rest_is_torch(monkeypatch):
     for name in fast.__all__:
         monkeypatch.setattr(fast, name, lambda *_, **__: pytest.fail("kernels have no gradient"))
-    x, weight, bias = gaussian(5, 200), torch.ones(200), torch.zeros(64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(int8.int8_linear(x, *quantized("row", 64, 200, 1), bias).sum(), bias)
-    assert torch.equal(gradient, torch.full((64,), 5.0))
-    x.requires_grad_()
+    x, weight = gaussian(5, 200).requires_grad_(), torch.ones(200)
     assert operations(x.device, ("norm",), x, weight) is reference
     (gradient,) = torch.autograd.grad(RMSNorm(200, 1e-6)(x[None]).square().sum(), x)
     assert gradient.any()

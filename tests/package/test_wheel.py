@@ -65,7 +65,7 @@ def test_wheel_runs_from_another_directory(built, tmp_path):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / ODD_NAME)  # what pip does with it
         (entry,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
-        assert "turbo-core = turbo_core.cli:main" in wheel.read(entry).decode()
+        assert "turbo-core = turbo_core.cli:run" in wheel.read(entry).decode()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     said = run(sys.executable, "-c", INSTALLED, cwd=elsewhere, PYTHONPATH=str(tmp_path / ODD_NAME), PYTHONUTF8="1")

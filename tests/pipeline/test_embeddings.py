@@ -98,6 +98,22 @@ def test_a_damaged_entry_is_made_again(tiny, tmp_path, damage):
     assert len(place.read_bytes()) == len(raw)
 
 
+def test_nan_is_the_encoders_fault_and_is_not_kept(tiny, tmp_path):
+    broken, state = tmp_path / "broken.safetensors", load_file(tiny / "tiny_umt5.safetensors")
+    state["encoder.final_layer_norm.weight"][0] = float("nan")
+    save_file(state, broken)
+    with pytest.raises(TurboError, match=r'for "a red circle".*broken.safetensors'):
+        made(tiny, tmp_path / "cache", broken).of(PROMPTS[:1], no_stage)
+    assert not list((tmp_path / "cache").glob("*.embedding"))
+
+
+def test_nan_that_was_kept_is_made_again(tiny, tmp_path):
+    ours = made(tiny, tmp_path)
+    first = ours.of(PROMPTS[:1], no_stage)[PROMPTS[0]]
+    ours.store.write(ours._key(), PROMPTS[0], torch.full_like(first, float("nan")))
+    assert torch.equal(made(tiny, tmp_path).of(PROMPTS[:1], no_stage)[PROMPTS[0]], first)
+
+
 def test_the_folder_is_bounded_and_what_was_used_last_stays(tmp_path):
     store, entry = Store(tmp_path, most=3 * 1300), torch.zeros(4, 64)
     for name in "abc":

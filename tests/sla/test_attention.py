@@ -299,3 +299,24 @@ def test_what_is_gathered_twice_gives_the_same_gradients(monkeypatch):
         out = reference.sparse_attention(q, k, v, index, 128, 64, "bf16")
         found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
     assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_low_bits_have_the_gradient_of_floats():
+    """Rounding has a gradient of zero, and a cast to fp8 and back rounds the gradient to fp8 too, the small ones to
+    nothing: both let it through unchanged."""
+    q, k, v = (gaussian(1, 600, 2, 64, seed=seed).requires_grad_(True) for seed in range(3))
+    index, probe = sla.block_map(q.detach(), k.detach(), 0.5), gaussian(1, 600, 2, 64, seed=3) * 1e-4
+    of_floats, of_int8 = (
+        torch.autograd.grad((reference.sparse_attention(q, k, v, index, precision=kind) * probe).sum(), (q, k, v))
+        for kind in ("bf16", "int8")
+    )
+    for one, other in zip(of_int8, of_floats):
+        assert (one - other).norm() < 0.1 * other.norm()
+
+
+def test_low_bits_are_the_same_numbers_where_something_learns():
+    q, k, v = (gaussian(1, 600, 2, 64, seed=seed) for seed in range(3))
+    index = sla.block_map(q, k, 0.5)
+    alone = reference.sparse_attention(q, k, v, index, precision="int8")
+    learning = reference.sparse_attention(q.requires_grad_(), k, v, index, precision="int8")
+    assert (alone - learning).abs().max() < 1e-3 * alone.abs().max()  # another way through the blocks

@@ -48,6 +48,15 @@ def test_clips_come_back_from_the_vae(real):
     assert sum(mark[name] for mark in marks for name in world.ATTRIBUTES) >= 15  # 16 of 16
 
 
+def test_float16_holds_the_vae(real):
+    """Its first file went to 230,114 and came out as NaN."""
+    _, video, codec, latent, _ = real
+    half = load_vae(FOLDER / FILES["vae"], dtype=torch.float16)
+    video, latent = video[:1, :, :5, :64, :64], latent[:1, :, :2, :8, :8]  # float16 is slow on a CPU
+    torch.testing.assert_close(encode_video(half, video), encode_video(codec, video), atol=0.02, rtol=0)
+    torch.testing.assert_close(decode_video(half, latent), decode_video(codec, latent), atol=0.01, rtol=0)
+
+
 def test_the_report_and_the_card_are_about_these_files():
     results = Path(__file__).parents[2] / "benchmarks" / "results" / "tinywan"
     found = evaluate.read(results / "quality.json")

@@ -1,11 +1,12 @@
 """TinyWan's VAE while it is trained: statistics of its latents, parts that stay."""
 
+import pytest
 import torch
 
 from turbo_core.pipeline import encode_image
 from turbo_core.tinywan import vae, world
 from turbo_core.tinywan.data import images_of
-from turbo_core.tinywan.vae import fresh, match_statistics
+from turbo_core.tinywan.vae import fresh, make_small, match_statistics
 from turbo_core.tinywan.vae import train as train_vae
 from turbo_core.vae import LATENT_MEAN, LATENT_STD, load_vae
 
@@ -23,6 +24,26 @@ def test_latents_get_the_statistics_of_wan_and_clips_stay():
     torch.testing.assert_close(mean.std((0, 2, 3, 4)), torch.tensor(LATENT_STD), atol=1e-3, rtol=1e-3)
     after = (log_variance / 2).exp() / mean.std((0, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(after, noise, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smaller_numbers_in_the_network_are_the_same_numbers_outside(dtype):
+    torch.manual_seed(0)
+    vae, video = fresh(8), torch.randn(1, 3, 9, 32, 32, dtype=dtype)
+    for name, tensor in vae.named_parameters():
+        if name.endswith("bias") and name.count(".") > 1:
+            torch.nn.init.normal_(tensor)
+    vae.to(dtype).requires_grad_(False)
+    largest = []
+    layer = vae.decoder.middle[0]
+    layer.register_forward_hook(lambda _, given, made: largest.append(made.abs().max().item()))
+    found = []
+    for _ in range(2):
+        mean, log_variance = vae.encode(video)
+        found.append((mean, log_variance, vae.decode(mean)))
+        make_small(vae, 2.0**-6)
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert largest[0] == 64 * largest[len(largest) // 2]
 
 
 def test_training_the_decoder_alone_leaves_the_latents(tmp_path):

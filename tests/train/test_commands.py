@@ -219,6 +219,12 @@ def test_a_sparse_start_is_not_for_a_dense_student(tiny, tmp_path, capsys):
     assert "has sparse attention" in capsys.readouterr().err
 
 
+def test_a_name_that_cannot_be_written_is_told_before_hours_of_encoding(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(videos, "encode", lambda *_, **__: pytest.fail("encoded"))
+    assert encode(tiny, out="nowhere/data.safetensors") == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
 def test_videos_that_will_not_do(tiny, tmp_path, capsys):
     assert encode(tiny, "--frames", "9") == 2
     assert "expected at least 9" in capsys.readouterr().err

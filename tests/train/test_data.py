@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 
 import pytest
 import torch
@@ -109,6 +110,34 @@ def test_a_caption_longer_than_a_prompt_may_be_is_cut_as_a_prompt_is():
     text, lengths = data.encode_captions(Encoder(), lambda caption: [*range(2, 2 + len(caption)), 1], ["", 700 * "a"])
     assert text.shape == (2, 512, 1) and lengths.tolist() == [1, 512]
     assert text[1, -2:, 0].tolist() == [512.0, 1.0]  # the end token stays
+
+
+def _turned(path, degrees):
+    """Write into an MP4 how a phone was held: its track's matrix, in 16.16 fixed point (ISO 14496-12, tkhd)."""
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"tkhd") + 44
+    cosine, sine = round(math.cos(math.radians(degrees)) * 65536), round(math.sin(math.radians(degrees)) * 65536)
+    raw[at : at + 36] = struct.pack(">9i", cosine, sine, 0, -sine, cosine, 0, 0, 0, 1 << 30)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("clockwise, corner", [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
+def test_a_video_of_a_phone_is_seen_upright(tmp_path, clockwise, corner):
+    frames = torch.zeros(2, 32, 64, 3, dtype=torch.uint8)
+    frames[:, :16, :32] = 255  # top left as the sensor saw it
+    write_video(tmp_path / "x.mp4", frames)
+    _turned(tmp_path / "x.mp4", clockwise)
+    shown = read_video(tmp_path / "x.mp4", 1)[0].float().mean(0)
+    assert shown.shape == ((64, 32) if clockwise in (90, 270) else (32, 64))
+    quarters = shown.unflatten(0, (2, -1)).unflatten(2, (2, -1)).mean((1, 3))
+    assert divmod(int(quarters.argmax()), 2) == corner and quarters.max() > 200
+
+
+def test_a_video_that_lies_askew_is_refused(tmp_path):
+    write_video(tmp_path / "x.mp4", torch.zeros(2, 32, 64, 3, dtype=torch.uint8))
+    _turned(tmp_path / "x.mp4", 30)
+    with pytest.raises(TurboError, match=r"is turned by -29 degrees\. Save it upright"):
+        read_video(tmp_path / "x.mp4", 1)
 
 
 @pytest.mark.parametrize(

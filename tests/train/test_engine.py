@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.training import clips, model, pair
 from turbo_core.errors import TurboError
-from turbo_core.train import distill, engine, sparsify, teacher
+from turbo_core.train import distill, engine, optim, sparsify, teacher
 
 STEPS = 6
 
@@ -50,6 +50,35 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(stage, tmp_path, monkeypatch
     before = pair() if stage == "two experts" else model()
     moved = [not torch.equal(a, b) for a, b in zip(whole.parameters(), before.parameters())]
     assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_ends_it_before_anything_is_updated(tmp_path, bad):
+    """Clipped by an infinite norm all gradients are NaN, and so would be the weights in the next checkpoint."""
+    net = model()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    both = optim.Both(net, 0.01, 0.01, optim.in_blocks)
+
+    def step_of(step):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if step == 1:
+            next(net.parameters()).grad.view(-1)[0] = bad
+        norm = both.step(1.0)
+        before.update({name: tensor.clone() for name, tensor in net.state_dict().items()})
+        return {"gradient": norm}
+
+    with pytest.raises(TurboError, match=f"the gradient is {bad}. Lower the learning rate"):
+        engine.run(step_of, {"model": net}, tmp_path, 3, save_every=0.0, log=lambda line: None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    kept = model()
+    assert len(engine.load({"model": kept}, tmp_path / engine.CHECKPOINT)) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
+
+
+def test_an_infinite_loss_ends_it_too(tmp_path):
+    with pytest.raises(TurboError, match="step 1: loss is inf"):
+        engine.run(lambda step: {"loss": float("inf")}, {}, tmp_path, 3, log=lambda line: None)
 
 
 def test_a_finished_training_is_not_repeated(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.training import clips, model, pair
+from turbo_core.parallel import leave
 from turbo_core.train import distill, engine, models, optim, sparsify, teacher
 
 
@@ -36,3 +37,4 @@ def main(folder: Path, shard: bool) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), "--shard" in sys.argv)
+    leave(0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from turbo_core.devices import OutOfMemory
-from turbo_core.vae import WanVAE, coding, decode_each, decode_video, encode_video
-from turbo_core.vae.memory import frames_of_a_piece
+from turbo_core.vae import WanVAE, coding, decode_each, decode_video, encode_video, memory
+from turbo_core.vae.memory import fits, frames_of_a_piece, piece_bytes
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,20 @@ def test_a_picture_that_is_too_large_goes_in_tiles(vae, monkeypatch, caplog):
     seen = holding(monkeypatch, 32 * 8)
     assert torch.equal(decode_video(vae, latent), expected)
     assert seen == [34 * 8, 32 * 8, 32 * 8, 10 * 8, 10 * 8] and "in tiles now" in caplog.text
+
+
+def test_a_picture_that_main_memory_does_not_hold_goes_in_tiles_before_it_is_tried(vae, monkeypatch, caplog):
+    """No error would say so: the system ends the process."""
+    latent, video = torch.randn(1, 16, 2, 40, 36), torch.randn(1, 3, 5, 320, 288)
+    decoded, encoded = decode_video(vae, latent, tiled=True), encode_video(vae, video, tiled=True)
+    least = {work: int(piece_bytes(work, 320 * 288, 1, 8, torch.float32) / 0.7) for work in ("decode", "encode")}
+    for work, run in (("decode", lambda: decode_video(vae, latent)), ("encode", lambda: encode_video(vae, video))):
+        for free, tiled in ((least[work] * 0.98, True), (least[work] * 1.02, False)):
+            monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+            caplog.clear()
+            same = torch.equal(run(), decoded if work == "decode" else encoded)
+            assert (same, "in tiles" in caplog.text) == (tiled, tiled)
+    assert fits("decode", 1 << 40, 96, torch.float32, "cuda")  # a card tells, of what it really takes
 
 
 def test_memory_that_is_not_enough_for_a_tile_is_an_error_with_the_cure(vae, monkeypatch):

@@ -49,15 +49,17 @@ class Folder:
         return False
 
     def is_foreign(self, name: str) -> bool:
-        """True where a file of this name says nothing of being made by this pack, nor does what lies beside it."""
+        """True where what lies there under this name, or beside it, is of no batch: a job has an id, a clip of
+        turbo-core generate has none."""
         place = self.path / name
-        if not os.path.lexists(place):
-            return False
-        with suppress(TurboError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if read_made(place) is not None:
-                return False
+        beside = place.with_suffix(".json")
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            return "id" not in json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
+            if "id" in json.loads(beside.read_text(encoding="utf-8"))["settings"]:
+                return False
+        if os.path.lexists(beside) or not os.path.lexists(place):
+            return os.path.lexists(beside)
+        with suppress(TurboError, OSError):
+            return "id" not in (read_made(place) or {})
         return True
 
     def write(self, name: str, frames, beside: dict, metadata: bool = True, signer=None) -> int:

@@ -32,11 +32,11 @@ class Manifest:
     def is_done(self, job: Job) -> bool:
         """True where this very video is there. One that a killed process could not enter any more is entered."""
         known, size = self.known.get(job.name), self.folder.size(job.name)
-        if known == (job.id, "done", size):
+        if size is not None and known == (job.id, "done", size):
             return True
-        if size is None or not self.folder.holds(job.name, job.id):
+        if not self.folder.holds(job.name, job.id):
             return False
-        self.record(job, "done", bytes=size)
+        self.record(job, "done", bytes=self.folder.size(job.name))
         return True
 
     def is_foreign(self, job: Job) -> bool:

@@ -61,9 +61,12 @@ class Remote:
             try:
                 size = self.fs.size(self._at(name))  # now: another process may have sent it since they were listed
                 beside = json.loads(self.fs.cat_file(self._at(_beside(name))))
-                return beside["settings"]["id"] == id and beside["bytes"] == size
+                holds = beside["settings"]["id"] == id and beside["bytes"] == size
             except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 return False
+        if holds and self._sizes is not None:
+            self._sizes[name] = size
+        return holds
 
     def is_foreign(self, name: str) -> bool:
         return False  # a video whose batch was killed before its settings followed looks like anybody's

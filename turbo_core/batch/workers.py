@@ -58,7 +58,7 @@ def make_by_workers(
                 except (EOFError, OSError):  # it died
                     code = worker.end()
                     workers.remove(worker)
-                    idle_deaths = 0 if worker.begun else idle_deaths + 1
+                    idle_deaths = 0 if worker.begun else idle_deaths + 1  # in a row
                     if idle_deaths == _DEATHS:
                         raise TurboError(
                             f"The process on {devices[worker.place] or 'this machine'} died before it began a video "
@@ -76,6 +76,7 @@ def make_by_workers(
                 if isinstance(told, str):
                     raise TurboError(told)
                 worker.heard(told)
+                idle_deaths = idle_deaths if told.state == "begun" else 0
                 tell(told)
     finally:
         for worker in workers:

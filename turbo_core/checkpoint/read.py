@@ -39,6 +39,7 @@ DTYPES = {  # as safetensors names them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNUSED = {"U16", "U32", "U64", "F4", "F6_E2M3", "F6_E3M2", "C64"}  # types that safetensors has and no video model
 _NOT_A_CHECKPOINT = {
     b"GGUF": "a GGUF file. ComfyUI-GGUF loads those; here use the .pth or .safetensors version",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself. Run `git lfs pull` or download the file",
@@ -203,7 +204,7 @@ def _open_safetensors(path: Path, writable: bool) -> TensorFile:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise Damaged("its metadata are no dictionary")
-    places = {name: _entry(name, entry) for name, entry in header.items()}
+    places = {name: _entry(path, name, entry) for name, entry in header.items()}
     start, end = 8 + length, 0
     mapping = _map(source, writable)
     tensors = {}
@@ -242,7 +243,7 @@ def _header(text: bytes) -> dict:
     return header
 
 
-def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
+def _entry(path, name, entry) -> tuple[torch.dtype, list[int], int, int]:
     """(dtype, shape, begin, end) of a tensor in the header."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -252,6 +253,10 @@ def _entry(name, entry) -> tuple[torch.dtype, list[int], int, int]:
         raise Damaged(f"{shown(name)} has no shape or place")
     if math.prod(max(n, 1) for n in shape) > _MOST_NUMBERS:  # an empty one may have sides that no tensor has
         raise Damaged(f"{shown(name)} has no shape or place")
+    if isinstance(kind, str) and kind in _UNUSED:
+        raise TurboError(
+            f"{path}: {shown(name)} is {kind}. Expected floats, or integers that models use: another file."
+        )
     if not isinstance(kind, str) or kind not in DTYPES:
         raise Damaged(f"{shown(name)} has the unknown type {shown(kind)}")
     return DTYPES[kind], shape, *offsets

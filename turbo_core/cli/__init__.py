@@ -42,6 +42,16 @@ def main(argv=None) -> int:
         return 130
 
 
+def run() -> None:
+    """main as a process of its own."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from ..parallel import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="turbo-core", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=__version__)

@@ -44,9 +44,8 @@ def run_tiny(arguments) -> None:
     for name in dict.fromkeys(["cpu", device.type]):
         say(precision.described(name))
     made = recipe.train(arguments.folder, arguments.preset, arguments.seed, arguments.device, arguments.pair, say)
-    for path in made:
-        if engine.rank() == 0:
-            print(path)
+    if engine.rank() == 0:
+        print(*made, sep="\n")
 
 
 def _add_data(command) -> None:
@@ -64,10 +63,12 @@ def _add_data(command) -> None:
 
 
 def run_data(arguments) -> None:
+    from ..checkpoint.write import check_target
     from ..devices import pick_device
     from ..pipeline.sizes import parse_size
     from ..train import data, videos
 
+    check_target(arguments.output, 0)  # encoding takes hours
     size, device = parse_size(arguments.size), pick_device(arguments.device)
     made = videos.encode(
         arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,

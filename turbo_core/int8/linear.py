@@ -2,10 +2,10 @@
 
 import torch
 
-from ..dispatch import FLOATS, explained
+from ..dispatch import FLOATS, explained, learning
 from ..errors import TurboError, check_device, check_float, refuse
 from . import reference
-from .formats import check_scale, is_row_scale
+from .formats import check_scale, dequantize, is_row_scale
 from .paths import operations
 
 FAMILIES = ("quantize", "int8_mm")
@@ -16,8 +16,9 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
 
     x: float [..., K]; all leading axes count as rows, so in the block format 128 consecutive tokens share a scale.
     weight_q: int8 [N, K]. weight_scale: float [ceil(N/128), ceil(K/128)] or [N, 1]. bias: float [N] or None.
-    Returns [..., N] in x's dtype; accumulated in float32. Raises TurboError, before any launch, where type, shape or
-    device of an operand does not fit.
+    Returns [..., N] in x's dtype; accumulated in float32. x and bias may learn: their gradient is that of the product
+    with the dequantized weight, rounding x counts as no change. Raises TurboError, before any launch, where type, shape
+    or device of an operand does not fit, or the scale is to learn.
     """
     name = "int8_linear"
     if weight_q.dtype != torch.int8 or weight_q.ndim != 2:
@@ -35,7 +36,29 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     if bias is not None:
         check_float(name, "bias", bias, (n,), x.device)
     matrix, scale = x.reshape(-1, x.shape[-1]), weight_scale.float()
-    rows = len(matrix) > 0 and is_row_scale(weight_q, scale)
+    if learning(scale):
+        raise TurboError("int8_linear: the scale of the weight has no gradient. Train on the unquantized weight.")
     with explained():
-        run = operations(x.device, FAMILIES, matrix, scale, bias, rows=rows) if x.dtype in FLOATS else reference
-        return run.int8_linear(matrix, weight_q, scale, bias).view(*x.shape[:-1], n)
+        run = _Straight.apply if learning(matrix, bias) else _product
+        return run(matrix, weight_q, scale, bias).view(*x.shape[:-1], n)
+
+
+def _product(x, weight_q, scale, bias):
+    rows = len(x) > 0 and is_row_scale(weight_q, scale)
+    run = operations(x.device, FAMILIES, rows=rows) if x.dtype in FLOATS else reference
+    return run.int8_linear(x, weight_q, scale, bias)
+
+
+class _Straight(torch.autograd.Function):
+    """The product with a gradient that goes straight through the rounding of x, which has none of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight_q, scale, bias):
+        ctx.save_for_backward(weight_q, scale)
+        return _product(x, weight_q, scale, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_x, _, _, of_bias = ctx.needs_input_grad
+        weight = dequantize(*ctx.saved_tensors, gradient.dtype) if of_x else None
+        return gradient @ weight if of_x else None, None, None, gradient.sum(0) if of_bias else None

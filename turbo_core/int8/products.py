@@ -15,17 +15,17 @@ TILE = 512, 1536  # rows for each thread and columns of a CPU's tile: 3 MB of su
 EXACT = 1024  # products that float32 sums without rounding: 128 * 128 * 1024 = 2^24
 
 
-def products(quantized, m, w_q, w_scale, rows: bool, bias, dtype, learns: bool, y=None):
+def products(quantized, m, w_q, w_scale, rows: bool, bias, dtype, y=None):
     """Yield (slice of rows, slice of columns, that part of x w^T + bias in float32) until all of [M, N] is there.
 
     quantized(slice of rows) -> int8 x [rows, K], its scale: asked for once for each slice, in order. rows: the row
-    format. dtype: that of the result to come. A part may be changed in place, and is overwritten by the next one
-    unless something learns. y: [M, N], where the parts are going to: where that saves a pass they are views of it.
+    format. dtype: that of the result to come. A part may be changed in place, and is overwritten by the next one. y:
+    [M, N], where the parts are going to: where that saves a pass they are views of it.
     """
     w_q, n = w_q.contiguous(), w_q.shape[0]
     bias = None if bias is None else bias.float()
-    in_place = rows and y is not None and y.dtype == torch.float32 and not (learns or torch.compiler.is_compiling())
-    multiply = _multiplier(w_q, w_scale, rows, bias, dtype, learns)
+    in_place = rows and y is not None and y.dtype == torch.float32 and not torch.compiler.is_compiling()
+    multiply = _multiplier(w_q, w_scale, rows, bias, dtype)
     tall, wide = tile(w_q, rows)
     for start in range(0, m, tall):
         here = slice(start, min(start + tall, m))
@@ -62,15 +62,15 @@ def has_cache(device) -> bool:
     return device.type == "cpu"
 
 
-def _multiplier(w_q, w_scale, rows, bias, dtype, learns):
+def _multiplier(w_q, w_scale, rows, bias, dtype):
     """multiply(x_q, x_scale, slice of columns, None or where the result may lie) -> their product and bias, float32."""
-    dots, sums = Room(learns), Room(learns)
+    dots, sums = Room(), Room()
     if rows:
         by_column = w_scale.t()
 
         def multiply(x_q, x_scale, columns, place):
             y = int_mm(x_q, w_q[columns], dots).mul_(x_scale)
-            place = None if learns else y if place is None else place
+            place = y if place is None else place
             if bias is None:
                 return torch.mul(y, by_column[:, columns], out=place)
             return torch.addcmul(bias[columns], y, by_column[:, columns], out=place)
@@ -101,19 +101,19 @@ def _multiplier(w_q, w_scale, rows, bias, dtype, learns):
 class Room:
     """Memory for one matrix after another: a fresh one each time costs a CPU as much as what is written to it."""
 
-    def __init__(self, fresh=False):
-        self.fresh, self.held = fresh, None  # fresh: autograd may keep what was there
+    def __init__(self):
+        self.held = None
 
     def take(self, rows, columns, like):
         """A contiguous float32 [rows, columns] of any content."""
-        if self.held is None or self.held.numel() < rows * columns or self.fresh:
+        if self.held is None or self.held.numel() < rows * columns:
             self.held = None  # gone before the next is made
             self.held = torch.empty(rows * columns, dtype=torch.float32, device=like.device)
         return self.held[: rows * columns].view(rows, columns)
 
     def divided(self, x, by):
         """x / by, float32 of x's shape."""
-        return x / by if self.fresh else torch.div(x, by, out=self.take(len(x), x[:1].numel(), x).view(x.shape))
+        return torch.div(x, by, out=self.take(len(x), x[:1].numel(), x).view(x.shape))
 
 
 def int_mm(a, b, room=None):

@@ -3,12 +3,12 @@
 fast.py has the same names with the same arguments and results. Matrices are [M, K] and [N, K], batch and tokens
 flattened; an int8 matrix comes with float32 scales in the block or the row format (formats.py). Rows are computed a
 slice at a time, whole blocks of them, so that their float32 forms stay small beside x and y, and in a CPU's cache.
+Rounded numbers have no gradient; linear.py gives the linear its own.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import learning
 from .formats import BLOCK, block_scale_shape, in_blocks, is_row_scale
 from .products import SLICE, Room, has_cache, products, slice_rows, threads
 
@@ -18,10 +18,10 @@ _TINY = 1e-8  # floor of the largest magnitude of a block, so that zeros quantiz
 
 def quantize_block(x, seed: int = 0):
     """float [M, K] -> int8 [M, K], float32 [ceil(M/128), ceil(K/128)]; see turbo_core.int8.quantize_block."""
-    m, k = x.shape
+    x, (m, k) = x.detach(), x.shape
     q, scale = x.new_empty(m, k, dtype=torch.int8), x.new_empty(block_scale_shape(m, k), dtype=torch.float32)
     generator = torch.Generator(device=x.device).manual_seed(seed) if seed > 0 else None
-    room = Room(learning(x))
+    room = Room()
     for rows in _slices(x) if generator is None else [slice(0, m)]:
         blocks = in_blocks(x[rows].float())
         # largest and smallest apart: no copy of the whole for the magnitudes
@@ -37,9 +37,9 @@ def quantize_block(x, seed: int = 0):
 
 def quantize_rows(x, out=None):
     """float [M, K] -> int8 [M, K], float32 [M, 1]; out: such a pair to write to."""
-    m, k = x.shape
+    x, (m, k) = x.detach(), x.shape
     q, scale = out or (x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32))
-    room, top = Room(learning(x)), torch.full((), 127.0, device=x.device)
+    room, top = Room(), torch.full((), 127.0, device=x.device)
     for rows in _slices(x):
         y = x[rows].float()
         amax = torch.maximum(y.amax(1, keepdim=True), -y.amin(1, keepdim=True)).clamp_min(_TINY)
@@ -156,9 +156,9 @@ def int8_mm_qkv(x_q, x_scale, weights, scales, biases=None, out_dtype=torch.bflo
 def int8_linear(x, weight_q, weight_scale, bias=None):
     """Float [M, K] -> [M, N] in x's dtype, x quantized in the weight's format; see turbo_core.int8.int8_linear."""
     by_rows = is_row_scale(weight_q, weight_scale)
-    quantize, learns = quantize_rows if by_rows else quantize_block, learning(x, weight_scale, bias)
+    quantize = quantize_rows if by_rows else quantize_block
     y = x.new_empty(len(x), len(weight_q))
-    weight = weight_q, weight_scale, by_rows, bias, x.dtype, learns
+    weight = weight_q, weight_scale, by_rows, bias, x.dtype
     for rows, columns, part in products(lambda some: quantize(x[some]), len(x), *weight, y):
         y[rows, columns] = part  # copies nothing where it lies there already
     return y
@@ -183,7 +183,7 @@ def _products(x_q, x_scale, w_q, w_scale, bias, dtype, y=None):
     def part(rows):
         return x_q[rows], x_scale[rows if by_rows else slice(rows.start // BLOCK, -(-rows.stop // BLOCK))]
 
-    return products(part, len(x_q), w_q, w_scale, by_rows, bias, dtype, learning(x_scale, w_scale, bias), y)
+    return products(part, len(x_q), w_q, w_scale, by_rows, bias, dtype, y)
 
 
 def _gelu(x):

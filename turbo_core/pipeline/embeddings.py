@@ -58,6 +58,11 @@ class Embeddings:
                 self.encoder = None  # what it makes would be kept as another file's, for good
                 raise TurboError(f"{self.path} or its tokenizer has changed since this run began. Start it again.")
         padded = encode_text(*self.encoder, [prompt])[0].cpu()
+        if not padded.isfinite().all():
+            raise TurboError(
+                f'The text encoder gave NaN or infinity for "{shown(prompt)}". {self.path} may be damaged, or its '
+                "numbers leave the range of float16: check it with turbo-core inspect, and compute in bfloat16."
+            )
         own = int((padded != 0).any(1).sum())
         return padded[:own].clone()
 
@@ -117,7 +122,8 @@ class Store:
                 return None
             with suppress(OSError):  # another person's folder may be read, and no more
                 os.utime(place)  # used last
-            return load(body)["embedding"]
+            kept = load(body)["embedding"]
+            return kept if kept.isfinite().all() else None
         except (OSError, ValueError, KeyError, safetensors.SafetensorError):
             return None
 

@@ -20,11 +20,11 @@ _FP8_MAX = 448.0
 def _fake_int8(x):
     """Round [..., block, D] to int8 with one scale per block, and back."""
     scale = _block_scale(x)
-    return (x / scale).round_().mul_(scale)
+    return _straight(x, (x.detach() / scale).round_().mul_(scale))
 
 
 def _block_scale(x):
-    return x.abs().amax((-1, -2), keepdim=True).clamp_min(1e-8) / 127
+    return x.detach().abs().amax((-1, -2), keepdim=True).clamp_min(1e-8) / 127
 
 
 def _int8(x):
@@ -34,7 +34,12 @@ def _int8(x):
 
 
 def _fake_fp8(x, scale):
-    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return _straight(x, (x.detach() / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale)
+
+
+def _straight(x, rounded):
+    """What x was rounded to, with a gradient that goes straight to x: rounding has none of its own."""
+    return rounded + (x - x.detach()) if learning(x) else rounded
 
 
 def _attend_low_bit(q, k, v, mask, scale):
@@ -67,7 +72,7 @@ def sparse_attention(q, k, v, index, block_q: int = 128, block_k: int = 64, prec
         q, k, v = q.float(), k.float(), v.float()
         # the mean of all keys and the scale of all values leave bad ones out: those stay in their own block
         k = k - nan_unless_finite(k).nanmean(1, keepdim=True)
-        v_amax = v.abs().nan_to_num_(nan=0.0, posinf=0.0).amax(1, keepdim=True)
+        v_amax = v.detach().abs().nan_to_num_(nan=0.0, posinf=0.0).amax(1, keepdim=True)
         v = _fake_fp8(nan_unless_finite(v), v_amax.clamp_min(1e-8) / _FP8_MAX)  # the cast makes 448 of infinity
         attend = _attend_low_bit
     qb, kb, vb = in_blocks(q, block_q), in_blocks(k, block_k), in_blocks(v, block_k)

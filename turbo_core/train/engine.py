@@ -123,9 +123,8 @@ def run(step_of, parts: dict, folder, steps: int, seconds: float | None = None, 
     while len(history) < steps:
         values = step_of(len(history))
         history.append(values)
-        bad = [name for name, value in values.items() if value != value]
-        if bad:
-            raise TurboError(f"step {len(history)}: {bad[0]} is NaN. Lower the learning rate; {folder} is unharmed.")
+        for name, value in values.items():
+            optim.check_finite(f"step {len(history)}: {name}", value)
         now = time.monotonic()
         if now - said > 10:
             said = now

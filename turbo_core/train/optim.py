@@ -1,9 +1,20 @@
 """Optimizers, schedules and the moving average."""
 
+import math
+
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..errors import TurboError
 from .muon import Muon
+
+
+def check_finite(what: str, value: float) -> None:
+    """Raise TurboError for NaN and infinity, before anything is updated by it or saved."""
+    if not math.isfinite(value):
+        raise TurboError(
+            f"{what} is {value}. Lower the learning rate and start again: it goes on from its last checkpoint."
+        )
 
 
 class Both:
@@ -33,14 +44,16 @@ class Both:
     def step(self, factor: float, clip: float = 1.0) -> float:
         """One update at factor times the learning rates; returns the norm of the gradient before clipping.
 
-        A part whose gradient is zero keeps its weights: Muon would go on at full length along its momentum.
+        A part whose gradient is zero keeps its weights: Muon would go on at full length along its momentum. Raises
+        TurboError where the norm is not finite: clipping by it would make NaN of every weight.
         """
         for part in self.parts:
             gradients = [p.grad for p in part if p.grad is not None]
             if gradients and not whole(torch.nn.utils.get_total_norm(gradients)):
                 for parameter in part:
                     parameter.grad = None
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip)).item()
+        check_finite("the gradient", norm)
         for parameter, view in self.views:
             if view is not parameter:
                 view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
@@ -50,7 +63,7 @@ class Both:
             optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
-        return norm.item()
+        return norm
 
     def state_dict(self):
         return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}

@@ -62,7 +62,11 @@ def read_video(path, frames: int) -> torch.Tensor:
         for packet in container.demux(stream):
             packets += 1
             for frame in packet.decode():
-                picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                quarters = round(frame.rotation / 90)
+                if abs(frame.rotation - 90 * quarters) > 1:  # it comes cut to whole degrees
+                    raise TurboError(f"video: {path} is turned by {frame.rotation} degrees. Save it upright.")
+                # as players show it: a phone writes what its sensor sees and how it was held
+                picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).rot90(quarters)
                 if pictures and picture.shape != pictures[0].shape:
                     sizes = " to ".join(f"{p.shape[1]} x {p.shape[0]}" for p in (pictures[0], picture))
                     raise TurboError(

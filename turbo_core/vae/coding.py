@@ -7,7 +7,7 @@ import torch
 from ..devices import OutOfMemory, is_out_of_memory, release
 from ..errors import TurboError
 from . import tiles
-from .memory import MOST_FRAMES, frames_of_a_piece
+from .memory import MOST_FRAMES, fits, frames_of_a_piece
 from .network import LATENT_CHANNELS, WanVAE
 from .past import Past
 
@@ -28,7 +28,7 @@ def encode_video(vae: WanVAE, video: torch.Tensor, tiled: bool = False) -> torch
     """Normalized latents [B, 16, (T-1)/4+1, H/8, W/8] float32, on the VAE's device, of a video [B, 3, T, H, W] in
     [-1, 1].
 
-    The mean of the posterior is taken, nothing is sampled. Memory and tiled: as in `decode_each`.
+    The mean of the posterior is taken, nothing is sampled. Memory, tiled and errors: as in `decode_each`.
     """
     if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % 4 != 1 or video.shape[3] % 8 or video.shape[4] % 8:
         raise TurboError(
@@ -37,7 +37,7 @@ def encode_video(vae: WanVAE, video: torch.Tensor, tiled: bool = False) -> torch
         )
 
     def run(piece, past):
-        return _wide(vae.encode_piece(piece, past)[:, :LATENT_CHANNELS])
+        return _wide(_finite(vae, vae.encode_piece(piece, past))[:, :LATENT_CHANNELS])
 
     kept = _Job(vae, "encode", run, video, (4, 1)).run(tiled, lambda latent: latent)
     mean, std = _statistics(vae.place)
@@ -59,7 +59,8 @@ def decode_each(vae, latent: torch.Tensor, keep, tiled: bool = False, progress=N
     fraction of the memory and blends seams; without, the numbers are those of the whole video, whatever the pieces. A
     device that runs full gets smaller pieces, then tiles. progress: callable (done, total). most: latent frames of a
     piece.
-    Raises TurboError for latents of another shape, with NaN or infinity, and where the memory is not enough.
+    Raises TurboError for latents of another shape, with NaN or infinity, for such pixels, and where the memory is not
+    enough.
     """
     if latent.ndim != 5 or latent.shape[1] != LATENT_CHANNELS or 0 in latent.shape:
         raise TurboError(
@@ -70,7 +71,7 @@ def decode_each(vae, latent: torch.Tensor, keep, tiled: bool = False, progress=N
         raise TurboError("VAE: the latents hold NaN or infinity: sampling failed. Use bfloat16 or float32 for it.")
 
     def run(piece, past):
-        return _wide(vae.decode_piece(piece, past)).clamp_(-1, 1)
+        return _wide(_finite(vae, vae.decode_piece(piece, past))).clamp_(-1, 1)
 
     return _Job(vae, "decode", run, as_taken(vae, latent), (1, 4), progress, most).run(tiled, keep)
 
@@ -91,6 +92,14 @@ def raw_pieces(vae: WanVAE, work: str, source: torch.Tensor):
     """
     job = _Job(vae, work, getattr(vae, f"{work}_piece"), source, (4, 1) if work == "encode" else (1, 4))
     yield from job.pieces(source, job.latents)
+
+
+def _finite(vae, x):
+    """x; raises TurboError where it holds NaN or infinity, which would be a black clip, or data that nobody can use."""
+    if not x.isfinite().all():
+        cure = "compute in bfloat16 or float32" if vae.dtype == torch.float16 else "check its file: turbo-core inspect"
+        raise TurboError(f"VAE: it gave NaN or infinity in {vae.dtype}. {cure[0].upper()}{cure[1:]}.")
+    return x
 
 
 def _wide(x):
@@ -117,6 +126,10 @@ class _Job:
 
     def run(self, tiled, keep):
         problem = None
+        vae, area = self.vae, self._area(self.source)
+        if not tiled and not fits(self.counted, area, vae.dim, vae.dtype, vae.place):
+            tiled = True
+            _LOG.warning("%s the video in one piece takes more memory than is free: in tiles.", self.work)
         if not tiled:
             try:
                 return [keep(piece) for piece in self.pieces(self.source, self.latents)]
@@ -137,9 +150,9 @@ class _Job:
 
     def pieces(self, source, total):
         """Results for the first frame, then for some latent frames at a time; fewer where the device runs full."""
-        device, batch = self.vae.place, source.shape[0]
-        area = batch * source.shape[3] * source.shape[4] * (8 // self.side_in) ** 2
-        most = min(self.most, frames_of_a_piece(self.counted, area, self.vae.dim, self.vae.dtype, device))
+        device = self.vae.place
+        frames = frames_of_a_piece(self.counted, self._area(source), self.vae.dim, self.vae.dtype, device)
+        most = min(self.most, frames)
         past, start = Past(), 0
         while start < source.shape[2]:
             stop = min(start + self.frames_in * most, source.shape[2]) if start else 1
@@ -158,6 +171,10 @@ class _Job:
             self.done += (stop - start - 1) // self.frames_in + 1
             self.progress(self.done, total)
             start = stop
+
+    def _area(self, source):
+        """Pixels of a frame of all videos."""
+        return source.shape[0] * source.shape[3] * source.shape[4] * (8 // self.side_in) ** 2
 
     def _packed(self, piece):
         device = self.vae.place
