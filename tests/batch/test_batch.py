@@ -102,8 +102,20 @@ def test_run_again_only_what_is_missing_changed_or_damaged_is_made(tiny, tmp_pat
     assert sorted(made(out).values()) == [1, 1, 1, 2, 2]
     assert main(command(tiny, prompts, out, "--seed", 5)) == 0
     assert len(made(out)) == 10
+    capsys.readouterr()
     assert main(command(tiny, prompts, out, "--seed", 5)) == 0
+    said = capsys.readouterr()
+    assert "5 of 5 videos are there already" in said.err and not said.out
     assert sorted(made(out).values()) == [1] * 8 + [2, 2]
+
+
+@pytest.mark.parametrize("more, message", [(("--frames", 10), "the nearest is 9"), (("--size", "100x32"), "100x32")])
+def test_a_setting_that_is_wrong_for_all_lines_is_told_once_and_makes_no_folder(
+    tiny, tmp_path, prompts, more, message, capsys
+):
+    assert main(command(tiny, prompts, tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_bad_lines_and_failing_jobs_are_told_and_the_rest_is_made(tiny, tmp_path, capsys):

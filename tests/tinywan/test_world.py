@@ -47,6 +47,12 @@ def test_a_caption_names_what_is_there():
         assert world.words_of(text) <= world.vocabulary()
 
 
+def test_videos_far_larger_or_longer_than_any_it_learnt_from_are_told():
+    assert world.told_of_size(192, 192, 33) is world.told_of_size(256, 256, 33) is world.told_of_size(96, 96, 5) is None
+    for video in ((832, 480, 33), (192, 192, 81)):
+        assert "--size 192x192 --frames 33" in world.told_of_size(*video)
+
+
 def test_prompts_of_another_world_are_recognized():
     assert world.is_outside("two stylish cats box on a stage")
     assert world.is_outside("a red circle")  # no motion, no background

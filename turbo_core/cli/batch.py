@@ -14,7 +14,12 @@ def add_verbs(verbs, common) -> None:
     """Add batch to the parser's verbs; common: the parent parser with what all verbs take."""
     command = verbs.add_parser("batch", parents=[common], help="many videos from a list, models read once, resumable")
     add = command.add_argument
-    add("jobs", type=Path, metavar="JOBS", help="prompts, one a line; or .csv, .jsonl with columns prompt, seed ...")
+    add(
+        "jobs",
+        type=Path,
+        metavar="JOBS",
+        help="prompts, one a line; or .csv, .tsv, .jsonl with columns prompt, seed ...",
+    )
     add("-o", "--output", required=True, metavar="DIR", help="folder of the videos, or s3://...; run again to go on")
     add_models(command)
     add_settings(command)
@@ -52,15 +57,19 @@ def _run(arguments, team) -> int:
     from ..checkpoint import files_of
     from ..devices import default_dtype, pick_device
     from ..pipeline.embeddings import tokenizer_files
+    from ..pipeline.sizes import check_frames, check_size
 
-    settings = _settings(arguments)
+    settings, clip = _settings(arguments), clip_of(arguments)
+    check_frames(clip.frames)  # what is wrong in all lines is told once
+    if not clip.adaptive:
+        check_size(*clip.size)
     signer = signer_of(arguments)  # a wrong certificate is told now
     paths = [file for path in (arguments.dit, arguments.dit_low) if path for file in files_of(path)]
     paths += [arguments.vae, arguments.text_encoder, *tokenizer_files(arguments.tokenizer, arguments.text_encoder)]
     paths += [arguments.vae_fast] if arguments.vae_fast else []
     dtype = arguments.dtype or str(default_dtype(pick_device(arguments.device))).removeprefix("torch.")
     models = digest_of_models(paths) + dtype
-    jobs, faults = read_jobs(arguments.jobs, clip_of(arguments), models)
+    jobs, faults = read_jobs(arguments.jobs, clip, models)
     if arguments.check:
         team.told(lambda: 0)
         return _check(arguments, settings, jobs, faults, team)
@@ -88,7 +97,8 @@ def _run(arguments, team) -> int:
             if team.told(lambda: len(todo)):
                 _make(arguments, settings, todo, manifest, tally, team)
         finally:
-            tally.show(len(todo))
+            if todo:
+                tally.show(len(todo))
     return int(bool(faults) or tally.count["done"] < len(todo))
 
 

@@ -133,7 +133,7 @@ def _generate(arguments, team) -> None:
         Pipeline(**models_of(arguments), memory=0, cache=arguments.cache, progress=progress, team=team) as pipe,
     ):
         if team.first:
-            _tell_of_world(pipe.model, arguments.prompt)
+            _tell_of_world(pipe.model, clip)
         [result] = pipe.map([clip], write)
     if team.first:
         _report(arguments, result, time.perf_counter() - start)
@@ -148,14 +148,16 @@ def tell_of_steps(clips) -> None:
         print(f"warning: {said}", file=sys.stderr)
 
 
-def _tell_of_world(model, prompt: str) -> None:
+def _tell_of_world(model, clip) -> None:
     """Say so when TinyWan is asked for more than it has ever seen."""
     from ..checkpoint import WORLD
     from ..tinywan import world
 
-    said = world.told(prompt) if model.metadata.get(WORLD) == world.WORLD else None
-    if said:
-        print(said, file=sys.stderr)
+    if model.metadata.get(WORLD) != world.WORLD:
+        return
+    said = [world.told(clip.prompt), world.told_of_size(*clip.size, clip.frames)]
+    for line in filter(None, said):
+        print(line, file=sys.stderr)
 
 
 def _report(arguments, result, total: float) -> None:

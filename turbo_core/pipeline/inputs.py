@@ -70,5 +70,6 @@ def check_sampling(
     if topk == "auto":
         return DEFAULT_TOPK if model.has_sla else None
     if topk is not None and not 0.0 < topk <= 1.0:
-        raise TurboError(f"topk is the fraction of key blocks to keep, above 0 and up to 1, got {topk}: use 0.1.")
+        cure = f"for {topk:g} % give {topk / 100:g}" if 1 < topk <= 100 else f"use {DEFAULT_TOPK:g}"
+        raise TurboError(f"topk is the fraction of key blocks to keep, above 0 and up to 1, got {topk}: {cure}.")
     return topk

@@ -188,7 +188,8 @@ def check_place(path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TurboError(f"Could not make the folder {path.parent} ({error}). Choose another one.") from error
+        why = "a file has that name" if isinstance(error, FileExistsError) else error
+        raise TurboError(f"Could not make the folder {path.parent} ({why}). Choose another one.") from error
     if not os.access(path.parent, os.W_OK):
         raise TurboError(f"There is no right to write to the folder {path.parent}. Choose another one.")
 

@@ -126,6 +126,16 @@ def told(prompt: str) -> str | None:
     )
 
 
+def told_of_size(width: int, height: int, frames: int) -> str | None:
+    """What to say of a video that is far larger or longer than those that the family is trained for, else None."""
+    if width * height <= 2 * SIDE**2 and frames <= 2 * FRAMES:
+        return None
+    return (
+        f"TinyWan learnt from videos of {SIDE}x{SIDE} with {FRAMES} frames, and shows little in one of "
+        f"{width}x{height} with {frames}. Give --size {SIDE}x{SIDE} --frames {FRAMES}."
+    )
+
+
 def paths(motion: torch.Tensor, frames: int, travel=1.0, phase=0.0):
     """Where a shape is and how large: x, y (shares of the side, 0 is the middle, y down) and size, each [B, frames].
 

@@ -37,7 +37,7 @@ def encode_video(vae: WanVAE, video: torch.Tensor, tiled: bool = False) -> torch
         )
 
     def run(piece, past):
-        return _wide(_finite(vae, vae.encode_piece(piece, past))[:, :LATENT_CHANNELS])
+        return _wide(finite(vae, vae.encode_piece(piece, past))[:, :LATENT_CHANNELS])
 
     kept = _Job(vae, "encode", run, video, (4, 1)).run(tiled, lambda latent: latent)
     mean, std = _statistics(vae.place)
@@ -71,7 +71,7 @@ def decode_each(vae, latent: torch.Tensor, keep, tiled: bool = False, progress=N
         raise TurboError("VAE: the latents hold NaN or infinity: sampling failed. Use bfloat16 or float32 for it.")
 
     def run(piece, past):
-        return _wide(_finite(vae, vae.decode_piece(piece, past))).clamp_(-1, 1)
+        return _wide(finite(vae, vae.decode_piece(piece, past))).clamp_(-1, 1)
 
     return _Job(vae, "decode", run, as_taken(vae, latent), (1, 4), progress, most).run(tiled, keep)
 
@@ -94,7 +94,7 @@ def raw_pieces(vae: WanVAE, work: str, source: torch.Tensor):
     yield from job.pieces(source, job.latents)
 
 
-def _finite(vae, x):
+def finite(vae, x):
     """x; raises TurboError where it holds NaN or infinity, which would be a black clip, or data that nobody can use."""
     if not x.isfinite().all():
         cure = "compute in bfloat16 or float32" if vae.dtype == torch.float16 else "check its file: turbo-core inspect"

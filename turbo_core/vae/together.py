@@ -2,7 +2,7 @@
 
 import torch
 
-from .coding import as_taken
+from .coding import as_taken, finite
 from .past import Past
 
 
@@ -12,11 +12,11 @@ def decode_rows(vae, latent: torch.Tensor, rows, most: int):
     [B, 3, t, 8 own, 8W] in [-1, 1], with the numbers of the whole.
 
     latent: normalized, [B, 16, T, H, W], on the VAE's device, whole in every process. rows: turbo_core.parallel.Rows of
-    H. most: the same in all processes.
+    H. most: the same in all processes. Raises TurboError for NaN and infinity.
     """
     own = as_taken(vae, latent)[..., rows.own, :].to(vae.dtype)
     past = Past(rows=rows)
     for piece in (own[:, :, :1], *own[:, :, 1:].split(most, 2)):
         if piece.shape[2]:
             packed = piece.contiguous(memory_format=torch.channels_last_3d)
-            yield vae.decode_piece(packed, past).float().clamp_(-1, 1)
+            yield finite(vae, vae.decode_piece(packed, past)).float().clamp_(-1, 1)
