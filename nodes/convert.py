@@ -15,7 +15,7 @@ from .host.files import (
     overwrite_input,
     progress_bar,
 )
-from .reports.made import fingerprint, remember
+from .reports.made import asked, fingerprint, remember
 from .reports.show import written
 
 
@@ -45,15 +45,15 @@ class TurboConvert(io.ComfyNode):
         return red(conversion, source, cls.hidden.unique_id)
 
     @classmethod
-    def fingerprint_inputs(cls, source=None, format=None, filename="", **inputs):
-        return fingerprint(("TurboConvert", source, format, filename), listed_files(source))
+    def fingerprint_inputs(cls, source=None, format=None, filename=None, **inputs):
+        return fingerprint(asked(cls, source, format, filename), listed_files(source))
 
     @classmethod
     def execute(cls, source, format, filename="", overwrite=False) -> io.NodeOutput:
         path = model_file(source)
         target = new_model((filename or "").strip() or f"{file_stem(source)}_{format}", overwrite)
         done = checkpoint.convert(path, target, format, progress_bar())
-        remember(("TurboConvert", source, format, filename), done.path)
+        remember(asked(cls, source, format, filename), done.path)
         return io.NodeOutput(done.path, ui=written(done.path, done.bytes, *done.warnings))
 
 

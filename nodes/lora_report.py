@@ -5,9 +5,10 @@ from comfy_api.latest import io
 
 from ..turbo_core.errors import TurboError
 from .checks.red import lora, red
-from .host.files import file_input, model_file, read_tensors
+from .host.files import file_input, listed_files, model_file, read_tensors
 from .host.inputs import check_number, network_of
 from .reports.lora_facts import Examined
+from .reports.made import states
 from .reports.show import report
 
 MAX_STRENGTH = 100.0
@@ -43,6 +44,10 @@ class TurboLoraReport(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name=None):
         return red(lora, lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name=None, **inputs):
+        return states(listed_files(lora_name, kind="loras"))  # it may have been trained further
 
     @classmethod
     def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:

@@ -21,7 +21,7 @@ from .host.files import (
     progress_bar,
 )
 from .host.inputs import check_number
-from .reports.made import fingerprint, remember
+from .reports.made import asked, fingerprint, remember
 from .reports.show import written
 
 MAX_STRENGTH = 2.0
@@ -64,10 +64,10 @@ class TurboMerge(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, finetune=None, base=None, turbo=None, strength=None, format=None, filename="", **inputs
+        cls, finetune=None, base=None, turbo=None, strength=None, format=None, filename=None, **inputs
     ):
-        asked = "TurboMerge", finetune, base, turbo, strength, format, filename
-        return fingerprint(asked, listed_files(finetune, base, turbo))
+        wanted = asked(cls, finetune, base, turbo, strength, format, filename)
+        return fingerprint(wanted, listed_files(finetune, base, turbo))
 
     @classmethod
     def execute(
@@ -79,7 +79,7 @@ class TurboMerge(io.ComfyNode):
         if format in FORMATS:  # else merge names those there are
             _check_different(finetune=finetune, base=base, turbo=turbo)
         done = merge(*paths, target, format, strength, progress_bar())
-        remember(("TurboMerge", finetune, base, turbo, strength, format, filename), done.path)
+        remember(asked(cls, finetune, base, turbo, strength, format, filename), done.path)
         apart = [f"{Path(path).name}: {distance:.2%} from {base}" for path, distance in done.distances.items()]
         return io.NodeOutput(done.path, ui=written(done.path, done.bytes, *apart, *done.warnings))
 

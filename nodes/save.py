@@ -7,7 +7,7 @@ from .host.files import new_output
 from .host.inputs import wan_network
 from .host.saving import save_model
 from .reports.facts import summary
-from .reports.made import fingerprint, remember
+from .reports.made import asked, fingerprint, remember
 from .reports.show import written
 
 
@@ -40,20 +40,15 @@ class TurboSave(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename_prefix=None, **inputs):
-        return fingerprint(_asked(cls, filename_prefix))
+        return fingerprint(asked(cls, filename_prefix))
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         wan_network(model, "TurboSave")
         path = new_output(filename_prefix)
         size = save_model(model, path)
-        for prefix in (filename_prefix, None):  # of one by a link the fingerprint knows nothing
-            remember(_asked(cls, prefix), path)
+        remember(asked(cls, filename_prefix), path)
         return io.NodeOutput(ui=written(path, size, summary(model)))
-
-
-def _asked(node, prefix):
-    return "TurboSave", getattr(node.hidden, "unique_id", None), prefix  # two nodes may have the same prefix
 
 
 NODES = [TurboSave]

@@ -33,6 +33,29 @@ def test_the_target_is_the_old_file_until_the_new_one_is_whole(target):
     assert target.read_text() == "new" and os.listdir(target.parent) == [target.name]
 
 
+def test_what_lies_beside_it_under_that_name_and_is_not_ours_stays(target):
+    """Browsers and downloaders call what is not done so."""
+    aside = target.with_name(f"{target.name}.part")
+    aside.write_text("half a download")
+    with pytest.raises(TurboError, match="is in the way"), written_aside(target):
+        pytest.fail("wrote")
+    assert aside.read_text() == "half a download" and target.read_text() == "old"
+    assert sorted(os.listdir(target.parent)) == [target.name, aside.name]
+
+
+def test_what_is_written_twice_or_read_is_told(target, tmp_path):
+    other, link = tmp_path / "other", tmp_path / "link"
+    link.symlink_to(target)
+    files.check_apart([target, other, None, None], [tmp_path / "third", None])
+    for written, read, words in (
+        ([target, target], [], "it is written too"),
+        ([other, link], [target], "it is read"),
+        ([tmp_path / "." / "other"], [target, other], "it is read"),
+    ):
+        with pytest.raises(TurboError, match=words):
+            files.check_apart(written, read)
+
+
 @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt(), RuntimeError("torch could not")])
 @pytest.mark.parametrize("moment", ["before anything is there", "half-way", "fsync", "replace"])
 def test_a_failure_leaves_the_old_file_and_nothing_beside_it(target, monkeypatch, error, moment):

@@ -28,7 +28,8 @@ def written_aside(target, sweeps: bool = True):
     """A path beside the target to write to. It takes the target's place at the end, once it is on the disk, and is
     removed after any failure or Ctrl-C: until then the target stays as it was.
 
-    Raises TurboError, naming the other, while another process writes to the same target. What a process that was
+    Raises TurboError, naming the other, while another process writes to the same target, and where the name beside it
+    is somebody's. What a process that was
     killed left in that folder is removed; sweeps False: not now, for who writes thousands of files into one folder and
     calls `sweep` itself. The path ends in .part, which no loader lists: writers must be told the format that the
     target's name says.
@@ -38,6 +39,8 @@ def written_aside(target, sweeps: bool = True):
     aside = target.with_name(f"{target.name}.part")
     if sweeps:
         sweep(target.parent)
+    if os.path.lexists(aside) and not os.path.lexists(_lock_of(target)):  # ours has a lock beside it
+        raise TurboError(f"{aside} is in the way: is a download of {target.name} not done? Move it, or choose a name.")
     with alone(target):
         try:
             yield aside
@@ -105,6 +108,18 @@ def check_free(target) -> None:
             if _lock(file) is False:
                 raise _taken(target, file)
             _unlock(file)
+
+
+def check_apart(written, read=()) -> None:
+    """Raise TurboError where two files that are to be written are one, or one of them is read. None stands for none."""
+    taken = {}
+    for path, is_read in [*((path, True) for path in read), *((path, False) for path in written)]:
+        place = None if path is None else os.path.normcase(os.path.realpath(path))
+        if place in taken and not is_read:
+            what = "read" if taken[place] else "written too"
+            raise TurboError(f"{path} is to be written, and it is {what}. Choose another name for what is written.")
+        if place is not None:
+            taken[place] = is_read
 
 
 def is_device(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Files that nodes read and write: where they lie, what they may be called, what is wrong with them."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ...turbo_core import tinywan
+from ...turbo_core.checkpoint import files_of
 from ...turbo_core.checkpoint.formats import FORMATS
 from ...turbo_core.checkpoint.others.sharded import INDEX
 from ...turbo_core.checkpoint.read import SAFETENSORS_SUFFIXES, open_tensors
@@ -69,9 +71,15 @@ def model_file(name, kind=MODELS):
 
 
 def listed_files(*names, kind=MODELS):
-    """Paths of those files in models/`kind` that are there; what is no name of one is left out."""
+    """Paths of those files in models/`kind` that are there, of an index also its shards; what is no name of one is left
+    out."""
     found = (folder_paths.get_full_path(kind, name) for name in names if isinstance(name, str))
-    return [path for path in found if path is not None]
+    paths = []
+    for path in filter(None, found):
+        paths.append(path)
+        with contextlib.suppress(TurboError, OSError):  # a damaged index is told when it is read
+            paths += (str(file) for file in files_of(path) if str(file) != path)
+    return paths
 
 
 def read_tensors(path):

@@ -26,6 +26,7 @@ from .fused import FusedWanBlock, guard_feed_forward
 from .kernels import prove_for
 from .ops import names_in, part_of_host, quant_entry, quantized_ops, refuse_weight_hooks
 from .schedule import mark_sigma_max
+from .weights import with_rows
 
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # whose network is the host's plain WanModel, which takes a block class; others are built from blocks of their own
@@ -181,6 +182,8 @@ def _load_as_the_host_does(path, description, dtype, disable_dynamic):
             f"{path} is quantized as {kinds}, which this ComfyUI does not load ({type(error).__name__}: {error}). "
             "Update ComfyUI, or use the bf16 version of this model."
         ) from error
+    for weight in patcher.model.diffusion_model.parameters():
+        with_rows(weight)
     if kinds:
         logging.info(
             "TurboWan: %s is quantized as %s and was loaded by ComfyUI's own loader. The samplers, sparse attention, "

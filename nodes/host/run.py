@@ -102,8 +102,8 @@ def experts_of(high, low, sigmas, boundary):
     if low is None:
         return [(high, sigmas)]
     check_experts(_facts(high), _facts(low), file_name(high), file_name(low))
-    steps = sigmas[:-1].tolist()
-    first_low = next((i for i, sigma in enumerate(steps) if sigma < boundary), len(steps))
+    below = (sigmas[:-1] < boundary).tolist()  # in the sigmas' own float32: 0.9 is not below 0.9
+    first_low = below.index(True) if True in below else len(below)
     parts = [(high, sigmas[: first_low + 1]), (low, sigmas[first_low:])]
     return [(model, part) for model, part in parts if len(part) > 1]
 

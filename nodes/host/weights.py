@@ -1,5 +1,7 @@
 """The weights of a MODEL as it sees them, whatever the host has loaded or merged at the moment."""
 
+import dataclasses
+
 import comfy.float
 import comfy.lora
 import comfy.model_management
@@ -8,13 +10,24 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...turbo_core.errors import TurboError
+from .ops import ROW
 
 PREFIX = "diffusion_model."  # of the names of the network's weights in a MODEL
 
 
 def original_weight(patcher, key):
     """A weight without any LoRA, also while the host has one merged in."""
-    return patcher.backup[key].weight if key in patcher.backup else comfy.utils.get_attr(patcher.model, key)
+    backup = patcher.backup.get(key)
+    return with_rows(comfy.utils.get_attr(patcher.model, key) if backup is None else backup.weight)
+
+
+def with_rows(weight):
+    """The same weight; where a file has the scales of its rows as [N], which the host multiplies by but dequantizes
+    along the columns, they are [N, 1] from now on."""
+    scale = weight._params.scale if isinstance(weight, QuantizedTensor) and weight._layout_cls == ROW else None
+    if scale is not None and scale.shape == weight.shape[:1] != (1,):
+        weight._params = dataclasses.replace(weight._params, scale=scale[:, None])
+    return weight
 
 
 def float_weight(patcher, key):

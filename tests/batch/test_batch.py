@@ -404,11 +404,41 @@ def test_a_clip_of_generate_and_settings_without_a_video_are_left_alone(tiny, tm
     (out / third).with_suffix(".json").write_text('{"notes": "of a person"}')
     shutil.copy(beside, (out / fourth).with_suffix(".json"))  # of a batch that was killed before its video was there
     manifest = Manifest(out)
-    assert [manifest.folder.is_foreign(name) for name in (first, second, third, fourth)] == [True, True, True, False]
+    assert [manifest.folder.is_foreign(name) for name in (first, second, third, fourth)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     mine = {path: path.read_bytes() for path in out.iterdir() if fourth.split(".")[0] not in path.name}
     assert main(command(tiny, prompts, out)) == 1
     assert all(path.read_bytes() == content for path, content in mine.items())
     assert (out / fourth).is_file() and (out / fourth).with_suffix(".json").is_file()
+
+
+def test_a_file_that_took_the_place_of_a_clip_is_left_alone_whatever_the_journal_says(tiny, tmp_path, capsys):
+    out, listed = tmp_path / "out", tmp_path / "jobs.jsonl"
+    rows = [{"prompt": f"a red circle {i}", "name": name} for i, name in enumerate(("fox", "cat", "cut", "bad"))]
+    listed.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"topk": 3}])))
+    assert main(command(tiny, listed, out)) == 1
+    by_hand = read_made(out / "fox.mp4")
+    del by_hand["id"]
+    write_video(out / "fox.mp4", torch.zeros(5, 32, 32, 3, dtype=torch.uint8), made=by_hand)  # by turbo-core generate
+    (out / "cat.mp4").write_text("of a person")
+    (out / "cut.mp4").write_bytes((out / "cut.mp4").read_bytes()[:300])  # by a full disk
+    (out / "bad.mp4").write_text("of a person")
+    (out / "bad.json").write_text('{"notes": "of a person"}')
+    listed.write_text("\n".join(map(json.dumps, rows)))
+    mine = {
+        path: path.read_bytes() for path in out.iterdir() if path.name in ("fox.mp4", "cat.mp4", "bad.mp4", "bad.json")
+    }
+    for more in ([], ["--check"]):
+        capsys.readouterr()
+        assert main(command(tiny, listed, out, *more)) == 1
+        said = capsys.readouterr().err
+        assert [name for name in ("fox", "cat", "cut", "bad") if f"{name}.mp4 is in" in said] == ["fox", "cat", "bad"]
+        assert all(path.read_bytes() == content for path, content in mine.items())
+    assert read_made(out / "cut.mp4")["prompt"] == "a red circle 2"
 
 
 def test_a_picture_replaced_in_a_batch_is_its_own_clips_fault(tiny, tmp_path, monkeypatch):

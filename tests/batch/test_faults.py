@@ -12,6 +12,7 @@ from tests.helpers.certificates import make_keys
 from turbo_core.batch import Manifest, folder
 from turbo_core.batch.workers import settings_at
 from turbo_core.cli import batch, main
+from turbo_core.files import digest
 from turbo_core.parallel import Alone, Sequence
 from turbo_core.pipeline import resident
 from turbo_core.pipeline.video import read_made
@@ -130,6 +131,8 @@ def test_without_metadata_a_video_that_was_not_entered_any_more_is_known_by_what
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     # as if the second had been killed when its settings were there and its file was still the one before
     (out / "two.mp4").write_bytes((out / "one.mp4").read_bytes())
+    told = json.loads((out / "two.json").read_text())
+    (out / "two.json").write_text(json.dumps(told | {"before": digest([out / "two.mp4"])}))
     assert main(given) == 0
     again = {path.name for path in out.glob("*.mp4") if path.stat().st_mtime_ns != stamps[path.name]}
     assert again == {"two.mp4"}

@@ -46,7 +46,8 @@ def test_a_batch_in_memory_is_resumed_by_its_journals_and_by_what_lies_beside(ti
 
     stamps = {name: memory.modified(name) for name in videos}
     memory.rm(memory.glob("/bucket/clips/batch-*.jsonl"))  # killed before any was sent
-    memory.rm_file(videos[1].replace(".mp4", ".json"))  # and between a video and its settings
+    claim = {"settings": json.loads(memory.cat(videos[1].replace(".mp4", ".json")))["settings"]}
+    memory.pipe_file(videos[1].replace(".mp4", ".json"), json.dumps(claim).encode())  # and between video and settings
     memory.pipe_file(videos[2], memory.cat(videos[2])[:-10])
     memory.rm_file(videos[3])
     capsys.readouterr()
@@ -65,7 +66,7 @@ def test_elsewhere_a_video_is_sent_aside_and_renamed(tiny, tmp_path, prompts, mo
     for _ in range(2):
         assert main(command(tiny, prompts, "memory://unused")) == 0
     names = sorted(path.name for path in (tmp_path / "clips").iterdir())
-    assert len(moved) == 8 and all(one == f"{other}.part" for one, other in moved)
+    assert len(moved) == 12 and all(one == f"{other}.part" for one, other in moved)
     assert sum(name.endswith(".mp4") for name in names) == 4 == sum(name.endswith(".json") for name in names)
     assert all(read_made(path)["prompt"] for path in (tmp_path / "clips").glob("*.mp4"))
     assert not list(target._near.path.iterdir()), "nothing stays in the scratch folder"
@@ -140,6 +141,21 @@ def test_what_another_process_sent_meanwhile_is_seen(memory):
         memory.pipe_file("/bucket/clips/a.mp4", b"video")
         memory.pipe_file("/bucket/clips/a.json", json.dumps({"settings": {"id": "id"}, "bytes": 5}).encode())
         assert folder.holds("a.mp4", "id") and not folder.holds("a.mp4", "other")
+
+
+def test_files_of_a_person_over_there_are_left_alone(memory):
+    notes = (
+        b'{"notes": "of a person"}',
+        *(json.dumps({"settings": {"id": "1"}} | more).encode() for more in ({"bytes": 5}, {})),
+    )
+    for name, beside in (("lone", None), ("noted", notes[0]), ("ours", notes[1]), ("claimed", notes[2])):
+        memory.pipe_file(f"/bucket/clips/{name}.mp4", b"video")
+        if beside:
+            memory.pipe_file(f"/bucket/clips/{name}.json", beside)
+    with Manifest("memory://bucket/clips") as manifest:
+        names = "lone", "noted", "ours", "claimed", "none"
+        found = [manifest.is_foreign(Job(1, f"{name}.mp4", "1", None, Clip("a"))) for name in names]
+    assert found == [True, True, False, False, False]
 
 
 def test_what_was_sent_by_others_is_entered_with_its_bytes_and_made_again_when_it_is_gone(memory):

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import av
 import pytest
@@ -85,6 +87,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message, ca
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("turbo-core: ") and message in last
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["the video", "the VAE"])
+def test_a_report_does_not_take_the_place_of_the_video_or_of_a_model(tiny, tmp_path, to, capsys):
+    vae = shutil.copy(tiny / "TinyWan2.1_VAE.pth", tmp_path)
+    place = tmp_path / "out.mp4" if to == "the video" else Path(vae)
+    before = Path(vae).read_bytes()
+    assert generate(tiny, tmp_path / "out.mp4", "--vae", vae, "--json", place) == 2
+    assert "Choose another name for what is written" in capsys.readouterr().err
+    assert Path(vae).read_bytes() == before and not (tmp_path / "out.mp4").exists()
 
 
 def test_more_than_four_steps_are_made_with_one_warning(tiny, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """How the command starts: light, and with the choices that the library has."""
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,17 @@ print(*sorted({"torch._dynamo", "sympy", "triton", "transformers"} & set(sys.mod
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no shell that closes a stream")
+@pytest.mark.parametrize(
+    "closed, code, file", [("", 0, "TinyWan2.1-T2V.pth"), (">&-", 0, "TinyWan2.1-T2V.pth"), ("", 2, "none")]
+)
+def test_one_of_torchruns_processes_leaves_with_its_code(tiny, closed, code, file):
+    """It ends without Python's own end, see turbo_core.parallel.leaving."""
+    command = f"{shlex.quote(sys.executable)} -m turbo_core inspect {shlex.quote(str(tiny / file))} {closed}"
+    done = subprocess.run(["sh", "-c", command], env=os.environ | {"TORCHELASTIC_RUN_ID": "1"}, cwd=ROOT)
+    assert done.returncode == code
 
 
 def test_help_names_every_verb():

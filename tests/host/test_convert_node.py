@@ -184,3 +184,9 @@ def test_a_file_that_is_deleted_is_made_again(models, pack, node):
     os.utime(source, (1, 1))  # another source under the same name
     assert node.fingerprint_inputs(**inputs) != gone
     assert node.fingerprint_inputs(source=None) == node.fingerprint_inputs(source=["7", 0])  # links
+    node.execute(**inputs | {"filename": "by a link"})
+    linked = inputs | {"filename": None}  # as the host says of a link
+    before = node.fingerprint_inputs(**linked)
+    assert node.fingerprint_inputs(**linked) == before
+    os.remove(path.replace("mine again", "by a link"))
+    assert node.fingerprint_inputs(**linked) != before

@@ -1,6 +1,7 @@
 """Files in every spelling and number format, as TurboLoader and TurboSave take them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.diffusers_files import INDEX, renamed, repacked, sharded
-from tests.helpers.lab import QUANT, STOCK, T2V
+from tests.helpers.lab import LINEAR, QUANT, STOCK, T2V
 from tests.helpers.states import official, plain, saved
 from tests.helpers.tiny_dits import TINY, tiny_state_dict, unquantized
 from turbo_core import checkpoint
@@ -122,6 +123,10 @@ def test_a_folder_in_the_diffusers_layout_is_one_entry_and_the_same_model(lab, s
     for node, name in {"TurboLoader": "model_name", "TurboConvert": "source", "TurboMerge": "turbo"}.items():
         assert sorted(offered(lab, node, name)) == [f"TurboWan/{INDEX}", "official.pth"]
     model = lab.pack.nodes["TurboLoader"].execute(f"TurboWan/{INDEX}")[0]
+    before = lab.pack.nodes["TurboLoader"].fingerprint_inputs(model_name=f"TurboWan/{INDEX}")
+    assert lab.pack.nodes["TurboLoader"].fingerprint_inputs(model_name=f"TurboWan/{INDEX}") == before
+    os.utime(next((place / "TurboWan").glob("*.safetensors")), (1, 1))  # a shard written anew, the index as it was
+    assert lab.pack.nodes["TurboLoader"].fingerprint_inputs(model_name=f"TurboWan/{INDEX}") != before
     expected = lab.load(place / "official.pth")
     if "int8" in kind:
         expected = lab.quantize(expected, kind.removeprefix("int8_"))
@@ -244,3 +249,42 @@ def test_a_format_of_a_newer_host_is_told_apart_from_a_fault(lab, state, tmp_pat
         save_file(official(plain(state)) | {"blocks.0.ffn.0.comfy_quant": entry}, path, file.metadata())
     with pytest.raises(lab.pack.errors.TurboError, match=r"w6a8_of_tomorrow, which this ComfyUI does not load.*Update"):
         lab.load(path)
+
+
+@pytest.mark.parametrize("shape", ["rows", "one"])
+def test_scales_in_other_shapes_that_the_host_computes_with(lab, place, monkeypatch, shape):
+    """It multiplies by [N] along the rows and dequantizes along the columns: square layers came out 13 % wrong."""
+    import folder_paths
+
+    layers, whole = {}, {}
+    for name, tensor in load_file(lab.path(STOCK)).items():
+        if not is_quantizable(name.removeprefix("model.diffusion_model.")):
+            layers[name] = whole[name] = tensor
+            continue
+        magnitudes = tensor.float().abs()
+        scale = (magnitudes.amax(1, keepdim=True) if shape == "rows" else magnitudes.amax()) / 127
+        entry = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+        layers[name] = (tensor.float() / scale).round().to(torch.int8)
+        layers[name.removesuffix("weight") + "comfy_quant"] = entry
+        layers[f"{name}_scale"] = scale.flatten() if shape == "rows" else scale
+        whole[name] = (layers[name] * scale).to(tensor.dtype)
+    with safe_open(lab.path(STOCK), "pt") as file:
+        metadata = file.metadata()
+    save_file(layers, place / "int8.safetensors", metadata)
+    save_file(whole, place / "float.safetensors", metadata)
+    save_file(lab.lora(lab.load(STOCK), LINEAR), place / "lora.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(place)], {".safetensors"}))
+    expected = lab.load(place / "float.safetensors")
+    for model in (lab.load(place / "int8.safetensors"), comfy_loader(place / "int8.safetensors")):
+        again = lab.quantize(model, "block")
+        assert lab.distance(lab.denoise(again), lab.denoise(lab.quantize(expected, "block"))) < 0.03
+        text, patched = lab.pack.nodes["TurboLoraReport"].execute(model, "lora.safetensors").result
+        assert "2 of 2 tensors act" in text
+        lora = load_file(place / "lora.safetensors")
+        assert lab.distance(lab.denoise(patched), lab.denoise(lab.merged(expected, lora))) < 0.05
+
+
+def comfy_loader(path):
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model(str(path))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.lab import STOCK, small_flux
+from tests.helpers.lab import LINEAR, PROJ_L, STOCK, small_flux
 from tests.helpers.lora_files import ALPHA, LAYERS, RANK, SPELLINGS, differences, dora, factors, lokr, spelled
 from turbo_core import checkpoint
 
@@ -46,6 +46,23 @@ def test_every_spelling_is_the_same_lora(comfy, lab, network, report, spelling):
         weight = lab.load().model.diffusion_model.get_submodule(layer).weight
         expected = weight + (ALPHA / RANK if alpha else 1.0) * (second @ first)
         torch.testing.assert_close(patched.model.diffusion_model.get_submodule(layer).weight, expected)
+
+
+def test_factors_of_a_1x1_convolution_are_those_of_a_linear(comfy, lab, network, report):
+    """As some tools write them, and as the host takes them."""
+    model, lora = lab.as_kind("block"), spelled(lab, network, "diffusers")
+    text, patched = report(model, lora)
+    same, other = report(model, {k: v[..., None, None] if v.ndim == 2 else v for k, v in lora.items()})
+    assert text == same and lab.same(lab.weights(patched), lab.weights(other))
+
+
+def test_a_lora_that_was_trained_further_is_read_again(lab, report, tmp_path):
+    node = lab.pack.nodes["TurboLoraReport"]
+    report(lab.load(), lab.lora(lab.load(), LINEAR))
+    before = node.fingerprint_inputs(lora_name="mine.safetensors", strength=1.0)
+    assert node.fingerprint_inputs(lora_name="mine.safetensors") == before
+    report(lab.load(), lab.lora(lab.load(), LINEAR, PROJ_L))
+    assert node.fingerprint_inputs(lora_name="mine.safetensors") != before
 
 
 def test_several_at_once(comfy, lab, network, report):

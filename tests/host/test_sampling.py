@@ -166,6 +166,13 @@ def test_experts_share_the_steps(lab, experts, image, evaluations, steps, first,
     assert all(s >= 0.9 for s in seen_high) and all(s < 0.9 for s in seen_low)
 
 
+def test_a_step_at_the_boundary_is_the_high_noise_experts(lab, experts):
+    """Sigmas are float32: the 0.9 that is typed is a little below the boundary's 0.9."""
+    sigmas = torch.tensor([1.0, 0.9, 0.5, 0.0])
+    parts = lab.pack.part("nodes.host.run").experts_of(*experts, sigmas, 0.9)
+    assert [len(part) - 1 for _, part in parts] == [2, 1]
+
+
 def test_boundary_moves_the_hand_over(lab, experts, image, evaluations):
     for boundary, first in ((0.0, 4), (0.7, 3), (0.95, 1), (1.0, 0)):
         (high, seen_high), (low, seen_low) = evaluations(experts[0]), evaluations(experts[1])

@@ -1,5 +1,6 @@
 """The pack in a real ComfyUI server, over HTTP: shipped workflows, previews, interrupt, errors, a second copy."""
 
+import importlib.util
 import json
 import os
 import re
@@ -349,6 +350,32 @@ def test_a_script_queues_prompts_and_fetches_the_clips(server, tmp_path):
     text, sampler = _node(asked[0], "CLIPTextEncode"), _node(asked[0], "KSampler")
     assert [prompt[text]["inputs"]["text"] for prompt in asked] == [prompts[0], prompts[2]]
     assert [prompt[sampler]["inputs"]["seed"] for prompt in asked] == [0, 1]
+
+
+def test_a_script_tells_of_a_clip_that_was_taken_out_of_the_queue(monkeypatch, tmp_path, capsys):
+    """It waited for ever. And of two parts of a clip both get the prompt."""
+    script = _script()
+    asked = []
+
+    def ask(address, data=None):
+        asked.append((address, data))
+        answers = {"/prompt": {"prompt_id": "p"}, "/queue": {"queue_running": [], "queue_pending": []}}
+        return json.dumps(next((a for end, a in answers.items() if address.endswith(end)), {})).encode()
+
+    monkeypatch.setattr(script, "ask", ask)
+    (tmp_path / "prompts.txt").write_text("a fox")
+    workflow = workflow_api.API / "turbowan_long_chained.json"
+    monkeypatch.setattr(sys, "argv", ["", str(workflow), str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "clips")])
+    assert script.main() == 1 and "failed: taken out of the queue: a fox" in capsys.readouterr().out
+    texts = [node["inputs"]["text"] for node in asked[0][1]["prompt"].values() if "text" in node["inputs"]]
+    assert texts.count("a fox") == 2
+
+
+def _script():
+    spec = importlib.util.spec_from_file_location("queue_prompts", workflow_api.API / "queue_prompts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_a_script_tells_what_the_server_refuses_and_what_fails(server, tmp_path):

@@ -1,11 +1,13 @@
 """int8_linear is the published arithmetic; operands that do not fit are named."""
 
+import functools
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.int8_formats import EXACT, FORMATS, rounded
 from tests.helpers.oracles import assert_near
@@ -211,6 +213,43 @@ def test_gradients_are_those_of_the_dequantized_weight(fmt, dtype):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.1)
     (of_bias,) = torch.autograd.grad((int8.int8_linear(x.detach(), *weight, bias) * probe).sum(), bias)
     assert torch.equal(of_bias, found[1])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiled_and_recomputed_gradients_are_the_same(fmt):
+    x, weight = gaussian(2, 50, 200).requires_grad_(), FORMATS[fmt](gaussian(300, 200, seed=1))
+    bias, probe = gaussian(300, seed=2).requires_grad_(), gaussian(2, 50, 300, seed=3)
+
+    def linear(x):
+        return int8.int8_linear(x, *weight, bias)
+
+    ways = (
+        linear,
+        torch.compile(linear, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(linear, x, use_reentrant=False),
+    )
+    eager, *others = (torch.autograd.grad((way(x) * probe).sum(), (x, bias)) for way in ways)
+    assert all(torch.equal(one, other) for found in others for one, other in zip(found, eager))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_forward_mode_and_functional_gradients(fmt):
+    """What has a tangent does not say that it learns; it came out as zero."""
+    weight = FORMATS[fmt](gaussian(300, 200, seed=1))
+    (x, dx), (bias, db) = (
+        (gaussian(*shape, seed=s), gaussian(*shape, seed=s + 1)) for shape, s in (((2, 9, 200), 2), ((300,), 4))
+    )
+    near = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)
+    floats, linear = int8.dequantize(*weight), lambda x, bias: int8.int8_linear(x, *weight, bias)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            _, both = torch.func.jvp(linear, (x, bias), (dx, db))
+            _, of_x = torch.func.jvp(lambda x: linear(x, bias), (x,), (dx,))
+            _, of_bias = torch.func.jvp(lambda bias: linear(x, bias), (bias,), (db,))
+        near(both, dx @ floats.t() + db)
+        near(of_x, dx @ floats.t())
+        assert torch.equal(of_bias, db.expand(2, 9, 300))
+    near(torch.func.grad(lambda x: linear(x, bias).sum())(x), floats.sum(0).expand(2, 9, 200))
 
 
 def test_a_lora_learns_through_int8_what_it_learns_through_floats():

@@ -176,6 +176,9 @@ I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.s
         (["--model", "{tiny}/TinyWan2.2-I2V-high.pth"], "--model-low"),
         ([*I2V, "--model-low", "{tiny}/TinyWan2.2-I2V-low.pth"], "takes 36 latent channels"),
         ([*I2V, "--model-low", "{tiny}/TinyWan2.2-I2V-high.pth"], "same file"),
+        (["--model", "{tiny}/wide.safetensors", "-o", "{tiny}/wide.safetensors"], "and it is read. Choose another"),
+        (["-o", "{tiny}/data.safetensors"], "and it is read. Choose another"),
+        (["--start", "{tiny}/wide.safetensors", "-o", "{tiny}/wide.safetensors"], "and it is read. Choose another"),
         ([*I2V, "--model-low", "{tiny}/TinyWan2.1-T2V.pth"], "experts differ"),
         (["--model", "{tiny}/none.pth"], "none.pth"),
         (["--data", "{tiny}/none.safetensors"], "turbo-core train data"),
@@ -194,7 +197,7 @@ I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.s
         (["--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
         (["--start", "{tiny}/wide.safetensors"], "differ in ffn_dim"),
         (["--start", "{tiny}/TinyWan2.1-T2V.pth", "--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
-        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "Give each expert"),
+        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "it is written too"),
     ],
 )
 def test_bad_input(more, message, tiny, tmp_path, capsys):

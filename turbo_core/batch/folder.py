@@ -12,6 +12,7 @@ from ..files import alone, check_free, digest, sweep, write_whole
 from ..pipeline.video import check_place, read_made, write_video
 
 NAME = "batch.jsonl"  # the journal
+_START = 48  # bytes of an MP4 in which stands how long it is
 
 
 class Folder:
@@ -50,17 +51,20 @@ class Folder:
 
     def is_foreign(self, name: str) -> bool:
         """True where what lies there under this name, or beside it, is of no batch: a job has an id, a clip of
-        turbo-core generate has none."""
+        turbo-core generate has none. The files themselves tell, whatever the journal knew of the name."""
         place = self.path / name
         beside = place.with_suffix(".json")
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            if "id" in json.loads(beside.read_text(encoding="utf-8"))["settings"]:
-                return False
-        if os.path.lexists(beside) or not os.path.lexists(place):
-            return os.path.lexists(beside)
+        told = _told(beside)
+        if os.path.lexists(beside) and told is None:
+            return True
+        if not os.path.lexists(place):
+            return False
+        made = None
         with suppress(TurboError, OSError):
-            return "id" not in (read_made(place) or {})
-        return True
+            made = read_made(place)
+        if made is not None:
+            return "id" not in made
+        return told is None or not (_is_what_was_written(place, told) or _was_cut_short(place, told))
 
     def write(self, name: str, frames, beside: dict, metadata: bool = True, signer=None) -> int:
         """Write a video, and its settings beside it, and return its bytes. beside: what is told of it, its "settings"
@@ -90,9 +94,13 @@ class Folder:
         return os.path.getsize(place)
 
     def _write_beside(self, name, beside, video):
-        told = beside | {"video": digest([video]), "bytes": os.path.getsize(video)}
+        place, told = self.path / name, beside | {"video": digest([video]), "bytes": os.path.getsize(video)}
+        with open(video, "rb") as file:
+            told["start"] = file.read(_START).hex()
+        if place.is_file() and place != video:
+            told["before"] = digest([place])  # what this process may be killed before it replaces
         text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
-        write_whole((self.path / name).with_suffix(".json"), text, sweeps=False)
+        write_whole(place.with_suffix(".json"), text, sweeps=False)
 
     def free(self) -> int:
         """Bytes that the disk still takes."""
@@ -146,3 +154,27 @@ class Folder:
 
             yield lines, add
             sweep(self.path)  # what processes of this batch left that were killed
+
+
+def _told(beside: Path) -> dict | None:
+    """What lies beside a job's video, None where it is of no job."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        told = json.loads(beside.read_text(encoding="utf-8"))
+        return told if "id" in told["settings"] else None
+    return None
+
+
+def _is_what_was_written(place: Path, told: dict) -> bool:
+    with suppress(OSError):
+        return digest([place]) in (told.get("video"), told.get("before"))
+    return False
+
+
+def _was_cut_short(place: Path, told: dict) -> bool:
+    """True for the beginning of the video that was written, and for what a power cut leaves: nothing, or zeros."""
+    with suppress(OSError, ValueError, TypeError), open(place, "rb") as file:
+        start = file.read(_START)
+        return not any(start) or (
+            os.path.getsize(place) < told.get("bytes", 0) and bytes.fromhex(told.get("start", "")).startswith(start)
+        )
+    return False

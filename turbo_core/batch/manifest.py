@@ -41,7 +41,7 @@ class Manifest:
 
     def is_foreign(self, job: Job) -> bool:
         """True where a file of this name is there that no batch of this pack made: it is somebody's."""
-        return job.name not in self.known and self.folder.is_foreign(job.name)
+        return self.folder.is_foreign(job.name)
 
     def record(self, job: Job, state: str, **more) -> None:
         """Add an event: state is begun, done or failed. In a folder of this machine it is on the disk when this

@@ -1,9 +1,10 @@
 """Videos to any address that fsspec knows: s3://bucket/videos, gs://..., sftp://host/videos, memory://.
 
 A video is made in a scratch folder of this machine and sent as a whole: object stores show it when all of it is there,
-elsewhere it is sent aside and renamed. Its settings follow it, so that a video whose settings name a job and its bytes
-is whole. Nothing can be appended there, so each batch has a journal of its own, batch-*.jsonl, sent anew every half
-minute; and the lock is a file that its owner renews, a courtesy among batches and no more.
+elsewhere it is sent aside and renamed. Its settings go before it, which claims the name, and again behind it, so that a
+video whose settings name a job and its bytes is whole. Nothing can be appended there, so each batch has a journal of
+its own, batch-*.jsonl, sent anew every half minute; and the lock is a file that its owner renews, a courtesy among
+batches and no more.
 """
 
 import json
@@ -69,13 +70,26 @@ class Remote:
         return holds
 
     def is_foreign(self, name: str) -> bool:
-        return False  # a video whose batch was killed before its settings followed looks like anybody's
+        """True where something lies there and no settings of a job beside it, which claim the name before the video is
+        sent. What somebody puts in its place later is not told apart."""
+        if self.size(_beside(name)) is None:
+            return self.size(name) is not None
+        with self._told("read"):
+            try:
+                return "id" not in json.loads(self.fs.cat_file(self._at(_beside(name))))["settings"]
+            except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+                return True
 
     def write(self, name: str, frames, beside: dict, metadata: bool = True, signer=None) -> int:
+        place = self._near.path / _beside(name)
         try:
             size = self._near.write(name, frames, beside, metadata, signer)
-            for file in (name, _beside(name)):
-                self._send(file)
+            told = place.read_text(encoding="utf-8")
+            place.write_text(json.dumps({"settings": beside["settings"]}), encoding="utf-8")  # a claim: without bytes
+            self._send(_beside(name))
+            self._send(name)
+            place.write_text(told, encoding="utf-8")
+            self._send(_beside(name))
         finally:
             for file in (name, _beside(name)):
                 (self._near.path / file).unlink(missing_ok=True)

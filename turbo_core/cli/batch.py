@@ -52,7 +52,7 @@ def _follow(arguments, team) -> int:
 
 def _run(arguments, team) -> int:
     from ..batch import Manifest, read_jobs
-    from ..batch.jobs import Fault, by_lora, digest_of_models
+    from ..batch.jobs import by_lora, digest_of_models
     from ..batch.making import sign_unsigned
     from ..checkpoint import files_of
     from ..devices import default_dtype, pick_device
@@ -79,7 +79,7 @@ def _run(arguments, team) -> int:
         done = [job for job in jobs if manifest.is_done(job)]
         there = {job.name for job in done}
         others = {
-            job.name: Fault(job.line, f"{job.name} is in {manifest.folder} already, and no batch made it. Rename one.")
+            job.name: _in_the_way(job, manifest.folder)
             for job in jobs
             if job.name not in there and manifest.is_foreign(job)
         }
@@ -170,12 +170,13 @@ def _check(arguments, settings, jobs, faults, team) -> int:
     """Hold every job to the models without reading them, look at devices and the folder, and say what will stay in
     memory."""
     from ..batch.checking import about_devices, about_folder
+    from ..batch.remote import folder_of
     from ..batch.workers import settings_at
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
     from .console import progress_bars, table
 
-    bad, rooms, pixels = [*faults], Counter(), 0
+    bad, rooms, pixels, folder = [*faults], Counter(), 0, folder_of(arguments.output)
     devices = _devices(arguments)
     about = about_devices(devices)
     if len(devices) > 1:
@@ -190,6 +191,8 @@ def _check(arguments, settings, jobs, faults, team) -> int:
                 team.check(pipe.model.num_heads, ready.tokens)
                 pixels += ready.size[0] * ready.size[1] * job.clip.frames
                 rooms["{}x{}".format(*ready.size), job.clip.frames, pipe.stay(ready)] += 1
+                if folder.is_foreign(job.name):
+                    bad.append(_in_the_way(job, folder))
             except TurboError as error:
                 bad.append((job.line, str(error)))
         progress("check", len(jobs), len(jobs))
@@ -204,6 +207,12 @@ def _check(arguments, settings, jobs, faults, team) -> int:
         rows.append(("lines that are no jobs", str(len({line for line, _ in faults})), "told above"))
     table("Planned by count of bytes, not measured", [*rows, *about])
     return int(bool(bad))
+
+
+def _in_the_way(job, folder):
+    from ..batch.jobs import Fault
+
+    return Fault(job.line, f"{job.name} is in {folder} already, and no batch made it. Rename one.")
 
 
 def _tell_faults(path, faults) -> None:

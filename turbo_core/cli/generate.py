@@ -102,6 +102,7 @@ def run_generate(arguments) -> None:
 
 def _generate(arguments, team) -> None:
     from ..devices import pick_device
+    from ..files import check_apart
     from ..heap import keep_freed_memory
     from ..pipeline import Pipeline
     from ..pipeline.video import check_place, check_sheet_path, check_video_path, write_contact_sheet, write_video
@@ -116,6 +117,9 @@ def _generate(arguments, team) -> None:
             check_sheet_path(arguments.contact_sheet)
         if arguments.json:
             check_place(arguments.json)
+        read = "dit", "dit_low", "vae", "vae_fast", "text_encoder", "tokenizer", "image"
+        read = [*(getattr(arguments, name) for name in read), *(arguments.sign or ())]
+        check_apart([arguments.output, arguments.contact_sheet, arguments.json], read)
         tell_of_steps([clip])
     signer = signer_of(arguments)
     if signer:

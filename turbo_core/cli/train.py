@@ -65,10 +65,12 @@ def _add_data(command) -> None:
 def run_data(arguments) -> None:
     from ..checkpoint.write import check_target
     from ..devices import pick_device
+    from ..files import check_apart
     from ..pipeline.sizes import parse_size
     from ..train import data, videos
 
     check_target(arguments.output, 0)  # encoding takes hours
+    check_apart([arguments.output], [arguments.vae, arguments.text_encoder, arguments.tokenizer])
     size, device = parse_size(arguments.size), pick_device(arguments.device)
     made = videos.encode(
         arguments.videos, arguments.vae, arguments.text_encoder, arguments.tokenizer, size, arguments.frames, device,
@@ -193,6 +195,7 @@ def _claim(arguments, made_from: dict[str, list[Path]]) -> None:
 def _files(arguments) -> tuple[list[Path], list[Path]]:
     """(models to read, files to write): one of each, or both experts'."""
     from ..checkpoint.write import check_target
+    from ..files import check_apart
 
     if (arguments.model_low is None) != (arguments.output_low is None):
         raise TurboError("--model-low and --output-low belong together: give both for two experts, or neither.")
@@ -200,8 +203,8 @@ def _files(arguments) -> tuple[list[Path], list[Path]]:
     outputs = [path for path in (arguments.output, arguments.output_low) if path is not None]
     for path in outputs:
         check_target(path, 0)
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise TurboError(f"--output and --output-low are the same file, {arguments.output}. Give each expert its own.")
+    start = (getattr(arguments, name, None) for name in ("start", "start_low"))
+    check_apart(outputs, [*files, arguments.data, *start])
     return files, outputs
 
 

@@ -39,8 +39,13 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     if learning(scale):
         raise TurboError("int8_linear: the scale of the weight has no gradient. Train on the unquantized weight.")
     with explained():
-        run = _Straight.apply if learning(matrix, bias) else _product
+        run = _StraightBothWays.apply if _forward_mode() else _Straight.apply if learning(matrix, bias) else _product
         return run(matrix, weight_q, scale, bias).view(*x.shape[:-1], n)
+
+
+def _forward_mode() -> bool:
+    """True within torch.func.jvp and torch.autograd.forward_ad: what has a tangent does not say that it learns."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def _product(x, weight_q, scale, bias):
@@ -53,12 +58,29 @@ class _Straight(torch.autograd.Function):
     """The product with a gradient that goes straight through the rounding of x, which has none of its own."""
 
     @staticmethod
-    def forward(ctx, x, weight_q, scale, bias):
-        ctx.save_for_backward(weight_q, scale)
+    def forward(x, weight_q, scale, bias):
         return _product(x, weight_q, scale, bias)
+
+    @staticmethod
+    def setup_context(ctx, given, _):
+        x, weight_q, scale, _ = given
+        ctx.rows = len(x)
+        ctx.save_for_backward(weight_q, scale)
+        ctx.save_for_forward(weight_q, scale)
 
     @staticmethod
     def backward(ctx, gradient):
         of_x, _, _, of_bias = ctx.needs_input_grad
         weight = dequantize(*ctx.saved_tensors, gradient.dtype) if of_x else None
         return gradient @ weight if of_x else None, None, None, gradient.sum(0) if of_bias else None
+
+
+class _StraightBothWays(_Straight):
+    """The same with a derivative in forward mode, which torch.compile traces no function with."""
+
+    @staticmethod
+    def jvp(ctx, of_x, _, __, of_bias):
+        if of_x is None:
+            return of_bias.expand(ctx.rows, -1)
+        moved = of_x @ dequantize(*ctx.saved_tensors, of_x.dtype).t()
+        return moved if of_bias is None else moved + of_bias

@@ -12,7 +12,9 @@ def leave(code: int) -> None:
     ends such a thread when it ends itself, which C++ takes for an error: the process aborts with all its work done,
     once in twenty trainings. What was registered with atexit is done as ever.
     """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    finally:
+        os._exit(code)

@@ -1,5 +1,6 @@
 """Stage 1: the VAE, on crops of clips: pictures first, then short clips."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def match_statistics(model: WanVAE, video: torch.Tensor) -> None:
 @torch.no_grad()
 def make_small(model: WanVAE, factor: float) -> None:
     """Multiply what the residual layers add up by a power of two, which the norms behind it cancel: the same numbers in
-    float32 and bfloat16, and none that leaves the range of float16."""
+    float32 and bfloat16, and none that leaves the range of float16. After training: rates are for weights of one."""
     for part in (model.encoder, model.decoder):
         for name, tensor in part.named_parameters():
             layer, _, kind = name.rpartition(".")
@@ -141,16 +142,16 @@ def make_small(model: WanVAE, factor: float) -> None:
 
 
 def finish(model: WanVAE, seed: int = 0) -> None:
-    """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips, and
-    numbers that float16 holds."""
+    """What a trained VAE still needs before its latents are used: Wan's statistics, measured over whole clips."""
     random = engine.generator(seed, 0, stream=2)
     match_statistics(model, world.render(world.random_scenes(8, random), world.FRAMES, world.SIDE, world.SIDE, random))
-    make_small(model, 2.0**-6)
     model.eval().requires_grad_(False)
 
 
 def save(model: WanVAE, path) -> Path:
-    """The VAE as ComfyUI and the pipeline read it, bfloat16."""
+    """A trained VAE as ComfyUI and the pipeline read it, bfloat16, in numbers that float16 holds too."""
+    model = copy.deepcopy(model)
+    make_small(model, 2.0**-6)
     state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     write_safetensors(path, state, {"format": "pt"})
     return Path(path)

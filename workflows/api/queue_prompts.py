@@ -3,7 +3,8 @@
     python workflows/api/queue_prompts.py workflows/api/NAME.json prompts.txt -o clips --server http://127.0.0.1:8188
 
 prompts.txt has a prompt a line. Any workflow in ComfyUI's API form will do, of workflows/api or your own (Workflow >
-Export (API)), whose sampler takes its prompt from a text node. Clip 3 is 0003_0.mp4 and has the seed 3.
+Export (API)), whose sampler takes its prompt from a text node; all parts of a clip get it where there are several
+samplers. Clip 3 is 0003_0.mp4 and has the seed 3.
 """
 
 import argparse
@@ -47,22 +48,31 @@ def read_workflow(path):
     raise SystemExit(f"{path} is no workflow in the API form: take one of workflows/api, or Workflow > Export (API).")
 
 
-def text_node(workflow):
-    """The node whose text reaches a sampler: behind its input positive, over what lies between."""
+def text_nodes(workflow):
+    """The nodes whose text reaches a sampler: behind its input positive, over what lies between."""
+    found = []
     for node in workflow.values():
         while isinstance(node["inputs"].get("positive"), list):
             node = workflow[node["inputs"]["positive"][0]]
-            if isinstance(node["inputs"].get("text"), str):
-                return node
-    raise SystemExit("This workflow has no sampler whose prompt is typed into a text node.")
+            if isinstance(node["inputs"].get("text"), str) and node not in found:
+                found.append(node)
+    if not found:
+        raise SystemExit("This workflow has no sampler whose prompt is typed into a text node.")
+    return found
 
 
 def queue(server, workflow, prompt, seed):
     """Queue one clip; returns its id."""
-    text_node(workflow)["inputs"]["text"] = prompt
+    for node in text_nodes(workflow):
+        node["inputs"]["text"] = prompt
     for node in workflow.values():
         node["inputs"].update({n: seed for n in ("seed", "noise_seed") if isinstance(node["inputs"].get(n), int)})
     return json.loads(ask(f"{server}/prompt", {"prompt": workflow}))["prompt_id"]
+
+
+def queued(server):
+    """Ids of the clips that the server has to make: who starts it again, or clears its queue, takes them away."""
+    return {entry[1] for entries in json.loads(ask(f"{server}/queue")).values() for entry in entries}
 
 
 def fetch(server, outputs, stem):
@@ -90,17 +100,17 @@ def main():
     failed = 0
     while waiting:
         time.sleep(0.5)
-        for clip, number in list(waiting.items()):
+        there = queued(given.server)
+        for clip, number in [(clip, number) for clip, number in waiting.items() if clip not in there]:
             done = json.loads(ask(f"{given.server}/history/{clip}")).get(clip)
-            if done is None:
-                continue
             del waiting[clip]
-            if done["status"]["status_str"] == "success":
+            if done is not None and done["status"]["status_str"] == "success":
                 said = ", ".join(map(str, fetch(given.server, done["outputs"], given.output / f"{number:04d}")))
             else:
                 failed += 1
-                reasons = [said["exception_message"] for kind, said in done["status"]["messages"] if "error" in kind]
-                said = f"failed: {reasons[0].strip() if reasons else 'interrupted'}"
+                events = [] if done is None else done["status"]["messages"]
+                reasons = [said["exception_message"].strip() for kind, said in events if "error" in kind]
+                said = f"failed: {(reasons or ['taken out of the queue' if done is None else 'interrupted'])[0]}"
             print(f"{len(prompts) - len(waiting)}/{len(prompts)} {said}: {prompts[number][:60]}", flush=True)
     return 1 if failed else 0
 
