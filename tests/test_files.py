@@ -46,7 +46,7 @@ def test_what_lies_beside_it_under_that_name_and_is_not_ours_stays(target):
 def test_what_is_written_twice_or_read_is_told(target, tmp_path):
     other, link = tmp_path / "other", tmp_path / "link"
     link.symlink_to(target)
-    files.check_apart([target, other, None, None], [tmp_path / "third", None])
+    files.check_apart([target, other, None, None], [tmp_path / "third", None, "\ud800", "\0"])
     for written, read, words in (
         ([target, target], [], "it is written too"),
         ([other, link], [target], "it is read"),

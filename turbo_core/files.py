@@ -114,7 +114,10 @@ def check_apart(written, read=()) -> None:
     """Raise TurboError where two files that are to be written are one, or one of them is read. None stands for none."""
     taken = {}
     for path, is_read in [*((path, True) for path in read), *((path, False) for path in written)]:
-        place = None if path is None else os.path.normcase(os.path.realpath(path))
+        try:
+            place = None if path is None else os.path.normcase(os.path.realpath(path))
+        except ValueError:  # a name that no disk takes, which is told when it is opened
+            continue
         if place in taken and not is_read:
             what = "read" if taken[place] else "written too"
             raise TurboError(f"{path} is to be written, and it is {what}. Choose another name for what is written.")

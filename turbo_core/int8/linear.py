@@ -39,7 +39,12 @@ def int8_linear(x, weight_q, weight_scale, bias=None):
     if learning(scale):
         raise TurboError("int8_linear: the scale of the weight has no gradient. Train on the unquantized weight.")
     with explained():
-        run = _StraightBothWays.apply if _forward_mode() else _Straight.apply if learning(matrix, bias) else _product
+        if _forward_mode():
+            run = _StraightBothWays.apply
+        elif learning(matrix, bias):
+            run = _Straight.apply
+        else:
+            run = _way(matrix, weight_q, scale)
         return run(matrix, weight_q, scale, bias).view(*x.shape[:-1], n)
 
 
@@ -48,10 +53,11 @@ def _forward_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
-def _product(x, weight_q, scale, bias):
+def _way(x, weight_q, scale):
+    """The function that computes the product of these, without a gradient."""
     rows = len(x) > 0 and is_row_scale(weight_q, scale)
     run = operations(x.device, FAMILIES, rows=rows) if x.dtype in FLOATS else reference
-    return run.int8_linear(x, weight_q, scale, bias)
+    return run.int8_linear
 
 
 class _Straight(torch.autograd.Function):
@@ -59,7 +65,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight_q, scale, bias):
-        return _product(x, weight_q, scale, bias)
+        return _way(x, weight_q, scale)(x, weight_q, scale, bias)
 
     @staticmethod
     def setup_context(ctx, given, _):
