@@ -48,7 +48,7 @@ def test_what_is_written_twice_or_read_is_told(target, tmp_path):
     link.symlink_to(target)
     files.check_apart([target, other, None, None], [tmp_path / "third", None, "\ud800", "\0"])
     for written, read, words in (
-        ([target, target], [], "it is written too"),
+        ([target, target], [], "so is another file of that name"),
         ([other, link], [target], "it is read"),
         ([tmp_path / "." / "other"], [target, other], "it is read"),
     ):

@@ -119,8 +119,8 @@ def check_apart(written, read=()) -> None:
         except ValueError:  # a name that no disk takes, which is told when it is opened
             continue
         if place in taken and not is_read:
-            what = "read" if taken[place] else "written too"
-            raise TurboError(f"{path} is to be written, and it is {what}. Choose another name for what is written.")
+            what = "it is read" if taken[place] else "so is another file of that name"
+            raise TurboError(f"{path} is to be written, and {what}. Choose another name for what is written.")
         if place is not None:
             taken[place] = is_read
 

@@ -118,6 +118,12 @@ def test_a_setting_that_is_wrong_for_all_lines_is_told_once_and_makes_no_folder(
     assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+def test_check_says_where_tinywan_is_asked_for_more_than_it_knows(tiny, tmp_path, prompts, capsys, monkeypatch):
+    monkeypatch.setattr(cli_batch, "told_of_world", lambda model, clip: [f"TinyWan and {clip.prompt}"])
+    assert main(command(tiny, prompts, tmp_path / "out", "--check")) == 0
+    assert f"{prompts}:2: TinyWan and a blue square" in capsys.readouterr().err
+
+
 def test_bad_lines_and_failing_jobs_are_told_and_the_rest_is_made(tiny, tmp_path, capsys):
     path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
     rows = [
@@ -379,7 +385,10 @@ def test_a_file_that_no_batch_made_is_left_alone(tiny, tmp_path, capsys):
     (out / "holiday.mp4").write_bytes(b"the only copy")
     for _ in range(2):
         assert main(command(tiny, prompts, out)) == 1
-        assert "prompts.csv:2: holiday.mp4 is in" in (said := capsys.readouterr().err) and "no batch made it" in said
+        assert (
+            "prompts.csv:2: holiday.mp4 is in" in (said := capsys.readouterr().err)
+            and "it is no clip of a batch" in said
+        )
         assert (out / "holiday.mp4").read_bytes() == b"the only copy"
     assert list(made(out)) == ["mine.mp4"]
     (out / "batch.jsonl").unlink()

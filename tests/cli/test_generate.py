@@ -2,9 +2,7 @@
 
 import errno
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import av
 import pytest
@@ -68,6 +66,7 @@ def test_a_report_that_cannot_be_written_is_named_and_keeps_the_old_one(tiny, tm
         (["--seed", str(1 << 64)], "2^64 - 1"),
         (["--seed", "-1"], "2^64 - 1"),
         (["--prompt", "a \udcff circle"], "not valid text"),
+        (["--prompt", " "], "--prompt is empty"),
         (["--size", "33x32"], "nearest is 32x32"),
         (["--frames", "6"], "nearest is 5"),
         (["--steps", "101"], "1 to 4"),
@@ -89,14 +88,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message, ca
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to", ["the video", "the VAE"])
-def test_a_report_does_not_take_the_place_of_the_video_or_of_a_model(tiny, tmp_path, to, capsys):
-    vae = shutil.copy(tiny / "TinyWan2.1_VAE.pth", tmp_path)
-    place = tmp_path / "out.mp4" if to == "the video" else Path(vae)
-    before = Path(vae).read_bytes()
-    assert generate(tiny, tmp_path / "out.mp4", "--vae", vae, "--json", place) == 2
-    assert "Choose another name for what is written" in capsys.readouterr().err
-    assert Path(vae).read_bytes() == before and not (tmp_path / "out.mp4").exists()
+@pytest.mark.parametrize(
+    "name, message", [("out.mp4", "does not end in .json. Name it out.json"), ("tokenizer.json", "and it is read")]
+)
+def test_a_report_does_not_take_the_place_of_the_video_or_of_what_is_read(tiny, tmp_path, name, message, capsys):
+    (tmp_path / "tokenizer.json").write_text("of a person")
+    more = "--tokenizer", tmp_path / "tokenizer.json", "--json", tmp_path / name
+    assert generate(tiny, tmp_path / "out.mp4", *more) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_text() == "of a person"
 
 
 def test_more_than_four_steps_are_made_with_one_warning(tiny, tmp_path, capsys):

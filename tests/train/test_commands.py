@@ -53,6 +53,11 @@ def test_the_kernel_of_the_vae_is_proved_before_videos_are_encoded(tiny, monkeyp
     assert encode(tiny, out="again.safetensors") == 0 and asked == [("cpu", ("vae",)), "read"]
 
 
+def test_a_video_without_a_caption_is_named(tiny, capsys):
+    assert encode(tiny, out="again.safetensors") == 0
+    assert "left out, without a caption of the same name (.txt): no caption.mp4" in capsys.readouterr().out
+
+
 def test_videos_become_data(tiny):
     made = data.load(tiny / "data.safetensors")
     assert made.latents.shape == (2, 16, 2, 6, 8) and made.captions_of.tolist() == [[1], [2]]
@@ -197,7 +202,10 @@ I2V = ["--model", "{tiny}/TinyWan2.2-I2V-high.pth", "--output-low", "{out}/low.s
         (["--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
         (["--start", "{tiny}/wide.safetensors"], "differ in ffn_dim"),
         (["--start", "{tiny}/TinyWan2.1-T2V.pth", "--start-low", "{tiny}/TinyWan2.1-T2V.pth"], "one for each expert"),
-        (["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"], "it is written too"),
+        (
+            ["--model-low", "{tiny}/x.pth", "--output-low", "{out}/../{out.name}/new.safetensors"],
+            "so is another",
+        ),
     ],
 )
 def test_bad_input(more, message, tiny, tmp_path, capsys):

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import TurboError
-from .generate import add_models, add_settings, clip_of, models_of, signer_of, tell_of_steps
+from .generate import add_models, add_settings, clip_of, models_of, signer_of, tell_of_steps, told_of_world
 from .processes import add_parallel, in_team
 
 
@@ -98,7 +98,7 @@ def _run(arguments, team) -> int:
                 _make(arguments, settings, todo, manifest, tally, team)
         finally:
             if todo:
-                tally.show(len(todo))
+                tally.show(len(todo), len(faults))
     return int(bool(faults) or tally.count["done"] < len(todo))
 
 
@@ -170,13 +170,14 @@ def _check(arguments, settings, jobs, faults, team) -> int:
     """Hold every job to the models without reading them, look at devices and the folder, and say what will stay in
     memory."""
     from ..batch.checking import about_devices, about_folder
+    from ..batch.jobs import Fault
     from ..batch.remote import folder_of
     from ..batch.workers import settings_at
     from ..pipeline import Pipeline
     from ..pipeline.text import load_text_encoder
     from .console import progress_bars, table
 
-    bad, rooms, pixels, folder = [*faults], Counter(), 0, folder_of(arguments.output)
+    bad, hints, rooms, pixels, folder = [*faults], [], Counter(), 0, folder_of(arguments.output)
     devices = _devices(arguments)
     about = about_devices(devices)
     if len(devices) > 1:
@@ -193,10 +194,11 @@ def _check(arguments, settings, jobs, faults, team) -> int:
                 rooms["{}x{}".format(*ready.size), job.clip.frames, pipe.stay(ready)] += 1
                 if folder.is_foreign(job.name):
                     bad.append(_in_the_way(job, folder))
+                hints += (Fault(job.line, told) for told in told_of_world(pipe.model, job.clip))
             except TurboError as error:
                 bad.append((job.line, str(error)))
         progress("check", len(jobs), len(jobs))
-    _tell_faults(arguments.jobs, sorted(bad))
+    _tell_faults(arguments.jobs, sorted([*bad, *hints]))
     about += about_folder(arguments.output, pixels)
     rows = [
         (f"{size}, {frames} frames", f"{count} of {len(jobs)} jobs", stay.words(pipe.experts.waits))
@@ -212,7 +214,7 @@ def _check(arguments, settings, jobs, faults, team) -> int:
 def _in_the_way(job, folder):
     from ..batch.jobs import Fault
 
-    return Fault(job.line, f"{job.name} is in {folder} already, and no batch made it. Rename one.")
+    return Fault(job.line, f"{job.name} is in {folder} already, and it is no clip of a batch. Rename one.")
 
 
 def _tell_faults(path, faults) -> None:
@@ -243,12 +245,14 @@ class _Tally:
         """Jobs that are over."""
         return self.count["done"] + self.count["failed"]
 
-    def show(self, wanted: int) -> None:
+    def show(self, wanted: int, faults: int) -> None:
         """The summary on stdout."""
         from .console import table
 
         took = time.perf_counter() - self.start
         rows = [("made", f"{self.count['done']} of {wanted}"), ("failed", str(self.count["failed"]))]
+        if faults:
+            rows.append(("lines that are no jobs", f"{faults}, told above"))
         if self.count["done"]:
             rows.append(("videos an hour", f"{3600 * self.count['done'] / took:.0f}"))
         rows += [(f"time: {stage}", f"{seconds:.1f} s") for stage, seconds in self.seconds.items()]

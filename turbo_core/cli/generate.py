@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..errors import TurboError
 from .processes import add_parallel, in_team
 
 PRECISIONS = ("bf16", "int8")
@@ -110,6 +111,8 @@ def _generate(arguments, team) -> None:
 
     keep_freed_memory(pick_device(arguments.device))
     gc.freeze()  # what the imports made stays: the collections after each network need not look through it
+    if not arguments.prompt.strip():
+        raise TurboError("--prompt is empty. Expected a text that says what the video shows.")
     clip = clip_of(arguments, arguments.prompt, arguments.image)
     if team.first:
         check_video_path(arguments.output)
@@ -117,6 +120,8 @@ def _generate(arguments, team) -> None:
             check_sheet_path(arguments.contact_sheet)
         if arguments.json:
             check_place(arguments.json)
+            if arguments.json.suffix.lower() != ".json":
+                raise TurboError(f"--json {arguments.json} does not end in .json. Name it {arguments.json.stem}.json.")
         read = "dit", "dit_low", "vae", "vae_fast", "text_encoder", "tokenizer", "image"
         read = [*(getattr(arguments, name) for name in read), *(arguments.sign or ())]
         check_apart([arguments.output, arguments.contact_sheet, arguments.json], read)
@@ -137,7 +142,8 @@ def _generate(arguments, team) -> None:
         Pipeline(**models_of(arguments), memory=0, cache=arguments.cache, progress=progress, team=team) as pipe,
     ):
         if team.first:
-            _tell_of_world(pipe.model, clip)
+            for line in told_of_world(pipe.model, clip):
+                print(line, file=sys.stderr)
         [result] = pipe.map([clip], write)
     if team.first:
         _report(arguments, result, time.perf_counter() - start)
@@ -152,16 +158,14 @@ def tell_of_steps(clips) -> None:
         print(f"warning: {said}", file=sys.stderr)
 
 
-def _tell_of_world(model, clip) -> None:
-    """Say so when TinyWan is asked for more than it has ever seen."""
+def told_of_world(model, clip) -> list[str]:
+    """What to say where TinyWan is asked for more than it has ever seen."""
     from ..checkpoint import WORLD
     from ..tinywan import world
 
     if model.metadata.get(WORLD) != world.WORLD:
-        return
-    said = [world.told(clip.prompt), world.told_of_size(*clip.size, clip.frames)]
-    for line in filter(None, said):
-        print(line, file=sys.stderr)
+        return []
+    return [*filter(None, (world.told(clip.prompt), world.told_of_size(*clip.size, clip.frames)))]
 
 
 def _report(arguments, result, total: float) -> None:

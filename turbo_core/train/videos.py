@@ -33,6 +33,9 @@ def encode(folder, vae, text_encoder, tokenizer, size, frames: int, device, imag
             "clip.txt beside it."
         )
     latent_shape(*size, frames)  # checks them
+    alone = [path.name for path in found if not path.with_suffix(".txt").is_file()]
+    if alone:
+        log(f"left out, without a caption of the same name (.txt): {shown(', '.join(alone), 200)}")
     captions = ["", *(_caption(text) for _, text in pairs)]
     encoder, tokenize = load_text_encoder(text_encoder, tokenizer, device)
     text, lengths = encode_captions(encoder, tokenize, captions)
