@@ -28,18 +28,17 @@ def written_aside(target, sweeps: bool = True):
     """A path beside the target to write to. It takes the target's place at the end, once it is on the disk, and is
     removed after any failure or Ctrl-C: until then the target stays as it was.
 
-    Raises TurboError, naming the other, while another process writes to the same target, and where the name beside it
-    is somebody's. What a process that was
-    killed left in that folder is removed; sweeps False: not now, for who writes thousands of files into one folder and
-    calls `sweep` itself. The path ends in .part, which no loader lists: writers must be told the format that the
-    target's name says.
+    Raises TurboError, naming the other, while another process writes to the same target, and where the path beside it
+    is somebody's. What a process that was killed left in that folder is removed; sweeps False: not now, for who writes
+    thousands of files into one folder and calls `sweep` itself. The path ends in .part, which no loader lists: writers
+    must be told the format that the target's name says.
     """
     target = Path(target)
     check_free(target)
     aside = target.with_name(f"{target.name}.part")
     if sweeps:
         sweep(target.parent)
-    if os.path.lexists(aside) and not os.path.lexists(_lock_of(target)):  # ours has a lock beside it
+    if not os.path.lexists(_lock_of(target)) and os.path.lexists(aside):  # ours has had a lock beside it before
         raise TurboError(f"{aside} is in the way: is a download of {target.name} not done? Move it, or choose a name.")
     with alone(target):
         try:

@@ -70,9 +70,8 @@ def _above_rounding(patch, weight):
     w = patch.weights if isinstance(patch, WeightAdapterBase) and patch.name == "lora" else None
     if w is None or w[3] is not None or not isinstance(weight, QuantizedTensor) or weight._qdata.dtype != torch.int8:
         return None
-    scale = weight._params.scale.float()
-    by_rows = scale.ndim == 2 and len(scale) == len(weight)
-    step = (scale[:_ROWS] if by_rows else scale.flatten()[: scale.shape[-1] if scale.ndim else 1]).mean()
+    scale = torch.atleast_2d(weight._params.scale.float())
+    step = scale[: _ROWS if len(scale) == len(weight) else 1].mean()  # else of blocks, or one for all
     change = w[0].flatten(1)[:_ROWS].float() @ w[1].flatten(1).float()  # the host takes those of a 1x1 convolution too
     change *= 1 if w[2] is None else w[2] / w[1].shape[0]
     return (change.square().mean().sqrt() / (step.to(change.device) * _ROUNDING)).item()

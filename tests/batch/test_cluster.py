@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.batch.test_batch import FILES
+from tests.helpers.batches import FILES
 from turbo_core.batch import cluster
 from turbo_core.batch.cluster import make_by_ray
 from turbo_core.batch.jobs import Job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.batch.test_batch import command, made, prompts, records
+from tests.helpers.batches import command, made, records
 from tests.helpers.certificates import make_keys
 from turbo_core.batch import Manifest, folder
 from turbo_core.batch.workers import settings_at
@@ -16,8 +16,6 @@ from turbo_core.files import digest
 from turbo_core.parallel import Alone, Sequence
 from turbo_core.pipeline import resident
 from turbo_core.pipeline.video import read_made
-
-__all__ = ["prompts"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from fsspec.registry import known_implementations as known
 
-from tests.batch.test_batch import command, prompts
+from tests.helpers.batches import command
 from turbo_core.batch import Manifest, remote
 from turbo_core.batch.folder import Folder
 from turbo_core.batch.jobs import Job
@@ -16,8 +16,6 @@ from turbo_core.cli import main
 from turbo_core.errors import TurboError
 from turbo_core.pipeline import Clip
 from turbo_core.pipeline.video import read_made
-
-__all__ = ["prompts"]
 
 
 @pytest.fixture

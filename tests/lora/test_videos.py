@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.batch.test_batch import command, made, records
+from tests.helpers.batches import command, made, records
 from tests.helpers.lora_files import spelled
 from tests.lora.test_put_on import LAB, QUANT, Loaded, saved
 from turbo_core import checkpoint, pipeline

@@ -41,21 +41,19 @@ class Folder:
         """True where the video of this name says of itself that it is the job's; of one that says nothing, what lies
         beside it does."""
         place = self.path / name
-        with suppress(TurboError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with suppress(TurboError, OSError):
             made = read_made(place)
-            if made is None:
-                beside = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-                made = beside["settings"] if beside.get("video") == digest([place]) else {}
-            return made.get("id") == id
+            if made is None and (told := _told(place.with_suffix(".json"))) and told.get("video") == digest([place]):
+                made = told["settings"]
+            return made is not None and made.get("id") == id
         return False
 
     def is_foreign(self, name: str) -> bool:
         """True where what lies there under this name, or beside it, is of no batch: a job has an id, a clip of
         turbo-core generate has none. The files themselves tell, whatever the journal knew of the name."""
         place = self.path / name
-        beside = place.with_suffix(".json")
-        told = _told(beside)
-        if os.path.lexists(beside) and told is None:
+        told = _told(place.with_suffix(".json"))
+        if told is None and os.path.lexists(place.with_suffix(".json")):
             return True
         if not os.path.lexists(place):
             return False

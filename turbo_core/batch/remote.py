@@ -62,12 +62,12 @@ class Remote:
             try:
                 size = self.fs.size(self._at(name))  # now: another process may have sent it since they were listed
                 beside = json.loads(self.fs.cat_file(self._at(_beside(name))))
-                holds = beside["settings"]["id"] == id and beside["bytes"] == size
+                whole = beside["settings"]["id"] == id and beside["bytes"] == size
             except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 return False
-        if holds and self._sizes is not None:
+        if whole and self._sizes is not None:
             self._sizes[name] = size
-        return holds
+        return whole
 
     def is_foreign(self, name: str) -> bool:
         """True where something lies there and no settings of a job beside it, which claim the name before the video is

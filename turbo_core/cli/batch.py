@@ -14,12 +14,7 @@ def add_verbs(verbs, common) -> None:
     """Add batch to the parser's verbs; common: the parent parser with what all verbs take."""
     command = verbs.add_parser("batch", parents=[common], help="many videos from a list, models read once, resumable")
     add = command.add_argument
-    add(
-        "jobs",
-        type=Path,
-        metavar="JOBS",
-        help="prompts, one a line; or .csv, .tsv, .jsonl with columns prompt, seed ...",
-    )
+    add("jobs", type=Path, metavar="JOBS", help="prompts, one a line; .csv, .tsv, .jsonl: columns prompt, seed ...")
     add("-o", "--output", required=True, metavar="DIR", help="folder of the videos, or s3://...; run again to go on")
     add_models(command)
     add_settings(command)

@@ -7,13 +7,5 @@ from .sequence import Sequence, Shards
 from .team import Alone, Team, started_by_torchrun
 
 __all__ = [
-    "Alone",
-    "Rows",
-    "Sequence",
-    "Shards",
-    "Team",
-    "kernel_facts",
-    "leave",
-    "program_facts",
-    "started_by_torchrun",
-]
+    "Alone", "Rows", "Sequence", "Shards", "Team", "kernel_facts", "leave", "program_facts", "started_by_torchrun",
+]  # fmt: skip

@@ -35,13 +35,13 @@ def frames_of_a_piece(work: str, pixels: int, dim: int, dtype: torch.dtype, devi
     return max(fitting, default=1)
 
 
-def fits(work: str, pixels: int, dim: int, dtype: torch.dtype, device, free: int | None = None) -> bool:
+def fits(work: str, pixels: int, dim: int, dtype: torch.dtype, device) -> bool:
     """False where not even one latent frame fits main memory: its system ends a process that takes too much, or another
     one, and tells nobody. A full card says so itself, of what it really takes."""
     device = torch.device(device)
     if device.type == "cuda":
         return True
-    free = free_memory(device) if free is None else free
+    free = free_memory(device)
     return free is None or piece_bytes(work, pixels, 1, dim, dtype) <= _SHARE * free
 
 

@@ -109,8 +109,9 @@ def main():
             else:
                 failed += 1
                 events = [] if done is None else done["status"]["messages"]
-                reasons = [said["exception_message"].strip() for kind, said in events if "error" in kind]
-                said = f"failed: {(reasons or ['taken out of the queue' if done is None else 'interrupted'])[0]}"
+                reasons = [event["exception_message"].strip() for kind, event in events if "error" in kind]
+                reasons.append("taken out of the queue" if done is None else "interrupted")
+                said = f"failed: {reasons[0]}"
             print(f"{len(prompts) - len(waiting)}/{len(prompts)} {said}: {prompts[number][:60]}", flush=True)
     return 1 if failed else 0
 
